@@ -1,0 +1,36 @@
+# Two commands do everything: `make demo` and `make test`.
+PYTHON ?= python3.11
+VENV = .venv
+RUN = $(VENV)/bin/python
+MODEL ?=
+IMAGES ?=
+
+.PHONY: demo test lint format tiny benchmark clean
+
+demo: $(VENV)/ready
+	$(RUN) examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(IMAGES),--images "$(IMAGES)")
+
+test: $(VENV)/ready lint
+	$(RUN) -m pytest
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/ready
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+tiny: $(VENV)/ready
+	$(RUN) examples/train_tiny.py
+
+benchmark: $(VENV)/ready
+	$(RUN) benchmarks/run.py
+
+$(VENV)/ready: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV)

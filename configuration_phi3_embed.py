@@ -1,0 +1,328 @@
+"""Phi-3-vision image embedding: configuration."""
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+# The HD transform merges every 2 x 2 neighbouring patches into one token.
+MERGE_SIZE = 2
+
+# openai/clip-vit-large-patch14-336, the tower of Phi-3-vision and Phi-3.5-vision.
+CLIP_VIT_LARGE_PATCH14_336 = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "image_size": 336,
+    "patch_size": 14,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "projection_dim": 768,
+}
+
+# What Microsoft's config.json has that the image embedding needs. All else there (the language model, its `auto_map`,
+# `model_type`, `_attn_implementation` and rope settings) must not leak in.
+MICROSOFT_KEYS = (
+    "hidden_size",
+    "n_embd",
+    "vocab_size",
+    "embd_pdrop",
+    "embed_pdrop",
+    "initializer_range",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "dtype",
+    "torch_dtype",
+    "img_processor",
+    "embd_layer",
+)
+MICROSOFT_TOWERS = {"openai/clip-vit-large-patch14-336": CLIP_VIT_LARGE_PATCH14_336}
+
+
+def hd_num_tokens(rows, cols, tokens_per_side):
+    """
+    Tokens of an image whose crops form a grid of `rows` x `cols` (ints or tensors; 0 x 0 is the global view alone).
+
+    Every crop and the global view give `tokens_per_side ** 2` tokens, every line of tokens ends in a `sub_GN`, and one
+    `glb_GN` parts the crops from the global view.
+    """
+    return (rows * cols + 1) * tokens_per_side**2 + 1 + (rows + 1) * tokens_per_side
+
+
+def _require(condition, name, value, accepted):
+    if not condition:
+        raise ValueError(f"`{name}` is {value!r}, but must be {accepted}.")
+
+
+def _is_int(value, low):
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _square(name, value):
+    """`value` as one int; vision configs write a side as an int or as a pair."""
+    sides = tuple(value) if isinstance(value, (list, tuple)) else (value,) * 2
+    _require(
+        len(sides) == 2 and sides[0] == sides[1] and _is_int(sides[0], 1), name, value, "a positive int (square only)"
+    )
+    return sides[0]
+
+
+def _one_of_two_names(name, value, other_name, other):
+    if value is not None and other is not None and value != other:
+        raise ValueError(
+            f"`{other_name}` is another name of `{name}`, but they are {other!r} and {value!r}. Give one."
+        )
+    return other if value is None else value
+
+
+def _from_microsoft(img_processor, embd_layer):
+    """Microsoft's `img_processor` and `embd_layer` -> our arguments, with the defaults of Microsoft's code."""
+    tower = img_processor.get("model_name", next(iter(MICROSOFT_TOWERS)))
+    _require(
+        img_processor.get("name", "clip_vision_model") == "clip_vision_model",
+        "img_processor['name']",
+        img_processor.get("name"),
+        "'clip_vision_model'; describe any other tower by `vision_config`",
+    )
+    _require(
+        tower in MICROSOFT_TOWERS,
+        "img_processor['model_name']",
+        tower,
+        f"one of {sorted(MICROSOFT_TOWERS)}; describe any other tower by `vision_config`",
+    )
+    width = MICROSOFT_TOWERS[tower]["hidden_size"]
+    image_dim_out = img_processor.get("image_dim_out", width)
+    _require(image_dim_out == width, "img_processor['image_dim_out']", image_dim_out, f"{width}, the width of {tower}")
+    embedding_cls = embd_layer.get("embedding_cls", "image")
+    _require(embedding_cls == "image", "embd_layer['embedding_cls']", embedding_cls, "'image'")
+    use_hd_transform = embd_layer.get("use_hd_transform", False)
+    return {
+        "vision_config": dict(MICROSOFT_TOWERS[tower]),
+        "layer_idx": img_processor.get("layer_idx", -2),
+        "type_feature": img_processor.get("type_feature", "patch"),
+        "num_img_tokens": img_processor.get("num_img_tokens"),
+        "use_hd_transform": use_hd_transform,
+        "with_learnable_separator": embd_layer.get("with_learnable_separator", use_hd_transform),
+        "hd_transform_order": embd_layer.get("hd_transform_order", "glb_sub"),
+        "projection_cls": embd_layer.get("projection_cls", "linear"),
+    }
+
+
+class Phi3EmbedConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`Phi3EmbedModel`]. The defaults are the geometry of Phi-3-vision.
+
+    `from_pretrained` and `from_dict` also read Microsoft's `config.json` as it stands, and take from it what the image
+    embedding needs.
+
+    Args:
+        vision_config (`PreTrainedConfig` or `dict`, *optional*):
+            The vision tower: any vision transformer that `AutoModel` builds. Defaults to CLIP ViT-L/14-336.
+        hidden_size (`int`, *optional*, defaults to 3072):
+            Width of the token space. Also called `n_embd`.
+        vocab_size (`int`, *optional*, defaults to 32064):
+            Rows of the word embedding table.
+        image_token_id (`int`, *optional*, defaults to 32044):
+            The id that stands for one image token in `input_ids`. `None`: only Microsoft's negative ids do.
+        layer_idx (`int`, *optional*, defaults to -2):
+            Which of the tower's `num_hidden_layers + 1` hidden states are the features; no later layer is built.
+        type_feature (`str`, *optional*, defaults to `"patch"`):
+            `"patch"`, or `"cls_patch"` to keep the class token (without the HD transform only).
+        use_hd_transform (`bool`, *optional*, defaults to `True`):
+            Whether an image is a grid of crops and a global view (5-D pixels), or a single picture (4-D pixels).
+        hd_transform_order (`str`, *optional*, defaults to `"sub_glb"`):
+            `"sub_glb"`: the crops' tokens before those of the global view; `"glb_sub"`: after them.
+        projection_cls (`str`, *optional*, defaults to `"mlp"`):
+            `"mlp"` (two layers with a GELU between) or `"linear"`.
+        num_img_tokens (`int`, *optional*):
+            Tokens of a crop; derived from the tower. Without the HD transform another number may be given, for
+            features that come precomputed.
+        embd_pdrop (`float`, *optional*, defaults to 0.0):
+            Dropout on the merged embeddings. Also called `embed_pdrop`.
+        pooling_mode (`str`, *optional*, defaults to `"mean"`):
+            The one vector of an image: the mean over the tokens of all its crops and its global view (`"mean"`), or of
+            its global view alone (`"global"`). Separators and padding do not count.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of a fresh model's projection and word embeddings.
+        img_processor, embd_layer (`dict`, *optional*):
+            Microsoft's way to say the above; not to be mixed with it.
+
+    Raises:
+        ValueError: a value is wrong, or two contradict each other.
+
+    Example:
+
+    ```python
+    >>> config = AutoConfig.from_pretrained(".", trust_remote_code=True)
+    >>> config.crop_size, config.patches_per_side, config.num_img_tokens
+    (336, 24, 144)
+    ```"""
+
+    model_type = "phi3_embed"
+    sub_configs = {"vision_config": AutoConfig}
+    attribute_map = {"n_embd": "hidden_size", "embed_pdrop": "embd_pdrop"}
+
+    # A plain `__init__` rather than strict dataclass fields: those raise their own error type, not ValueError.
+    def __init__(
+        self,
+        vision_config=None,
+        hidden_size=None,
+        vocab_size=32064,
+        image_token_id=32044,
+        layer_idx=-2,
+        type_feature="patch",
+        use_hd_transform=True,
+        hd_transform_order="sub_glb",
+        projection_cls="mlp",
+        num_img_tokens=None,
+        embd_pdrop=None,
+        pooling_mode="mean",
+        initializer_range=0.02,
+        n_embd=None,
+        embed_pdrop=None,
+        with_learnable_separator=None,
+        **kwargs,
+    ):
+        hidden_size = _one_of_two_names("hidden_size", hidden_size, "n_embd", n_embd)
+        embd_pdrop = _one_of_two_names("embd_pdrop", embd_pdrop, "embed_pdrop", embed_pdrop)
+        self.vision_config = self._build_vision_config(vision_config)
+        self.hidden_size = 3072 if hidden_size is None else hidden_size
+        self.vocab_size = vocab_size
+        self.image_token_id = image_token_id
+        self.layer_idx = layer_idx
+        self.type_feature = type_feature
+        self.use_hd_transform = use_hd_transform
+        self.hd_transform_order = hd_transform_order
+        self.projection_cls = projection_cls
+        self.embd_pdrop = 0.0 if embd_pdrop is None else embd_pdrop
+        self.pooling_mode = pooling_mode
+        self.initializer_range = initializer_range
+        self._check_values()
+
+        separator = use_hd_transform if with_learnable_separator is None else with_learnable_separator
+        _require(
+            separator == use_hd_transform,
+            "with_learnable_separator",
+            separator,
+            f"{use_hd_transform}, the value of `use_hd_transform`: the separators belong to the HD transform",
+        )
+        self.num_img_tokens = self._tokens_per_crop() if num_img_tokens is None else num_img_tokens
+        if use_hd_transform:
+            accepted = f"{self._tokens_per_crop()}, which the tower gives for a crop"
+            _require(self.num_img_tokens == self._tokens_per_crop(), "num_img_tokens", num_img_tokens, accepted)
+        else:
+            _require(_is_int(self.num_img_tokens, 1), "num_img_tokens", num_img_tokens, "a positive int")
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        if "img_processor" in config_dict or "embd_layer" in config_dict:
+            taken = {key: config_dict[key] for key in MICROSOFT_KEYS if key in config_dict}
+            microsoft = _from_microsoft(taken.pop("img_processor", None) or {}, taken.pop("embd_layer", None) or {})
+            config_dict = taken | microsoft
+        return super().from_dict(config_dict, **kwargs)
+
+    @staticmethod
+    def _build_vision_config(vision_config):
+        if vision_config is None:
+            vision_config = CLIP_VIT_LARGE_PATCH14_336
+        if isinstance(vision_config, dict):
+            model_type = vision_config.get("model_type", CLIP_VIT_LARGE_PATCH14_336["model_type"])
+            _require(
+                model_type in CONFIG_MAPPING,
+                "vision_config['model_type']",
+                model_type,
+                "a model type that transformers knows, such as 'clip_vision_model', 'siglip_vision_model' or 'dinov2'",
+            )
+            vision_config = CONFIG_MAPPING[model_type](**vision_config)
+        _require(
+            isinstance(vision_config, PreTrainedConfig), "vision_config", vision_config, "a dict or a PreTrainedConfig"
+        )
+        for name in ("image_size", "patch_size", "hidden_size", "num_hidden_layers"):
+            if not hasattr(vision_config, name):
+                raise ValueError(
+                    f"`vision_config` of type {vision_config.model_type!r} has no `{name}`, but must be that of a vision "
+                    "transformer alone, such as 'clip_vision_model', 'siglip_vision_model' or 'dinov2'."
+                )
+        return vision_config
+
+    def _check_values(self):
+        for name in ("hidden_size", "vocab_size"):
+            _require(_is_int(getattr(self, name), 1), name, getattr(self, name), "a positive int")
+        for name, accepted in (
+            ("type_feature", ("patch", "cls_patch")),
+            ("hd_transform_order", ("sub_glb", "glb_sub")),
+            ("projection_cls", ("mlp", "linear")),
+            ("pooling_mode", ("mean", "global")),
+            ("use_hd_transform", (True, False)),
+        ):
+            _require(getattr(self, name) in accepted, name, getattr(self, name), f"one of {accepted}")
+        _require(
+            isinstance(self.embd_pdrop, (int, float)) and 0 <= self.embd_pdrop < 1,
+            "embd_pdrop",
+            self.embd_pdrop,
+            "a probability in [0, 1)",
+        )
+        _require(
+            self.image_token_id is None or (_is_int(self.image_token_id, 0) and self.image_token_id < self.vocab_size),
+            "image_token_id",
+            self.image_token_id,
+            f"an id below `vocab_size` ({self.vocab_size}), or None for negative ids only",
+        )
+        layers = self.vision_config.num_hidden_layers
+        _require(
+            _is_int(self.layer_idx, -layers - 1) and self.layer_idx <= layers,
+            "layer_idx",
+            self.layer_idx,
+            f"an int from {-layers - 1} to {layers}, as the tower has {layers} layers",
+        )
+        patch_size = _square("vision_config.patch_size", self.vision_config.patch_size)
+        _require(
+            self.crop_size % patch_size == 0,
+            "vision_config.image_size",
+            self.crop_size,
+            f"a multiple of its `patch_size` ({patch_size})",
+        )
+        if self.use_hd_transform:
+            _require(
+                self.patches_per_side % MERGE_SIZE == 0,
+                "vision_config.image_size",
+                self.crop_size,
+                f"a multiple of {MERGE_SIZE * patch_size} when `use_hd_transform` is True, which merges "
+                f"{MERGE_SIZE} x {MERGE_SIZE} patches of {patch_size} pixels",
+            )
+            _require(
+                self.type_feature == "patch",
+                "type_feature",
+                self.type_feature,
+                "'patch' when `use_hd_transform` is True: a class token has no place among merged patches",
+            )
+
+    def _tokens_per_crop(self):
+        if self.use_hd_transform:
+            return self.tokens_per_side**2
+        return self.patches_per_side**2 + (self.type_feature == "cls_patch")
+
+    @property
+    def crop_size(self):
+        """Height and width of a crop in pixels."""
+        return _square("vision_config.image_size", self.vision_config.image_size)
+
+    @property
+    def patches_per_side(self):
+        return self.crop_size // _square("vision_config.patch_size", self.vision_config.patch_size)
+
+    @property
+    def tokens_per_side(self):
+        """Lines, and tokens in a line, that a crop gives under the HD transform."""
+        return self.patches_per_side // MERGE_SIZE
+
+    @property
+    def num_feature_layers(self):
+        """Layers of the tower that the features pass through."""
+        return self.layer_idx % (self.vision_config.num_hidden_layers + 1)
+
+
+Phi3EmbedConfig.register_for_auto_class()
+
+__all__ = ["Phi3EmbedConfig"]

@@ -1,0 +1,599 @@
+"""
+Phi-3-vision image embedding: model.
+
+Pixels (images, crops, 3, H, W)
+  -> the crops that are real, in one batch                                  (crops, 3, H, W)
+  -> the tower, up to the feature layer                                     (crops, patches, C)
+  -> 2 x 2 patches merged, separators appended, projected                   (crops * tokens + 2, hidden_size)
+  -> gathered in reading order: lines across the whole picture, each closed by `sub_GN`, and one `glb_GN` between the
+     crops and the global view                                              (num_tokens of each image, hidden_size)
+  -> put in the place of the image placeholders among the word embeddings   (batch, length, hidden_size)
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, torch_compilable_check
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_phi3_embed import MERGE_SIZE, Phi3EmbedConfig, hd_num_tokens
+
+# Microsoft's placeholders are the ids -1, -2, ... of an image's number; an id this low or lower is none.
+MIN_PLACEHOLDER_ID = -(10**9)
+
+# What towers call the modules behind their last layer. The features are taken before them.
+CLOSING_MODULES = ("post_layernorm", "layernorm", "norm", "head", "pooler")
+
+
+@dataclass
+class Phi3EmbedImageOutput(BaseModelOutputWithPooling):
+    r"""
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(num_crops, num_patches, vision_config.hidden_size)`):
+            The tower's features of every crop that went through it, at `config.layer_idx`; `None` where the features
+            came precomputed.
+        pooler_output (`tuple(torch.FloatTensor)`, one of shape `(num_tokens, hidden_size)` an image):
+            The image tokens.
+        hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*):
+            The tower's, on request.
+        image_embeds (`torch.FloatTensor` of shape `(num_images, hidden_size)`):
+            One vector an image, by `config.pooling_mode`.
+    """
+
+    image_embeds: torch.FloatTensor | None = None
+
+
+@dataclass
+class Phi3EmbedModelOutput(ModelOutput):
+    r"""
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
+            The word embeddings with the image tokens in place of the placeholders. For images alone, of shape
+            `(num_images, max_num_tokens, hidden_size)`: the image tokens, with zeros behind shorter images.
+        pooler_output (`torch.FloatTensor` of shape `(num_images, hidden_size)`, *optional*):
+            One vector an image, by `config.pooling_mode`.
+        image_hidden_states (`tuple(torch.FloatTensor)`, one of shape `(num_tokens, hidden_size)` an image, *optional*):
+            The image tokens.
+        hidden_states (`tuple(torch.FloatTensor)` of shape `(num_crops, tower_length, tower_width)`, *optional*):
+            The tower's hidden states up to the feature layer, with `output_hidden_states=True`.
+        attentions (`tuple(torch.FloatTensor)` of shape `(num_crops, heads, tower_length, tower_length)`, *optional*):
+            The tower's attentions, with `output_attentions=True` and eager attention.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    image_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+def build_vision_tower(config: Phi3EmbedConfig) -> PreTrainedModel:
+    """The tower of `config.vision_config` up to the feature layer, without what follows its last layer."""
+    vision_config = copy.deepcopy(config.vision_config)
+    vision_config.num_hidden_layers = config.num_feature_layers
+    tower = AutoModel.from_config(vision_config)
+    for name in CLOSING_MODULES:
+        if hasattr(tower, name):
+            setattr(tower, name, nn.Identity())
+    return tower
+
+
+def crop_grids(image_sizes: torch.LongTensor | list[tuple[int, int]], crop_size: int) -> torch.LongTensor:
+    """Heights and widths in pixels -> rows and columns of crops, (num_images, 2)."""
+    return torch.as_tensor(image_sizes).reshape(-1, 2) // crop_size
+
+
+def hd_token_index(
+    grids: torch.LongTensor, num_encoded: torch.LongTensor, tokens_per_side: int, order: str
+) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """
+    Where each image token stands in the projected table.
+
+    The table holds, crop after crop and image after image, `tokens_per_side ** 2` rows each, an image's global view
+    first; behind them the two separators, `sub_GN` and `glb_GN`.
+
+    Args:
+        grids (`(num_images, 2)`): rows and columns of crops.
+        num_encoded (`(num_images,)`): crops of each image in the table; 1 where the global view stands for all.
+
+    Returns:
+        index (`(sum of num_tokens,)`): a row of the table for each token, image after image.
+        num_tokens (`(num_images,)`).
+    """
+    side, area = tokens_per_side, tokens_per_side**2
+    num_tokens = hd_num_tokens(grids[:, 0], grids[:, 1], side)
+    image = torch.arange(len(grids), device=grids.device).repeat_interleave(num_tokens)
+    position = torch.arange(len(image), device=grids.device) - (num_tokens.cumsum(0) - num_tokens)[image]
+    rows, cols = grids[image].unbind(-1)
+    first_crop = (num_encoded.cumsum(0) - num_encoded)[image]
+    sub_GN = num_encoded.sum() * area
+    glb_GN = sub_GN + 1
+
+    sub_length, glb_length = rows * side * (cols * side + 1), side * (side + 1)
+    if order == "sub_glb":
+        is_sub, is_separator, glb_start = position < sub_length, position == sub_length, sub_length + 1
+        sub_start = 0
+    else:
+        is_sub, is_separator, glb_start = position > glb_length, position == glb_length, 0
+        sub_start = glb_length + 1
+    position = position - torch.where(is_sub, sub_start, glb_start)
+    width = torch.where(is_sub, cols * side, side)
+    y, x = position // (width + 1), position % (width + 1)
+
+    # The crops follow the global view, except where it stands for the only one.
+    sub_crop = first_crop + (num_encoded[image] > 1) + (y // side) * cols + x // side
+    index = torch.where(is_sub, sub_crop, first_crop) * area + (y % side) * side + x % side
+    index = torch.where(x == width, sub_GN, index)
+    return torch.where(is_separator, glb_GN, index), num_tokens
+
+
+class Phi3EmbedProjector(nn.Module):
+    """Merges patches and projects them and the separators into the token space."""
+
+    # The separators live here, and not in the parent, so that a forward of their own brings them in from offload.
+    def __init__(self, config: Phi3EmbedConfig):
+        super().__init__()
+        self.use_hd_transform = config.use_hd_transform
+        in_features = config.vision_config.hidden_size
+        if self.use_hd_transform:
+            in_features *= MERGE_SIZE**2
+            self.glb_GN = nn.Parameter(torch.zeros(1, 1, in_features))
+            self.sub_GN = nn.Parameter(torch.zeros(1, 1, 1, in_features))
+        if config.projection_cls == "linear":
+            self.img_projection = nn.Linear(in_features, config.hidden_size)
+        else:
+            self.img_projection = nn.Sequential(
+                nn.Linear(in_features, config.hidden_size),
+                nn.GELU(),
+                nn.Linear(config.hidden_size, config.hidden_size),
+            )
+
+    def forward(self, features: torch.FloatTensor) -> torch.FloatTensor:
+        """
+        `(num_crops, num_patches, C)` -> `(num_crops * num_tokens + 2, hidden_size)`, the last two rows `sub_GN` and
+        `glb_GN`; without the HD transform `(num_crops, num_patches, hidden_size)`.
+        """
+        if not self.use_hd_transform:
+            return self.img_projection(features)
+        num_crops, num_patches, width = features.shape
+        side = int(num_patches**0.5) // MERGE_SIZE
+        features = features.view(num_crops, side, MERGE_SIZE, side, MERGE_SIZE, width).transpose(2, 3)
+        features = features.reshape(-1, MERGE_SIZE**2 * width)  # (num_crops * side * side, 4 * C)
+        separators = (self.sub_GN.view(1, -1), self.glb_GN.view(1, -1))
+        return self.img_projection(torch.cat((features, *separators)))
+
+
+class Phi3ImageEmbedding(nn.Module):
+    """
+    Phi-3-vision's image embedding: tower, HD transform, projection, and the merge with the word embeddings.
+
+    Args:
+        config ([`Phi3EmbedConfig`], or a config with Microsoft's `img_processor`):
+            The geometry.
+        wte (`nn.Embedding`, *optional*):
+            The word embeddings to share; without it the module has its own, of `config.vocab_size` rows.
+        kwargs:
+            Microsoft's `embd_layer` settings (`use_hd_transform`, `projection_cls`, ...), over those of `config`.
+    """
+
+    def __init__(self, config, wte: nn.Embedding | None = None, **kwargs):
+        super().__init__()
+        if hasattr(config, "img_processor"):
+            config = Phi3EmbedConfig.from_dict(
+                config.to_dict() | {"embd_layer": (getattr(config, "embd_layer", None) or {}) | kwargs}
+            )
+        elif kwargs:
+            config = Phi3EmbedConfig.from_dict(config.to_dict() | {"num_img_tokens": None} | kwargs)
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size) if wte is None else wte
+        self.img_processor = build_vision_tower(config)
+        self.projector = Phi3EmbedProjector(config)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.img_features = None
+        self.img_sizes = None
+
+    def set_img_features(self, img_features: torch.FloatTensor | None) -> None:
+        """Leave features (3-D) or pixels for the next forward, which uses them once."""
+        self.img_features = img_features
+
+    def set_img_sizes(self, img_sizes: torch.LongTensor | None) -> None:
+        """Leave the image sizes for the next forward, which uses them once."""
+        self.img_sizes = img_sizes
+
+    def get_img_features(self, img_embeds: torch.FloatTensor) -> torch.FloatTensor:
+        """Pixels `(num_crops, 3, H, W)` -> the tower's features `(num_crops, num_patches, C)` at the feature layer."""
+        return self._select_features(self._encode(img_embeds).last_hidden_state)
+
+    def _encode(self, pixel_values, **kwargs):
+        return self.img_processor(pixel_values.to(self.img_processor.dtype), **kwargs)
+
+    def _select_features(self, features):
+        # Towers put 0 (SigLIP), 1 (CLIP) or more (DINOv2 with registers) tokens before the patches, the class token
+        # first.
+        num_prefix = features.shape[1] - self.config.patches_per_side**2
+        if num_prefix < 0 or (num_prefix == 0 and self.config.type_feature == "cls_patch"):
+            raise ValueError(
+                f"The tower gives {features.shape[1]} tokens a crop of {self.config.patches_per_side**2} patches; "
+                f"`type_feature={self.config.type_feature!r}` needs more. Set `type_feature` or `vision_config` right."
+            )
+        if self.config.type_feature == "cls_patch":
+            return torch.cat((features[:, :1], features[:, num_prefix:]), dim=1)
+        return features[:, num_prefix:]
+
+    def embed_images(
+        self,
+        pixel_values: torch.FloatTensor,
+        image_sizes: torch.LongTensor | list[tuple[int, int]] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Phi3EmbedImageOutput:
+        """See [`Phi3EmbedModel.get_image_features`]."""
+        _check_pixels(self.config, pixel_values)
+        if not self.config.use_hd_transform:
+            return self._embed_single(pixel_values, image_sizes, **kwargs)
+        return self._embed_hd(pixel_values, image_sizes, **kwargs)
+
+    def _embed_single(self, pixel_values, image_sizes, **kwargs):
+        if image_sizes is not None:
+            raise ValueError(
+                "`image_sizes` were given, but this model works without the HD transform. Leave them out."
+            )
+        if pixel_values.ndim == 3:  # precomputed features (num_images, num_tokens, C)
+            features, encoded = pixel_values.to(self.img_processor.dtype), {}
+        else:
+            encoded = self._encode(pixel_values, **kwargs)
+            features = self._select_features(encoded.last_hidden_state)
+        tokens = self.projector(features)  # (num_images, num_tokens, hidden_size)
+        return Phi3EmbedImageOutput(
+            last_hidden_state=features if encoded else None,
+            pooler_output=tokens.unbind(0),
+            hidden_states=encoded.get("hidden_states"),
+            attentions=encoded.get("attentions"),
+            image_embeds=tokens.mean(1),
+        )
+
+    def _embed_hd(self, pixel_values, image_sizes, **kwargs):
+        _check_image_sizes(self.config, pixel_values, image_sizes)
+        grids = crop_grids(image_sizes, self.config.crop_size).to(pixel_values.device)
+        num_views = grids.prod(-1) + 1
+        _check_padding_crops(pixel_values, num_views)
+        # The only crop of a 1 x 1 grid equals the global view, to the bit as the processor makes them: encode it once.
+        if pixel_values.shape[1] > 1:
+            is_twin = (num_views == 2) & (pixel_values[:, 0] == pixel_values[:, 1]).flatten(1).all(-1)
+            num_views = num_views - is_twin.to(num_views.dtype)
+
+        is_encoded = torch.arange(pixel_values.shape[1], device=grids.device) < num_views[:, None]
+        encoded = self._encode(pixel_values[is_encoded], **kwargs)
+        features = self._select_features(encoded.last_hidden_state)
+        table = self.projector(features)
+        index, num_tokens = hd_token_index(
+            grids.to(table.device),
+            num_views.to(table.device),
+            self.config.tokens_per_side,
+            self.config.hd_transform_order,
+        )
+        tokens = table.index_select(0, index)  # (sum of num_tokens, hidden_size)
+        return Phi3EmbedImageOutput(
+            last_hidden_state=features,
+            pooler_output=tokens.split(num_tokens.tolist()),
+            hidden_states=encoded.get("hidden_states"),
+            attentions=encoded.get("attentions"),
+            image_embeds=self._pool(table[:-2].view(features.shape[0], -1, table.shape[-1]), num_views),
+        )
+
+    def _pool(self, tokens, num_views):
+        """`(num_crops, num_tokens, hidden_size)` -> `(num_images, hidden_size)`."""
+        crops = tokens.mean(1)  # (num_crops, hidden_size)
+        num_views = num_views.to(crops.device)
+        if self.config.pooling_mode == "global":
+            return crops.index_select(0, num_views.cumsum(0) - num_views)
+        image = torch.arange(len(num_views), device=crops.device).repeat_interleave(num_views)
+        total = crops.new_zeros(len(num_views), crops.shape[-1], dtype=torch.float32).index_add(
+            0, image, crops.float()
+        )
+        return (total / num_views[:, None]).to(crops.dtype)
+
+    def merge(
+        self,
+        image_tokens: tuple[torch.FloatTensor, ...] = (),
+        input_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+    ) -> torch.FloatTensor:
+        """Word embeddings `(batch_size, sequence_length, hidden_size)` with the image tokens in the placeholders."""
+        if input_ids is not None:
+            input_ids = input_ids.view(-1, input_ids.shape[-1])
+            _check_input_ids(input_ids, self.wte.num_embeddings)
+            inputs_embeds = self.wte(input_ids.clamp(min=0))
+        is_placeholder = self.get_placeholder_mask(input_ids, inputs_embeds, image_tokens)
+        if len(image_tokens):
+            features = torch.cat(image_tokens).to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(is_placeholder[..., None], features)
+        return self.drop(inputs_embeds)
+
+    def get_placeholder_mask(self, input_ids, inputs_embeds, image_tokens):
+        """Where the image tokens go, `(batch_size, sequence_length)`; each image's must stand together, in order."""
+        if input_ids is not None:
+            number = torch.where(input_ids > MIN_PLACEHOLDER_ID, input_ids, 0).clamp(max=0)
+            is_placeholder = number < 0
+            if self.config.image_token_id is not None:
+                is_placeholder = is_placeholder | (input_ids == self.config.image_token_id)
+        elif self.config.image_token_id is not None:
+            image_token_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            is_placeholder = (inputs_embeds == self.wte(image_token_id)).all(-1)
+            number = is_placeholder.long()
+        else:
+            raise ValueError("`inputs_embeds` need an `image_token_id` in the config to tell where images go.")
+        _check_placeholders(is_placeholder, number, [len(tokens) for tokens in image_tokens])
+        return is_placeholder.to(inputs_embeds.device)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_sizes: torch.LongTensor | list[tuple[int, int]] | None = None,
+    ) -> torch.FloatTensor:
+        """
+        Args:
+            input_ids (`(batch_size, sequence_length)`, *optional*):
+                Token ids; an image token is Microsoft's negative id or `config.image_token_id`. Left unchanged.
+            pixel_values (*optional*):
+                `(num_images, max_crops, 3, H, W)`, the global view first; without the HD transform
+                `(num_images, 3, H, W)` or precomputed features `(num_images, num_tokens, C)`.
+            image_sizes (`(num_images, 2)`, *optional*):
+                Height and width in pixels of each image's grid of crops.
+
+        Returns:
+            hidden_states `(batch_size, sequence_length, hidden_size)`; without `input_ids`
+            `(num_images, max_num_tokens, hidden_size)`, with zeros behind shorter images.
+        """
+        if self.img_features is not None:
+            if pixel_values is not None:
+                raise ValueError(
+                    "`pixel_values` were given, but `set_img_features` has left some. Give one of the two."
+                )
+            pixel_values, self.img_features = self.img_features, None
+        if self.img_sizes is not None:
+            if image_sizes is not None:
+                raise ValueError("`image_sizes` were given, but `set_img_sizes` has left some. Give one of the two.")
+            image_sizes, self.img_sizes = self.img_sizes, None
+        if input_ids is None and pixel_values is None:
+            raise ValueError("Neither `input_ids` nor `pixel_values` were given. Give one of them, or both.")
+        tokens = () if pixel_values is None else self.embed_images(pixel_values, image_sizes).pooler_output
+        if input_ids is None:
+            return self.drop(pad_sequence(tokens, batch_first=True))
+        return self.merge(tokens, input_ids)
+
+
+# Checks of what callers give. They read values, which a traced graph cannot, so they are left out of one.
+
+
+def _check_pixels(config, pixel_values):
+    shape, channels, size = tuple(pixel_values.shape), config.vision_config.num_channels, config.crop_size
+    if config.use_hd_transform:
+        accepted = f"(num_images, crops, {channels}, {size}, {size})"
+        is_accepted = pixel_values.ndim == 5 and shape[2:] == (channels, size, size)
+    else:
+        width = config.vision_config.hidden_size
+        accepted = f"(num_images, {channels}, {size}, {size}), or (num_images, num_tokens, {width}) for features"
+        is_accepted = (pixel_values.ndim == 4 and shape[1:] == (channels, size, size)) or (
+            pixel_values.ndim == 3 and shape[1] > 0 and shape[2] == width
+        )
+    if not (is_accepted and shape[0] > 0 and shape[1] > 0):
+        raise ValueError(f"`pixel_values` are of shape {shape}, but this model takes {accepted}.")
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"`pixel_values` are of dtype {pixel_values.dtype}, but must be floating point: let the image processor make them."
+        )
+    if not torch.compiler.is_compiling() and not pixel_values.isfinite().all():
+        raise ValueError("`pixel_values` hold NaN or infinite values.")
+
+
+def _check_image_sizes(config, pixel_values, image_sizes):
+    if image_sizes is None:
+        raise ValueError("`image_sizes` are missing: the HD transform needs the size of each image's grid of crops.")
+    sizes = torch.as_tensor(image_sizes)
+    if sizes.numel() != 2 * len(pixel_values) or sizes.shape[-1] != 2 or sizes.is_floating_point():
+        raise ValueError(
+            f"`image_sizes` are of shape {tuple(sizes.shape)} and dtype {sizes.dtype}, but must be ints of shape "
+            f"({len(pixel_values)}, 2), a height and a width for each image of `pixel_values`."
+        )
+    if torch.compiler.is_compiling():
+        return
+    for number, (height, width) in enumerate(sizes.reshape(-1, 2).tolist()):
+        is_grid = height > 0 and width > 0 and height % config.crop_size == 0 and width % config.crop_size == 0
+        if not (is_grid or height == width == 0):
+            raise ValueError(
+                f"`image_sizes` say {height} x {width} for image {number}, but must be multiples of the crop size, "
+                f"{config.crop_size} (or 0 x 0 for the global view alone)."
+            )
+        num_views = height * width // config.crop_size**2 + 1
+        if num_views > pixel_values.shape[1]:
+            raise ValueError(
+                f"`image_sizes` say {height} x {width} for image {number}, which is {num_views} crops with the global "
+                f"view, but `pixel_values` have {pixel_values.shape[1]}."
+            )
+
+
+def _check_padding_crops(pixel_values, num_views):
+    if torch.compiler.is_compiling():
+        return
+    for number, (views, used) in enumerate(zip(pixel_values, num_views.tolist())):
+        if views[used:].any():
+            raise ValueError(
+                f"Image {number} has {used} crops by `image_sizes` (the global view counted), but `pixel_values` hold "
+                "more. Crops beyond them must be zero."
+            )
+
+
+def _check_input_ids(input_ids, num_embeddings):
+    if torch.compiler.is_compiling():
+        return
+    if input_ids.is_floating_point():
+        raise ValueError(f"`input_ids` are of dtype {input_ids.dtype}, but must be ints.")
+    if input_ids.numel() and (highest := input_ids.max().item()) >= num_embeddings:
+        raise ValueError(f"`input_ids` hold {highest}, but the vocabulary ends at {num_embeddings - 1}.")
+
+
+def _check_placeholders(is_placeholder, number, num_tokens):
+    if torch.compiler.is_compiling():
+        torch_compilable_check(
+            is_placeholder.sum() == sum(num_tokens), "placeholders and image tokens differ in number"
+        )
+        return
+    # A run of placeholders ends where the row does, the next id is none, or another image's number begins.
+    ends = is_placeholder.clone()
+    ends[:, :-1] &= number[:, 1:] != number[:, :-1]
+    run_ends = is_placeholder.flatten().cumsum(0)[ends.flatten()].tolist()
+    token_ends = torch.tensor(num_tokens).cumsum(0).tolist()
+    if (run_ends[-1:] or [0]) != (token_ends[-1:] or [0]) or not set(run_ends) <= set(token_ends):
+        runs = [end - start for start, end in zip([0, *run_ends], run_ends)]
+        raise ValueError(
+            f"The text has {sum(runs)} image placeholders, in runs of {runs}, but the images take {sum(num_tokens)} "
+            f"tokens, {list(num_tokens)}. Each image's placeholders must stand together and be as many as its tokens."
+        )
+
+
+class Phi3EmbedPreTrainedModel(PreTrainedModel):
+    config_class = Phi3EmbedConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Phi3EmbedProjector"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, Phi3EmbedProjector) and module.use_hd_transform:
+            init.zeros_(module.glb_GN)
+            init.zeros_(module.sub_GN)
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        """
+        As [`PreTrainedModel.from_pretrained`], but weights that the checkpoint lacks are an error, never left random.
+
+        Raises:
+            ValueError: the checkpoint lacks weights; they are named.
+        """
+        model, loading_info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if missing := sorted(loading_info["missing_keys"]):
+            raise ValueError(
+                f"The checkpoint lacks {len(missing)} of the model's weights: {', '.join(missing)}. For a fresh, "
+                "untrained model use `AutoModel.from_config(config, trust_remote_code=True)`."
+            )
+        return (model, loading_info) if output_loading_info else model
+
+
+class Phi3EmbedModel(Phi3EmbedPreTrainedModel):
+    """Phi-3-vision's image embedding as a model: images, texts, or texts with images in, embeddings out."""
+
+    def __init__(self, config: Phi3EmbedConfig):
+        super().__init__(config)
+        self.vision_embed_tokens = Phi3ImageEmbedding(config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.vision_embed_tokens.wte
+
+    def set_input_embeddings(self, value):
+        self.vision_embed_tokens.wte = value
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor,
+        image_sizes: torch.LongTensor | list[tuple[int, int]] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | Phi3EmbedImageOutput:
+        r"""
+        Image tokens, and one vector an image.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(num_images, max_crops, 3, crop_size, crop_size)`):
+                As the image processor makes them: the global view first, then the crops row by row, then zeros. Without
+                the HD transform `(num_images, 3, crop_size, crop_size)`, or features
+                `(num_images, num_tokens, vision_config.hidden_size)`.
+            image_sizes (`torch.LongTensor` of shape `(num_images, 2)` or a list of int pairs):
+                Height and width in pixels of each image's grid of crops; 0 x 0 for the global view alone. To be left out
+                without the HD transform.
+            output_hidden_states, output_attentions (`bool`, *optional*):
+                Also return the tower's.
+
+        Returns:
+            [`Phi3EmbedImageOutput`] in the dtype of the weights: `pooler_output` has a `(num_tokens, hidden_size)`
+            tensor for each image, `image_embeds` is `(num_images, hidden_size)`.
+
+        Raises:
+            ValueError: shape, dtype or values are wrong, or sizes and crops disagree.
+        """
+        return self.vision_embed_tokens.embed_images(pixel_values, image_sizes, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_sizes: torch.LongTensor | list[tuple[int, int]] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        num_img_tokens: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | Phi3EmbedModelOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Token ids. An image's tokens are a run of `config.image_token_id`, or of Microsoft's negative ids.
+            pixel_values, image_sizes (*optional*):
+                As in [`~Phi3EmbedModel.get_image_features`]; the images of all texts, in the order of their placeholders.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                In place of `input_ids`; placeholders are the embedding of `config.image_token_id`.
+            attention_mask, num_img_tokens (*optional*):
+                Taken because tokenizer and image processor give them; without effect.
+
+        Returns:
+            [`Phi3EmbedModelOutput`]
+
+        Raises:
+            ValueError: placeholders and image tokens differ in number, an id is out of range, or as in
+                [`~Phi3EmbedModel.get_image_features`].
+        """
+        if input_ids is not None and inputs_embeds is not None:
+            raise ValueError("Both `input_ids` and `inputs_embeds` were given. Give one of the two.")
+        has_text = input_ids is not None or inputs_embeds is not None
+        if pixel_values is None and image_sizes is not None:
+            raise ValueError("`image_sizes` were given without `pixel_values`.")
+        if pixel_values is None:
+            if not has_text:
+                raise ValueError("Nothing was given: `input_ids` (or `inputs_embeds`), `pixel_values`, or both.")
+            return Phi3EmbedModelOutput(last_hidden_state=self.vision_embed_tokens.merge((), input_ids, inputs_embeds))
+
+        images = self.get_image_features(pixel_values, image_sizes, **{**kwargs, "return_dict": True})
+        tokens = images.pooler_output
+        if has_text:
+            last_hidden_state = self.vision_embed_tokens.merge(tokens, input_ids, inputs_embeds)
+        else:
+            last_hidden_state = self.vision_embed_tokens.drop(pad_sequence(tokens, batch_first=True))
+        return Phi3EmbedModelOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=images.image_embeds,
+            image_hidden_states=tokens,
+            hidden_states=images.hidden_states,
+            attentions=images.attentions,
+        )
+
+
+Phi3EmbedModel.register_for_auto_class("AutoModel")
+
+__all__ = ["Phi3EmbedModel", "Phi3EmbedPreTrainedModel", "Phi3ImageEmbedding"]

@@ -1,0 +1,436 @@
+"""Phi-3-vision image embedding: image processor and processor."""
+
+import math
+import os
+import re
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ChannelDimension,
+    infer_channel_dimension_format,
+)
+from transformers.processing_utils import ImagesKwargs, MultiModalData, Unpack
+
+from .configuration_phi3_embed import hd_num_tokens
+
+# A picture of 257 views is 350 MB of float32 and 37,000 tokens, more than a quarter of Phi-3's longest context.
+MAX_NUM_CROPS = 256
+WHITE = (255, 255, 255)
+IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
+ACCEPTED_IMAGES = "PIL images, numpy or torch arrays, paths, or lists of these"
+
+
+class Phi3EmbedImageProcessorKwargs(ImagesKwargs, total=False):
+    r"""
+    num_crops (`int`, *optional*, defaults to 16):
+        The most crops an image is cut into; 0 for the global view alone.
+    num_img_tokens (`int`, *optional*, defaults to 144):
+        Tokens that the model makes of a crop.
+    """
+
+    num_crops: int
+    num_img_tokens: int
+
+
+def hd_target_size(width: int, height: int, num_crops: int, crop_size: int) -> tuple[int, int]:
+    """
+    Width and height of an image resized for the HD transform: the widest multiple of `crop_size` (highest, for a tall
+    image) at which it fits in `num_crops` crops, in Microsoft's order of float operations.
+    """
+    if width < height:
+        return hd_target_size(height, width, num_crops, crop_size)[::-1]
+    ratio = width / height
+    scale = 1
+    while (scale + 1) * math.ceil((scale + 1) / ratio) <= num_crops:
+        scale += 1
+    # Of an image thinner than 1 pixel at that width one line is kept, where the original fails.
+    return scale * crop_size, max(int(scale * crop_size / ratio), 1)
+
+
+def hd_resize(image: Image.Image, num_crops: int, crop_size: int) -> Image.Image:
+    """Resizes an RGB image and centres it on white, so that its sides are multiples of `crop_size`."""
+    width, height = hd_target_size(*image.size, num_crops, crop_size)
+    if image.width < image.height:
+        # The original turns a tall image on its side. Pillow rounds between its two passes, so their order counts.
+        image = image.resize((image.width, height), Image.Resampling.BILINEAR)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    padded_size = tuple(math.ceil(side / crop_size) * crop_size for side in image.size)
+    if padded_size == image.size:
+        return image
+    padded = Image.new("RGB", padded_size, WHITE)
+    padded.paste(image, tuple((outer - inner) // 2 for outer, inner in zip(padded_size, image.size)))
+    return padded
+
+
+def bicubic_shrink(pixels: np.ndarray, factor: int, axis: int) -> np.ndarray:
+    """
+    Shrinks one axis by a whole factor as `torch.nn.functional.interpolate(mode="bicubic")` does: no smoothing, half-pixel
+    centres, a = -0.75. An odd factor hits pixels; an even one falls half-way between two, of four with fixed weights.
+    """
+    length = pixels.shape[axis]
+    first = np.arange(factor // 2, length, factor)
+    if factor % 2:
+        return pixels.take(first, axis)
+    a = -0.75
+    outer, inner = np.float32(a / 8), np.float32(0.5 - a / 8)
+    taps = [pixels.take((first + shift).clip(0, length - 1), axis) for shift in (-2, -1, 0, 1)]
+    return (np.add(taps[0], taps[3], dtype=np.float32)) * outer + (np.add(taps[1], taps[2], dtype=np.float32)) * inner
+
+
+def _open(path) -> Image.Image:
+    if re.match(r"[a-z][a-z0-9+.-]+://|data:", str(path), re.IGNORECASE):
+        raise ValueError(f"{str(path)[:80]!r} is a URL. Fetch it first: `transformers.image_utils.load_image` does.")
+    try:
+        with Image.open(path) as image:
+            # As the camera says it is up, as transformers' pipelines open files.
+            return ImageOps.exif_transpose(image)
+    except FileNotFoundError as error:
+        raise ValueError(f"There is no image file {str(path)!r}.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{str(path)!r} has too many pixels ({error}). If you trust it, raise `PIL.Image.MAX_IMAGE_PIXELS`."
+        ) from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as an image: {error}") from error
+
+
+def _array_to_pil(array: np.ndarray, input_data_format) -> Image.Image:
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.size == 0:
+        raise ValueError(
+            f"An image array is of shape {array.shape}, but must be (height, width), (height, width, channels) or "
+            "(channels, height, width), and not empty."
+        )
+    if input_data_format is None:
+        try:
+            input_data_format = infer_channel_dimension_format(array, num_channels=(1, 3, 4))
+        except ValueError as error:
+            raise ValueError(f"An image array is of shape {array.shape}, but must have 1, 3 or 4 channels.") from error
+    if ChannelDimension(input_data_format) == ChannelDimension.FIRST:
+        array = array.transpose(1, 2, 0)
+    if np.issubdtype(array.dtype, np.floating):
+        # NaN fails this comparison too.
+        if not (array.min() >= 0 and array.max() <= 1):
+            raise ValueError(
+                f"A float image array has values from {array.min()} to {array.max()}, but must be in [0, 1]. "
+                "Divide by its range, or pass uint8."
+            )
+        array = (array * 255).round().astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(f"An image array is of dtype {array.dtype}, but must be uint8, or float in [0, 1].")
+    if array.shape[2] == 1:
+        return Image.fromarray(array[..., 0]).convert("RGB")
+    return Image.fromarray(np.ascontiguousarray(array[..., :3]))
+
+
+def to_rgb(image, input_data_format=None) -> Image.Image:
+    """Any one image -> a PIL image of mode RGB. An alpha channel is dropped, as in the original."""
+    if isinstance(image, (str, Path)):
+        image = _open(image)
+    if isinstance(image, torch.Tensor):
+        image = (image.float() if image.is_floating_point() else image).numpy(force=True)
+    if isinstance(image, np.ndarray):
+        return _array_to_pil(image, input_data_format)
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"An image is of type {type(image).__name__}. Accepted are {ACCEPTED_IMAGES}.")
+    if 0 in image.size:
+        raise ValueError(f"An image is of size {image.size}: it has no pixels.")
+    if image.mode.startswith("I;16"):
+        return _array_to_pil((np.asarray(image) / 257).round().astype(np.uint8), None)
+    if image.mode in ("I", "F"):
+        low, high = image.getextrema()
+        if not (low >= 0 and high <= 255):
+            raise ValueError(
+                f"An image of mode {image.mode!r} has values from {low} to {high}, but must be in 0..255. Scale it first."
+            )
+    try:
+        with warnings.catch_warnings():
+            # Transparency of a palette is dropped knowingly.
+            warnings.filterwarnings("ignore", message="Palette images with Transparency")
+            return image.convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"An image ({getattr(image, 'filename', '') or image!r}) cannot be read: {error}") from error
+
+
+def flatten_images(images) -> list:
+    """Single, listed, nested or stacked images -> a flat list."""
+    if isinstance(images, (list, tuple)):
+        return [flat for image in images for flat in flatten_images(image)]
+    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+        return list(images)
+    return [images]
+
+
+class Phi3EmbedImageProcessor(BaseImageProcessor):
+    r"""
+    Phi-3-vision's HD transform: an image is resized to a grid of at most `num_crops` crops, padded with white, and
+    preceded by a global view of one crop's size.
+
+    Args:
+        num_crops (`int`, *optional*, defaults to 16):
+            The most crops of an image; 0 for the global view alone. Also an argument of every call.
+        size (`dict`, *optional*, defaults to `{"height": 336, "width": 336}`):
+            The size of a crop in pixels.
+        num_img_tokens (`int`, *optional*, defaults to 144):
+            Tokens that the model makes of a crop.
+        do_rescale, rescale_factor, do_normalize, image_mean, image_std (*optional*):
+            As everywhere; defaults to 1 / 255 and CLIP's mean and standard deviation.
+
+    Example:
+
+    ```python
+    >>> image_processor = AutoImageProcessor.from_pretrained(".", trust_remote_code=True)
+    >>> inputs = image_processor(Image.new("RGB", (1366, 768)), return_tensors="pt")
+    >>> inputs.pixel_values.shape, inputs.image_sizes.tolist(), inputs.num_img_tokens.tolist()
+    (torch.Size([1, 17, 3, 336, 336]), [[1008, 1680]], [2353])
+    ```"""
+
+    model_input_names = ["pixel_values", "image_sizes", "num_img_tokens"]
+    valid_kwargs = Phi3EmbedImageProcessorKwargs
+
+    num_crops = 16
+    num_img_tokens = 144
+    size = {"height": 336, "width": 336}
+    do_rescale = True
+    do_normalize = True
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+
+    def __init__(self, **kwargs: Unpack[Phi3EmbedImageProcessorKwargs]):
+        super().__init__(**kwargs)
+        self._set_attributes(**kwargs)
+        _check_geometry(self.num_crops, self.size, self.num_img_tokens)
+
+    def fetch_images(self, images):
+        """Images as they are: unlike other image processors this one never reaches for the network."""
+        return images
+
+    def preprocess(self, images, **kwargs: Unpack[Phi3EmbedImageProcessorKwargs]) -> BatchFeature:
+        r"""
+        Args:
+            images:
+                PIL images of any mode, numpy or torch arrays (either channel order; uint8, or float in [0, 1]), paths;
+                one, or a list, or nested lists.
+            num_crops (`int`, *optional*):
+                In place of the processor's own.
+            return_tensors (`str`, *optional*):
+                `"pt"` or `"np"`.
+
+        Returns:
+            `pixel_values` (`(num_images, num_crops + 1, 3, height, width)`, float32): the global view, the crops row by
+            row, zeros. `image_sizes` (`(num_images, 2)`): height and width of each grid of crops in pixels.
+            `num_img_tokens` (`(num_images,)`): the tokens the model makes of each image.
+
+        Raises:
+            ValueError: an image cannot be read or is of a wrong kind, shape, dtype or range, or there is none.
+        """
+        return super().preprocess(images, **kwargs)
+
+    def _preprocess_image_like_inputs(
+        self, images, num_crops, num_img_tokens, size, input_data_format=None, return_tensors=None, **kwargs
+    ):
+        _check_geometry(num_crops, size, num_img_tokens)
+        images = flatten_images(images)
+        if not images:
+            raise ValueError(f"There are no images. Accepted are {ACCEPTED_IMAGES}.")
+        scale, bias = _affine(**{name: kwargs[name] for name in AFFINE_KWARGS})
+        # Padding crops stay the operating system's zero pages: they cost neither time nor memory.
+        pixel_values = np.zeros((len(images), num_crops + 1, 3, size.height, size.width), np.float32)
+
+        def write(number):
+            try:
+                image = to_rgb(images[number], input_data_format)
+            except ValueError as error:
+                raise ValueError(f"Image {number}: {error}") from error
+            return _write_views(image, num_crops, size.height, scale, bias, out=pixel_values[number])
+
+        # Pillow and numpy release the GIL. torch's thread count is 1 in the workers of a DataLoader, as it should be here.
+        if (workers := min(len(images), torch.get_num_threads())) == 1:
+            grids = [write(number) for number in range(len(images))]
+        else:
+            with ThreadPoolExecutor(workers) as pool:
+                grids = list(pool.map(write, range(len(images))))
+        grids = np.array(grids)
+        data = {
+            "pixel_values": pixel_values,
+            "image_sizes": grids * size.height,
+            "num_img_tokens": hd_num_tokens(grids[:, 0], grids[:, 1], math.isqrt(num_img_tokens)),
+        }
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def num_image_tokens(self, width: int, height: int, num_crops: int | None = None) -> int:
+        """Tokens that an image of this size in pixels takes, without touching a pixel."""
+        for name, side in (("width", width), ("height", height)):
+            if not side >= 1:
+                raise ValueError(f"`{name}` is {side!r}, but must be a positive number of pixels.")
+        rows, cols = self._grid(width, height, self.num_crops if num_crops is None else num_crops)
+        return hd_num_tokens(rows, cols, math.isqrt(self.num_img_tokens))
+
+    def _grid(self, width, height, num_crops):
+        _check_geometry(num_crops, self.size, self.num_img_tokens)
+        if num_crops == 0:
+            return 0, 0
+        width, height = hd_target_size(width, height, num_crops, self.size.height)
+        return math.ceil(height / self.size.height), math.ceil(width / self.size.width)
+
+
+AFFINE_KWARGS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+
+
+def _affine(do_rescale, rescale_factor, do_normalize, image_mean, image_std):
+    """Rescaling and normalisation as one multiplication and one addition, each of shape (3, 1, 1) or (1, 1, 1)."""
+    factor = rescale_factor if do_rescale else 1.0
+    mean, std = (image_mean, image_std) if do_normalize else (0.0, 1.0)
+    mean, std = np.asarray(mean, np.float64).reshape(-1, 1, 1), np.asarray(std, np.float64).reshape(-1, 1, 1)
+    return (factor / std).astype(np.float32), (-mean / std).astype(np.float32)
+
+
+def _write_views(image, num_crops, crop_size, scale, bias, out) -> tuple[int, int]:
+    """Writes global view and crops of one image into `out` (views, 3, crop_size, crop_size) -> its (rows, cols)."""
+    pixels = np.asarray(hd_resize(image, max(num_crops, 1), crop_size))  # (rows * crop_size, cols * crop_size, 3)
+    rows, cols = pixels.shape[0] // crop_size, pixels.shape[1] // crop_size
+    global_view = bicubic_shrink(bicubic_shrink(pixels, rows, axis=0), cols, axis=1)
+    crops = pixels.reshape(rows, crop_size, cols, crop_size, 3).swapaxes(1, 2).reshape(-1, crop_size, crop_size, 3)
+    if num_crops == 0:
+        rows = cols = 0
+    for view, target in zip([global_view, *crops[: rows * cols]], out):
+        np.multiply(view.transpose(2, 0, 1), scale, out=target)
+        target += bias
+    return rows, cols
+
+
+def _check_geometry(num_crops, size, num_img_tokens):
+    if not isinstance(num_crops, int) or isinstance(num_crops, bool) or not 0 <= num_crops <= MAX_NUM_CROPS:
+        raise ValueError(
+            f"`num_crops` is {num_crops!r}, but must be an int from 0 (the global view alone) to {MAX_NUM_CROPS}."
+        )
+    if not size.height or size.height != size.width:
+        raise ValueError(
+            f"`size` is {dict(size)}, but must have one and the same `height` and `width`, that of a crop."
+        )
+    if num_img_tokens < 1 or math.isqrt(num_img_tokens) ** 2 != num_img_tokens:
+        raise ValueError(f"`num_img_tokens` is {num_img_tokens}, but must be a square: the tokens of one crop.")
+
+
+class Phi3EmbedProcessor(ProcessorMixin):
+    r"""
+    Image processor and tokenizer as one. Images are named in a text by `<|image_1|>`, `<|image_2|>`, ... or, each, by
+    `image_token`; a tag becomes as many `image_token`s as its image has tokens.
+
+    Args:
+        image_processor ([`Phi3EmbedImageProcessor`]):
+            The image processor.
+        tokenizer ([`PreTrainedTokenizerFast`]):
+            Phi-3's, or any that has `image_token` in its vocabulary.
+        chat_template (`str`, *optional*):
+            A Jinja template for conversations.
+        image_token (`str`, *optional*, defaults to `"<|image|>"`):
+            The token that stands for one image token.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, image_token="<|image|>", **kwargs):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+            raise ValueError(
+                f"The tokenizer has no token {image_token!r}. Add it, or say with `image_token` which one stands for images."
+            )
+        # The original tokenizes the pieces between the images one by one, each with its own start of sequence.
+        self._after_image = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
+
+    def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
+        r"""
+        Args:
+            images (*optional*):
+                As the image processor takes them: those of all texts in the order of their tags, or a list for each text.
+            text (`str` or `list[str]`, *optional*):
+                One text or several, with as many tags as images: none, some or many in each.
+            kwargs:
+                Of the image processor (`num_crops`) and the tokenizer (`padding`, `return_tensors`, ...).
+
+        Returns:
+            What the tokenizer (`input_ids`, `attention_mask`) and the image processor give.
+
+        Raises:
+            ValueError: tags and images differ in number, tags do not count 1, 2, 3, ..., or truncation cuts an image.
+        """
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def prepare_inputs_layout(self, images=None, text=None, **kwargs):
+        if text is not None:
+            text = [text] if isinstance(text, str) else list(text)
+            if not all(isinstance(sample, str) for sample in text):
+                raise ValueError("`text` must be a string or a list of strings.")
+            text = [self._resolve_tags(number, sample) for number, sample in enumerate(text)]
+            if images is not None:
+                self._check_images_of_texts(images, text)
+                # A batch whose texts have no image at all is one of texts alone.
+                images = flatten_images(images) or None
+        return images, text, None, None
+
+    def validate_inputs(self, images=None, text=None, **kwargs):
+        if images is None and text is None:
+            raise ValueError("Neither `images` nor `text` were given. Give one of them, or both.")
+        if text is None:
+            return
+        num_tags, num_images = sum(sample.count(self.image_token) for sample in text), len(images or ())
+        if num_tags != num_images:
+            raise ValueError(f"The texts have {num_tags} image tags, but there are {num_images} images.")
+
+    def _resolve_tags(self, number, sample):
+        tags = [int(tag) for tag in IMAGE_TAG.findall(sample)]
+        if tags and self.image_token in sample:
+            raise ValueError(f"Text {number} has both numbered tags and {self.image_token!r}. Use one of the two.")
+        if tags != list(range(1, len(tags) + 1)):
+            raise ValueError(
+                f"Text {number} has the image tags {tags}, but must number its images 1, 2, 3, ... in the order of their "
+                "places, each once. Reorder the images to match the text."
+            )
+        return IMAGE_TAG.sub(self.image_token, sample)
+
+    def _check_images_of_texts(self, images, text):
+        if not (isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images)):
+            return
+        if len(images) != len(text):
+            raise ValueError(f"There are {len(text)} texts, but {len(images)} lists of images. Give one list a text.")
+        for number, (entry, sample) in enumerate(zip(images, text)):
+            num_tags, num_images = sample.count(self.image_token), len(flatten_images(entry))
+            if num_tags != num_images:
+                raise ValueError(f"Text {number} has {num_tags} image tags, but {num_images} images.")
+
+    def _process_images(self, images, **kwargs):
+        image_inputs = self.image_processor(images, **kwargs)
+        replacements = [
+            self.replace_image_token(image_inputs, index) for index in range(len(image_inputs["image_sizes"]))
+        ]
+        return image_inputs, replacements
+
+    def replace_image_token(self, image_inputs, image_idx, **kwargs) -> str:
+        return self.image_token * int(image_inputs["num_img_tokens"][image_idx]) + self._after_image
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, num_crops=None, **kwargs) -> MultiModalData:
+        """Tokens and views of images of these sizes, `(height, width)` in pixels."""
+        if image_sizes is None:
+            return MultiModalData()
+        num_crops = self.image_processor.num_crops if num_crops is None else num_crops
+        grids = [self.image_processor._grid(width, height, num_crops) for height, width in image_sizes]
+        return MultiModalData(
+            num_image_tokens=[self.image_processor.num_image_tokens(w, h, num_crops) for h, w in image_sizes],
+            num_image_patches=[rows * cols + 1 for rows, cols in grids],
+        )
+
+
+Phi3EmbedImageProcessor.register_for_auto_class("AutoImageProcessor")
+Phi3EmbedProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = ["Phi3EmbedImageProcessor", "Phi3EmbedProcessor"]
