@@ -241,8 +241,8 @@ class Phi3EmbedConfig(PreTrainedConfig):
         for name in ("image_size", "patch_size", "hidden_size", "num_hidden_layers"):
             if not hasattr(vision_config, name):
                 raise ValueError(
-                    f"`vision_config` of type {vision_config.model_type!r} has no `{name}`, but must be that of a vision "
-                    "transformer alone, such as 'clip_vision_model', 'siglip_vision_model' or 'dinov2'."
+                    f"`vision_config` of type {vision_config.model_type!r} has no `{name}`, but must be that of a "
+                    "vision transformer alone, such as 'clip_vision_model', 'siglip_vision_model' or 'dinov2'."
                 )
         return vision_config
 

@@ -59,8 +59,8 @@ class Phi3EmbedModelOutput(ModelOutput):
             `(num_images, max_num_tokens, hidden_size)`: the image tokens, with zeros behind shorter images.
         pooler_output (`torch.FloatTensor` of shape `(num_images, hidden_size)`, *optional*):
             One vector an image, by `config.pooling_mode`.
-        image_hidden_states (`tuple(torch.FloatTensor)`, one of shape `(num_tokens, hidden_size)` an image, *optional*):
-            The image tokens.
+        image_hidden_states (`tuple(torch.FloatTensor)`, *optional*):
+            The image tokens, one tensor of shape `(num_tokens, hidden_size)` an image.
         hidden_states (`tuple(torch.FloatTensor)` of shape `(num_crops, tower_length, tower_width)`, *optional*):
             The tower's hidden states up to the feature layer, with `output_hidden_states=True`.
         attentions (`tuple(torch.FloatTensor)` of shape `(num_crops, heads, tower_length, tower_length)`, *optional*):
@@ -196,6 +196,8 @@ class Phi3ImageEmbedding(nn.Module):
         self.img_processor = build_vision_tower(config)
         self.projector = Phi3EmbedProjector(config)
         self.drop = nn.Dropout(config.embd_pdrop)
+        # A PreTrainedModel that holds this module takes these over for its device map.
+        self._no_split_modules = {"Phi3EmbedProjector", *(self.img_processor._no_split_modules or ())}
         self.img_features = None
         self.img_sizes = None
 
@@ -388,7 +390,8 @@ def _check_pixels(config, pixel_values):
         raise ValueError(f"`pixel_values` are of shape {shape}, but this model takes {accepted}.")
     if not pixel_values.is_floating_point():
         raise ValueError(
-            f"`pixel_values` are of dtype {pixel_values.dtype}, but must be floating point: let the image processor make them."
+            f"`pixel_values` are of dtype {pixel_values.dtype}, but must be floating point, as the image processor makes "
+            "them."
         )
     if not torch.compiler.is_compiling() and not pixel_values.isfinite().all():
         raise ValueError("`pixel_values` hold NaN or infinite values.")
@@ -465,7 +468,6 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Phi3EmbedProjector"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -522,12 +524,12 @@ class Phi3EmbedModel(Phi3EmbedPreTrainedModel):
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, max_crops, 3, crop_size, crop_size)`):
-                As the image processor makes them: the global view first, then the crops row by row, then zeros. Without
-                the HD transform `(num_images, 3, crop_size, crop_size)`, or features
+                As the image processor makes them: the global view first, then the crops row by row, then zeros.
+                Without the HD transform `(num_images, 3, crop_size, crop_size)`, or features
                 `(num_images, num_tokens, vision_config.hidden_size)`.
             image_sizes (`torch.LongTensor` of shape `(num_images, 2)` or a list of int pairs):
-                Height and width in pixels of each image's grid of crops; 0 x 0 for the global view alone. To be left out
-                without the HD transform.
+                Height and width in pixels of each image's grid of crops; 0 x 0 for the global view alone. To be left
+                out without the HD transform.
             output_hidden_states, output_attentions (`bool`, *optional*):
                 Also return the tower's.
 
@@ -556,7 +558,8 @@ class Phi3EmbedModel(Phi3EmbedPreTrainedModel):
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Token ids. An image's tokens are a run of `config.image_token_id`, or of Microsoft's negative ids.
             pixel_values, image_sizes (*optional*):
-                As in [`~Phi3EmbedModel.get_image_features`]; the images of all texts, in the order of their placeholders.
+                As in [`~Phi3EmbedModel.get_image_features`]; the images of all texts, in the order of their
+                placeholders.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 In place of `input_ids`; placeholders are the embedding of `config.image_token_id`.
             attention_mask, num_img_tokens (*optional*):

@@ -1,7 +1,6 @@
 """Phi-3-vision image embedding: image processor and processor."""
 
 import math
-import os
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -72,8 +71,8 @@ def hd_resize(image: Image.Image, num_crops: int, crop_size: int) -> Image.Image
 
 def bicubic_shrink(pixels: np.ndarray, factor: int, axis: int) -> np.ndarray:
     """
-    Shrinks one axis by a whole factor as `torch.nn.functional.interpolate(mode="bicubic")` does: no smoothing, half-pixel
-    centres, a = -0.75. An odd factor hits pixels; an even one falls half-way between two, of four with fixed weights.
+    Shrinks one axis by a whole factor as `torch.nn.functional.interpolate(mode="bicubic")` does: no smoothing,
+    half-pixel centres, a = -0.75. An odd factor hits pixels; an even one falls half-way between two, and weighs four.
     """
     length = pixels.shape[axis]
     first = np.arange(factor // 2, length, factor)
@@ -150,7 +149,8 @@ def to_rgb(image, input_data_format=None) -> Image.Image:
         low, high = image.getextrema()
         if not (low >= 0 and high <= 255):
             raise ValueError(
-                f"An image of mode {image.mode!r} has values from {low} to {high}, but must be in 0..255. Scale it first."
+                f"An image of mode {image.mode!r} has values from {low} to {high}, but must be in 0..255: scale it "
+                "first."
             )
     try:
         with warnings.catch_warnings():
@@ -226,8 +226,8 @@ class Phi3EmbedImageProcessor(BaseImageProcessor):
                 `"pt"` or `"np"`.
 
         Returns:
-            `pixel_values` (`(num_images, num_crops + 1, 3, height, width)`, float32): the global view, the crops row by
-            row, zeros. `image_sizes` (`(num_images, 2)`): height and width of each grid of crops in pixels.
+            `pixel_values` (`(num_images, num_crops + 1, 3, height, width)`, float32): the global view, the crops row
+            by row, zeros. `image_sizes` (`(num_images, 2)`): height and width of each grid of crops in pixels.
             `num_img_tokens` (`(num_images,)`): the tokens the model makes of each image.
 
         Raises:
@@ -253,7 +253,7 @@ class Phi3EmbedImageProcessor(BaseImageProcessor):
                 raise ValueError(f"Image {number}: {error}") from error
             return _write_views(image, num_crops, size.height, scale, bias, out=pixel_values[number])
 
-        # Pillow and numpy release the GIL. torch's thread count is 1 in the workers of a DataLoader, as it should be here.
+        # Pillow and numpy release the GIL. torch's thread count is 1 in the workers of a DataLoader, as this should be.
         if (workers := min(len(images), torch.get_num_threads())) == 1:
             grids = [write(number) for number in range(len(images))]
         else:
@@ -343,7 +343,7 @@ class Phi3EmbedProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
             raise ValueError(
-                f"The tokenizer has no token {image_token!r}. Add it, or say with `image_token` which one stands for images."
+                f"The tokenizer has no token {image_token!r}. Add it, or say by `image_token` which one is for images."
             )
         # The original tokenizes the pieces between the images one by one, each with its own start of sequence.
         self._after_image = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
@@ -352,7 +352,7 @@ class Phi3EmbedProcessor(ProcessorMixin):
         r"""
         Args:
             images (*optional*):
-                As the image processor takes them: those of all texts in the order of their tags, or a list for each text.
+                As the image processor takes them: those of all texts in the order of their tags, or a list a text.
             text (`str` or `list[str]`, *optional*):
                 One text or several, with as many tags as images: none, some or many in each.
             kwargs:
@@ -393,8 +393,8 @@ class Phi3EmbedProcessor(ProcessorMixin):
             raise ValueError(f"Text {number} has both numbered tags and {self.image_token!r}. Use one of the two.")
         if tags != list(range(1, len(tags) + 1)):
             raise ValueError(
-                f"Text {number} has the image tags {tags}, but must number its images 1, 2, 3, ... in the order of their "
-                "places, each once. Reorder the images to match the text."
+                f"Text {number} has the image tags {tags}, but must number its images 1, 2, 3, ... in the order "
+                "of their places, each once. Reorder the images to match the text."
             )
         return IMAGE_TAG.sub(self.image_token, sample)
 

@@ -1,0 +1,50 @@
+"""The golden data: outputs of the original computation, under weights and images that are made by rules."""
+
+import json
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+
+FOLDER = Path(__file__).resolve().parent / "golden"
+
+
+def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The float32 weight that belongs to a name of the published checkpoint."""
+    generator = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
+    normal = generator.standard_normal(shape, dtype=np.float32)
+    *_, owner, last = f".{name}".split(".")
+    if "norm" in owner:
+        return normal * np.float32(0.02) + np.float32(last == "weight")
+    if last == "bias":
+        return normal * np.float32(0.02)
+    if last in ("glb_GN", "sub_GN", "class_embedding") or owner == "wte":
+        return normal
+    if owner == "position_embedding":
+        return normal * np.float32(0.5)
+    gain = {"q_proj": 2.0, "k_proj": 2.0, "out_proj": 0.5, "fc2": 0.5}.get(owner, 1.0)
+    return normal * np.float32(gain / math.sqrt(math.prod(shape[1:])))
+
+
+def published_name(name: str) -> str:
+    """Our name of a weight -> its name in the published checkpoint."""
+    name = name.replace(".projector.", ".").replace(".img_processor.", ".img_processor.vision_model.")
+    return f"model.{name}"
+
+
+def image(seed: int, height: int, width: int) -> np.ndarray:
+    """The uint8 picture (height, width, 3) that belongs to a seed."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    blocks = generator.integers(0, 256, (height // 32 + 1, width // 32 + 1, 3), dtype=np.int64)
+    grain = generator.integers(-30, 31, (height, width, 3), dtype=np.int64)
+    y, x, c = np.arange(height)[:, None, None], np.arange(width)[None, :, None], np.arange(3)
+    ramp = (x * (160 - 40 * c) // width + y * (40 + 30 * c) // height) % 256
+    return np.clip((blocks[y // 32, x // 32, c] + ramp) // 2 + grain + 20, 0, 255).astype(np.uint8)
+
+
+def load(name: str) -> tuple[dict[str, np.ndarray], dict]:
+    """A golden file's arrays, and its note: images, num_crops, cases."""
+    with safe_open(FOLDER / f"{name}.safetensors", "np") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["note"])
