@@ -390,8 +390,8 @@ def _check_pixels(config, pixel_values):
         raise ValueError(f"`pixel_values` are of shape {shape}, but this model takes {accepted}.")
     if not pixel_values.is_floating_point():
         raise ValueError(
-            f"`pixel_values` are of dtype {pixel_values.dtype}, but must be floating point, as the image processor makes "
-            "them."
+            f"`pixel_values` are of dtype {pixel_values.dtype}, but must be floating point, as the image processor "
+            "makes them."
         )
     if not torch.compiler.is_compiling() and not pixel_values.isfinite().all():
         raise ValueError("`pixel_values` hold NaN or infinite values.")
@@ -597,6 +597,9 @@ class Phi3EmbedModel(Phi3EmbedPreTrainedModel):
         )
 
 
+# transformers loads the module of each auto_map entry of a folder on its own. Named from here, the config is one class
+# with the model's, and wherever the config is saved the model's code goes along.
+Phi3EmbedConfig.__module__ = __name__
 Phi3EmbedModel.register_for_auto_class("AutoModel")
 
 __all__ = ["Phi3EmbedModel", "Phi3EmbedPreTrainedModel", "Phi3ImageEmbedding"]

@@ -253,7 +253,7 @@ class Phi3EmbedImageProcessor(BaseImageProcessor):
                 raise ValueError(f"Image {number}: {error}") from error
             return _write_views(image, num_crops, size.height, scale, bias, out=pixel_values[number])
 
-        # Pillow and numpy release the GIL. torch's thread count is 1 in the workers of a DataLoader, as this should be.
+        # Pillow and numpy release the GIL. In the workers of a DataLoader torch has one thread, as this should.
         if (workers := min(len(images), torch.get_num_threads())) == 1:
             grids = [write(number) for number in range(len(images))]
         else:

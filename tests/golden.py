@@ -47,4 +47,5 @@ def image(seed: int, height: int, width: int) -> np.ndarray:
 def load(name: str) -> tuple[dict[str, np.ndarray], dict]:
     """A golden file's arrays, and its note: images, num_crops, cases."""
     with safe_open(FOLDER / f"{name}.safetensors", "np") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["note"])
+        note = json.loads(file.metadata()["note"])
+        return {key: file.get_tensor(key) for key in list(file.keys())}, note
