@@ -91,20 +91,20 @@ def crop_grids(image_sizes: torch.LongTensor | list[tuple[int, int]], crop_size:
 
 
 def hd_token_index(
-    grids: torch.LongTensor, num_encoded: torch.LongTensor, tokens_per_side: int, order: str
+    grids: torch.LongTensor, num_views: torch.LongTensor, first_row: torch.LongTensor, tokens_per_side: int, order: str
 ) -> tuple[torch.LongTensor, torch.LongTensor]:
     """
-    Where each image token stands in the projected table.
-
-    The table holds, crop after crop and image after image, `tokens_per_side ** 2` rows each, an image's global view
-    first; behind them the two separators, `sub_GN` and `glb_GN`.
+    Where each image token stands in the projected table, whose rows are the tokens of view after view, an image's
+    global view before its crops, and at the end the two separators, `sub_GN` and `glb_GN`.
 
     Args:
         grids (`(num_images, 2)`): rows and columns of crops.
-        num_encoded (`(num_images,)`): crops of each image in the table; 1 where the global view stands for all.
+        num_views (`(num_images,)`): views of each image in the table; 1 where the global view stands for the crop too.
+        first_row (`(num_images,)`): where each image's global view begins in the table.
 
     Returns:
-        index (`(sum of num_tokens,)`): a row of the table for each token, image after image.
+        index (`(sum of num_tokens,)`): a row of the table for each token, image after image; -2 for `sub_GN`, -1 for
+            `glb_GN`.
         num_tokens (`(num_images,)`).
     """
     side, area = tokens_per_side, tokens_per_side**2
@@ -112,26 +112,21 @@ def hd_token_index(
     image = torch.arange(len(grids), device=grids.device).repeat_interleave(num_tokens)
     position = torch.arange(len(image), device=grids.device) - (num_tokens.cumsum(0) - num_tokens)[image]
     rows, cols = grids[image].unbind(-1)
-    first_crop = (num_encoded.cumsum(0) - num_encoded)[image]
-    sub_GN = num_encoded.sum() * area
-    glb_GN = sub_GN + 1
 
     sub_length, glb_length = rows * side * (cols * side + 1), side * (side + 1)
     if order == "sub_glb":
-        is_sub, is_separator, glb_start = position < sub_length, position == sub_length, sub_length + 1
-        sub_start = 0
+        is_sub, is_separator = position < sub_length, position == sub_length
+        position = torch.where(is_sub, position, position - sub_length - 1)
     else:
-        is_sub, is_separator, glb_start = position > glb_length, position == glb_length, 0
-        sub_start = glb_length + 1
-    position = position - torch.where(is_sub, sub_start, glb_start)
+        is_sub, is_separator = position > glb_length, position == glb_length
+        position = torch.where(is_sub, position - glb_length - 1, position)
     width = torch.where(is_sub, cols * side, side)
     y, x = position // (width + 1), position % (width + 1)
 
-    # The crops follow the global view, except where it stands for the only one.
-    sub_crop = first_crop + (num_encoded[image] > 1) + (y // side) * cols + x // side
-    index = torch.where(is_sub, sub_crop, first_crop) * area + (y % side) * side + x % side
-    index = torch.where(x == width, sub_GN, index)
-    return torch.where(is_separator, glb_GN, index), num_tokens
+    crop = (num_views[image] > 1) + (y // side) * cols + x // side
+    index = first_row[image] + torch.where(is_sub, crop * area, 0) + (y % side) * side + x % side
+    index = torch.where(x == width, -2, index)
+    return torch.where(is_separator, -1, index), num_tokens
 
 
 class Phi3EmbedProjector(nn.Module):
@@ -266,40 +261,40 @@ class Phi3ImageEmbedding(nn.Module):
         num_views = grids.prod(-1) + 1
         _check_padding_crops(pixel_values, num_views)
         # The only crop of a 1 x 1 grid equals the global view, to the bit as the processor makes them: encode it once.
-        if pixel_values.shape[1] > 1:
+        num_images, max_views = pixel_values.shape[:2]
+        if max_views > 1:
             is_twin = (num_views == 2) & (pixel_values[:, 0] == pixel_values[:, 1]).flatten(1).all(-1)
-            num_views = num_views - is_twin.to(num_views.dtype)
-
-        is_encoded = torch.arange(pixel_values.shape[1], device=grids.device) < num_views[:, None]
-        encoded = self._encode(pixel_values[is_encoded], **kwargs)
+            num_views = num_views - is_twin.long()
+        is_real = (torch.arange(max_views, device=num_views.device) < num_views[:, None]).flatten()
+        if torch.compiler.is_compiling():
+            # A traced graph cannot know how many views will be real: it encodes the padding too.
+            view = torch.arange(num_images * max_views, device=num_views.device)
+        else:
+            view = is_real.nonzero().squeeze(1)
+        encoded = self._encode(pixel_values.flatten(0, 1)[view], **kwargs)
         features = self._select_features(encoded.last_hidden_state)
-        table = self.projector(features)
+
+        table = self.projector(features)  # (num_crops * tokens + 2, hidden_size)
+        crops = table[:-2].view(len(features), -1, table.shape[-1])  # (num_crops, tokens, hidden_size)
+        grids, num_views, is_real, view = (each.to(table.device) for each in (grids, num_views, is_real, view))
+        first_view = torch.searchsorted(view, torch.arange(0, num_images * max_views, max_views, device=view.device))
         index, num_tokens = hd_token_index(
-            grids.to(table.device),
-            num_views.to(table.device),
-            self.config.tokens_per_side,
-            self.config.hd_transform_order,
+            grids, num_views, first_view * crops.shape[1], self.config.tokens_per_side, self.config.hd_transform_order
         )
-        tokens = table.index_select(0, index)  # (sum of num_tokens, hidden_size)
+        if self.config.pooling_mode == "global":
+            image_embeds = crops[first_view].mean(1)
+        else:
+            image = view // max_views
+            weight = is_real[view] / num_views[image]  # float32: half precision would round the sum
+            crops = crops.mean(1) * weight[:, None]
+            image_embeds = crops.new_zeros(num_images, crops.shape[-1]).index_add(0, image, crops).to(table.dtype)
         return Phi3EmbedImageOutput(
             last_hidden_state=features,
-            pooler_output=tokens.split(num_tokens.tolist()),
+            pooler_output=table[index].split(num_tokens.tolist()),
             hidden_states=encoded.get("hidden_states"),
             attentions=encoded.get("attentions"),
-            image_embeds=self._pool(table[:-2].view(features.shape[0], -1, table.shape[-1]), num_views),
+            image_embeds=image_embeds,
         )
-
-    def _pool(self, tokens, num_views):
-        """`(num_crops, num_tokens, hidden_size)` -> `(num_images, hidden_size)`."""
-        crops = tokens.mean(1)  # (num_crops, hidden_size)
-        num_views = num_views.to(crops.device)
-        if self.config.pooling_mode == "global":
-            return crops.index_select(0, num_views.cumsum(0) - num_views)
-        image = torch.arange(len(num_views), device=crops.device).repeat_interleave(num_views)
-        total = crops.new_zeros(len(num_views), crops.shape[-1], dtype=torch.float32).index_add(
-            0, image, crops.float()
-        )
-        return (total / num_views[:, None]).to(crops.dtype)
 
     def merge(
         self,

@@ -101,19 +101,30 @@ def _open(path) -> Image.Image:
         raise ValueError(f"{str(path)!r} cannot be read as an image: {error}") from error
 
 
+def _infer_channel_dimension(shape) -> ChannelDimension:
+    # 1 channel is the weaker sign: a colour picture may be 1 pixel high or wide.
+    for counts in ((3, 4), (1,)):
+        is_first, is_last = shape[0] in counts, shape[-1] in counts
+        if is_first and is_last:
+            raise ValueError(
+                f"An image array of shape {shape} may have its channels first or last. Say which by "
+                "`input_data_format='channels_first'` or 'channels_last'."
+            )
+        if is_first or is_last:
+            return ChannelDimension.FIRST if is_first else ChannelDimension.LAST
+    raise ValueError(f"An image array is of shape {shape}, but must have 1, 3 or 4 channels.")
+
+
 def _array_to_pil(array: np.ndarray, input_data_format) -> Image.Image:
     if array.ndim == 2:
-        array = array[..., None]
+        array, input_data_format = array[..., None], ChannelDimension.LAST
     if array.ndim != 3 or array.size == 0:
         raise ValueError(
             f"An image array is of shape {array.shape}, but must be (height, width), (height, width, channels) or "
             "(channels, height, width), and not empty."
         )
     if input_data_format is None:
-        try:
-            input_data_format = infer_channel_dimension_format(array, num_channels=(1, 3, 4))
-        except ValueError as error:
-            raise ValueError(f"An image array is of shape {array.shape}, but must have 1, 3 or 4 channels.") from error
+        input_data_format = _infer_channel_dimension(array.shape)
     if ChannelDimension(input_data_format) == ChannelDimension.FIRST:
         array = array.transpose(1, 2, 0)
     if np.issubdtype(array.dtype, np.floating):
@@ -126,6 +137,8 @@ def _array_to_pil(array: np.ndarray, input_data_format) -> Image.Image:
         array = (array * 255).round().astype(np.uint8)
     if array.dtype != np.uint8:
         raise ValueError(f"An image array is of dtype {array.dtype}, but must be uint8, or float in [0, 1].")
+    if array.shape[2] not in (1, 3, 4):
+        raise ValueError(f"An image array has {array.shape[2]} channels (last), but must have 1, 3 or 4.")
     if array.shape[2] == 1:
         return Image.fromarray(array[..., 0]).convert("RGB")
     return Image.fromarray(np.ascontiguousarray(array[..., :3]))

@@ -13,3 +13,48 @@ ROOT = Path(__file__).resolve().parent.parent
 spec = ModuleSpec("phi3_embed", None, is_package=True)
 spec.submodule_search_locations = [str(ROOT)]
 sys.modules["phi3_embed"] = importlib.util.module_from_spec(spec)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from phi3_embed.configuration_phi3_embed import Phi3EmbedConfig  # noqa: E402
+from phi3_embed.modeling_phi3_embed import Phi3EmbedModel  # noqa: E402
+
+SMALL_TOWER = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 56,
+    "patch_size": 14,
+}
+
+
+def small_config(tower=(), **kwargs):
+    """A config with 56-pixel crops of 4 x 4 patches, so of 2 x 2 tokens."""
+    defaults = {"hidden_size": 48, "vocab_size": 100, "image_token_id": 5}
+    return Phi3EmbedConfig(vision_config=SMALL_TOWER | dict(tower), **(defaults | kwargs))
+
+
+def small_model(tower=(), **kwargs):
+    """A small model with fixed random weights, none of them zero."""
+    torch.manual_seed(0)
+    model = Phi3EmbedModel(small_config(tower, **kwargs)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def small_pixels(*grids, max_views=None):
+    """Random pixels of images with these grids of crops, zeros behind them, and their sizes in pixels."""
+    size, generator = SMALL_TOWER["image_size"], torch.Generator().manual_seed(0)
+    num_views = [rows * cols + 1 for rows, cols in grids]
+    pixel_values = torch.zeros(len(grids), max_views or max(num_views), 3, size, size)
+    for image, views in zip(pixel_values, num_views):
+        image[:views] = torch.randn(views, 3, size, size, generator=generator)
+    return {"pixel_values": pixel_values, "image_sizes": torch.tensor(grids) * size}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
