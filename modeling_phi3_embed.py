@@ -316,10 +316,10 @@ class Phi3ImageEmbedding(nn.Module):
     def get_placeholder_mask(self, input_ids, inputs_embeds, image_tokens):
         """Where the image tokens go, `(batch_size, sequence_length)`; each image's must stand together, in order."""
         if input_ids is not None:
-            number = torch.where(input_ids > MIN_PLACEHOLDER_ID, input_ids, 0).clamp(max=0)
-            is_placeholder = number < 0
+            is_placeholder = (input_ids < 0) & (input_ids > MIN_PLACEHOLDER_ID)
             if self.config.image_token_id is not None:
                 is_placeholder = is_placeholder | (input_ids == self.config.image_token_id)
+            number = torch.where(is_placeholder, input_ids, MIN_PLACEHOLDER_ID)
         elif self.config.image_token_id is not None:
             image_token_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             is_placeholder = (inputs_embeds == self.wte(image_token_id)).all(-1)

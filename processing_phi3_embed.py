@@ -14,7 +14,6 @@ from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
     ChannelDimension,
-    infer_channel_dimension_format,
 )
 from transformers.processing_utils import ImagesKwargs, MultiModalData, Unpack
 
