@@ -79,6 +79,11 @@ def build_vision_tower(config: Phi3EmbedConfig) -> PreTrainedModel:
     vision_config = copy.deepcopy(config.vision_config)
     vision_config.num_hidden_layers = config.num_feature_layers
     tower = AutoModel.from_config(vision_config)
+    if tower.main_input_name != "pixel_values":
+        raise ValueError(
+            f"`vision_config` of type {vision_config.model_type!r} builds {type(tower).__name__}, which takes "
+            f"`{tower.main_input_name}`. Give the config of a vision transformer, which takes `pixel_values`."
+        )
     for name in CLOSING_MODULES:
         if hasattr(tower, name):
             setattr(tower, name, nn.Identity())

@@ -32,8 +32,13 @@ SMALL_TOWER = {
 
 def small_config(tower=(), **kwargs):
     """A config with 56-pixel crops of 4 x 4 patches, so of 2 x 2 tokens."""
-    defaults = {"hidden_size": 48, "vocab_size": 100, "image_token_id": 5}
-    return Phi3EmbedConfig(vision_config=SMALL_TOWER | dict(tower), **(defaults | kwargs))
+    defaults = {
+        "vision_config": SMALL_TOWER | dict(tower),
+        "hidden_size": 48,
+        "vocab_size": 100,
+        "image_token_id": 5,
+    }
+    return Phi3EmbedConfig(**(defaults | kwargs))
 
 
 def small_model(tower=(), **kwargs):

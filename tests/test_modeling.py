@@ -315,6 +315,11 @@ def test_sdpa_equals_eager_and_a_dict_sets_the_tower_alone():
     assert_same(sdpa(**images).last_hidden_state, eager(**images).last_hidden_state)
 
 
+def test_a_tower_that_takes_no_pixels_is_an_error():
+    with pytest.raises(ValueError, match="type 'clip' builds CLIPModel, which takes `input_ids`"):
+        build_vision_tower(small_config({"model_type": "clip"}))
+
+
 # Training
 
 
