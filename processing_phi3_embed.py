@@ -5,6 +5,7 @@ import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -14,8 +15,10 @@ from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
     ChannelDimension,
+    SizeDict,
 )
-from transformers.processing_utils import ImagesKwargs, MultiModalData, Unpack
+from transformers.processing_utils import MultiModalData, Unpack
+from transformers.utils import TensorType
 
 from .configuration_phi3_embed import hd_num_tokens
 
@@ -26,16 +29,19 @@ IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 ACCEPTED_IMAGES = "PIL images, numpy or torch arrays, paths, or lists of these"
 
 
-class Phi3EmbedImageProcessorKwargs(ImagesKwargs, total=False):
-    r"""
-    num_crops (`int`, *optional*, defaults to 16):
-        The most crops an image is cut into; 0 for the global view alone.
-    num_img_tokens (`int`, *optional*, defaults to 144):
-        Tokens that the model makes of a crop.
-    """
+class Phi3EmbedImageProcessorKwargs(TypedDict, total=False):
+    """What the image processor honours; any other argument of a call is an error."""
 
     num_crops: int
     num_img_tokens: int
+    size: int | dict[str, int] | SizeDict
+    do_rescale: bool
+    rescale_factor: float
+    do_normalize: bool
+    image_mean: float | list[float] | tuple[float, ...]
+    image_std: float | list[float] | tuple[float, ...]
+    input_data_format: str | ChannelDimension | None
+    return_tensors: str | TensorType | None
 
 
 def hd_target_size(width: int, height: int, num_crops: int, crop_size: int) -> tuple[int, int]:
@@ -168,7 +174,8 @@ def to_rgb(image, input_data_format=None) -> Image.Image:
         with warnings.catch_warnings():
             # Transparency of a palette is dropped knowingly.
             warnings.filterwarnings("ignore", message="Palette images with Transparency")
-            return image.convert("RGB")
+            # Pillow has no way from La, grey with alpha multiplied in, but by LA.
+            return (image.convert("LA") if image.mode == "La" else image).convert("RGB")
     except (OSError, SyntaxError) as error:
         raise ValueError(f"An image ({getattr(image, 'filename', '') or image!r}) cannot be read: {error}") from error
 
@@ -245,6 +252,8 @@ class Phi3EmbedImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: an image cannot be read or is of a wrong kind, shape, dtype or range, or there is none.
         """
+        if kwargs.get("num_crops") is not None:
+            _check_num_crops(kwargs["num_crops"])
         return super().preprocess(images, **kwargs)
 
     def _preprocess_image_like_inputs(
@@ -320,11 +329,15 @@ def _write_views(image, num_crops, crop_size, scale, bias, out) -> tuple[int, in
     return rows, cols
 
 
-def _check_geometry(num_crops, size, num_img_tokens):
+def _check_num_crops(num_crops):
     if not isinstance(num_crops, int) or isinstance(num_crops, bool) or not 0 <= num_crops <= MAX_NUM_CROPS:
         raise ValueError(
             f"`num_crops` is {num_crops!r}, but must be an int from 0 (the global view alone) to {MAX_NUM_CROPS}."
         )
+
+
+def _check_geometry(num_crops, size, num_img_tokens):
+    _check_num_crops(num_crops)
     if not size.height or size.height != size.width:
         raise ValueError(
             f"`size` is {dict(size)}, but must have one and the same `height` and `width`, that of a crop."

@@ -18,6 +18,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from phi3_embed.configuration_phi3_embed import Phi3EmbedConfig  # noqa: E402
 from phi3_embed.modeling_phi3_embed import Phi3EmbedModel  # noqa: E402
+from tokenizers import Tokenizer, models, normalizers, processors, trainers  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 SMALL_TOWER = {
     "model_type": "clip_vision_model",
@@ -63,3 +65,22 @@ def small_pixels(*grids, max_views=None):
 @pytest.fixture(scope="module")
 def model():
     return small_model()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A tokenizer of Phi-3's make: LLaMA's BPE, which begins every piece by a space, `<s>` first, tags split off."""
+    core = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|user|>", "<|end|>", "<|image|>"]
+    words = ["what is this and that ? a picture of the cat dog in front \n"] * 4
+    core.train_from_iterator(words, trainers.BpeTrainer(vocab_size=90, special_tokens=special, show_progress=False))
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<|endoftext|>",
+        model_input_names=["input_ids", "attention_mask"],
+    )

@@ -1,0 +1,412 @@
+"""Image processor and processor: what they take, what they give, and what they refuse."""
+
+import copy
+import io
+import re
+import struct
+import zlib
+
+import golden
+import numpy as np
+import pytest
+import torch
+from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor, Phi3EmbedProcessor, hd_target_size, to_rgb
+from PIL import Image, ImageCms
+from transformers import AutoProcessor
+
+RGB = golden.image(1, 50, 70)
+SMALL = {"size": {"height": 28, "width": 28}, "num_img_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def image_processor():
+    return Phi3EmbedImageProcessor(num_crops=4)
+
+
+@pytest.fixture(scope="module")
+def processor(tokenizer):
+    return Phi3EmbedProcessor(Phi3EmbedImageProcessor(num_crops=4, **SMALL), tokenizer)
+
+
+def views(image_processor, images, **kwargs):
+    return image_processor(images, return_tensors="pt", **kwargs)["pixel_values"]
+
+
+# Images in
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        RGB.transpose(2, 0, 1),
+        RGB.astype(np.float32) / 255,
+        RGB.astype(np.float64) / 255,
+        torch.from_numpy(RGB),
+        torch.from_numpy(RGB).permute(2, 0, 1),
+        torch.from_numpy(RGB) / 255,
+        np.dstack([RGB, np.zeros_like(RGB[..., :1])]),
+        Image.fromarray(RGB),
+        [Image.fromarray(RGB)],
+        [[RGB]],
+        RGB[None],
+    ],
+    ids=lambda same: f"{type(same).__name__}{list(getattr(same, 'shape', []))}",
+)
+def test_every_form_of_an_image_gives_the_same_views(image_processor, same):
+    assert torch.equal(views(image_processor, same), views(image_processor, RGB))
+
+
+def test_paths_are_opened_and_turned_as_the_camera_says(image_processor, tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "picture.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to show
+    Image.fromarray(RGB).save(tmp_path / "turned.png", exif=exif)
+    wanted = views(image_processor, RGB)
+    assert torch.equal(views(image_processor, tmp_path / "picture.png"), wanted)
+    assert torch.equal(views(image_processor, [str(tmp_path / "picture.png")]), wanted)
+    turned = np.ascontiguousarray(np.rot90(RGB, -1))
+    assert torch.equal(views(image_processor, tmp_path / "turned.png"), views(image_processor, turned))
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "LA", "PA", "RGBX", "RGBa", "La"]
+)
+def test_every_mode_of_pillow_is_what_pillow_makes_of_it(image_processor, mode):
+    image = Image.fromarray(RGB)
+    for step in {"La": ("LA", "La"), "RGBa": ("RGBA", "RGBa"), "LAB": ()}.get(mode, (mode,)):
+        image = image.convert(step)
+    if mode == "LAB":
+        srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        image = ImageCms.profileToProfile(image, srgb, lab, outputMode="LAB")
+    assert image.mode == mode
+    as_rgb = image.convert("LA").convert("RGB") if mode == "La" else image.convert("RGB")
+    assert torch.equal(views(image_processor, image), views(image_processor, as_rgb))
+
+
+def test_16_bit_pictures_are_scaled_not_clipped(image_processor):
+    grey = RGB[..., 0]
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    assert deep.mode == "I;16"
+    assert torch.equal(views(image_processor, deep), views(image_processor, grey))
+
+
+def test_grey_arrays_and_flat_pictures(image_processor):
+    grey = RGB[..., 0]
+    assert torch.equal(views(image_processor, grey), views(image_processor, Image.fromarray(grey)))
+    assert torch.equal(views(image_processor, grey[None]), views(image_processor, grey))
+    line = RGB[:1]  # a colour picture one pixel high is no picture of one channel
+    assert torch.equal(views(image_processor, line), views(image_processor, Image.fromarray(line)))
+
+
+def test_input_data_format_settles_what_a_shape_cannot(image_processor):
+    odd = golden.image(2, 3, 3)
+    last = views(image_processor, odd, input_data_format="channels_last")
+    assert torch.equal(last, views(image_processor, Image.fromarray(odd)))
+    assert not torch.equal(last, views(image_processor, odd, input_data_format="channels_first"))
+
+
+def test_inputs_are_left_unchanged(image_processor):
+    array, image = RGB.copy(), Image.fromarray(RGB)
+    views(image_processor, [array, image])
+    assert np.array_equal(array, RGB) and np.array_equal(np.asarray(image), RGB)
+
+
+# Views out
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (1366, 768), (300, 900), (20000, 1), (1, 20000), (1, 1)])
+@pytest.mark.parametrize("num_crops", [0, 1, 4, 16])
+def test_sizes_and_token_counts_agree_with_the_pixels(size, num_crops):
+    processor = Phi3EmbedImageProcessor(**SMALL)
+    out = processor(Image.new("RGB", size), num_crops=num_crops, return_tensors="np")
+    (height, width), rows = out["image_sizes"][0], out["image_sizes"][0][0] // 28
+    crops = rows * width // 28
+    assert out["pixel_values"].shape == (1, num_crops + 1, 3, 28, 28) and crops <= num_crops
+    assert height % 28 == width % 28 == 0
+    assert out["num_img_tokens"][0] == (crops + 1) * 4 + 1 + (rows + 1) * 2
+    assert processor.num_image_tokens(*size, num_crops=num_crops) == out["num_img_tokens"][0]
+
+
+def test_a_line_of_pixels_is_kept_where_the_original_computes_a_height_of_0():
+    assert hd_target_size(20000, 1, 16, 336) == (5376, 1)
+    assert hd_target_size(1, 20000, 16, 336) == (1, 5376)
+
+
+def test_num_crops_0_is_the_global_view_of_one_crop_alone(image_processor):
+    one = views(image_processor, RGB, num_crops=1)
+    assert torch.equal(one[:, 0], one[:, 1])
+    assert torch.equal(views(image_processor, RGB, num_crops=0), one[:, :1])
+    assert torch.equal(views(Phi3EmbedImageProcessor(num_crops=0), RGB), one[:, :1])
+
+
+def test_a_batch_equals_its_images_one_by_one(image_processor):
+    pictures = [RGB, golden.image(3, 90, 30), golden.image(4, 60, 60)]
+    batch = image_processor(pictures, return_tensors="pt")
+    for number, picture in enumerate(pictures):
+        alone = image_processor(picture, return_tensors="pt")
+        for key in batch:
+            assert torch.equal(batch[key][number : number + 1], alone[key])
+
+
+def test_crops_lie_row_by_row_behind_the_global_view():
+    pixels = np.repeat(np.repeat(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40, 28, 0), 28, 1)
+    out = Phi3EmbedImageProcessor(num_crops=6, do_normalize=False, **SMALL)(pixels, return_tensors="np")
+    assert out["image_sizes"].tolist() == [[56, 84]]
+    np.testing.assert_allclose(out["pixel_values"][0, 1:].mean((1, 2, 3)) * 255, np.arange(6) * 40, atol=1e-4)
+
+
+@pytest.mark.parametrize("factors", [(2, 3), (4, 5), (1, 2), (7, 6)])
+def test_the_global_view_is_torchs_bicubic_interpolation(factors):
+    rows, cols = factors
+    picture = golden.image(5, 28 * rows, 28 * cols)
+    processor = Phi3EmbedImageProcessor(num_crops=rows * cols, **SMALL)
+    out = processor(picture, return_tensors="pt")
+    assert out["image_sizes"].tolist() == [[28 * rows, 28 * cols]]
+    mean, std = (torch.tensor(value)[:, None, None] for value in (processor.image_mean, processor.image_std))
+    pixels = (torch.from_numpy(picture).permute(2, 0, 1) / 255 - mean) / std
+    wanted = torch.nn.functional.interpolate(pixels[None], size=(28, 28), mode="bicubic")
+    torch.testing.assert_close(out["pixel_values"][:, 0], wanted, atol=2e-6, rtol=0)
+
+
+def test_rescaling_and_normalising_follow_their_arguments():
+    processor = Phi3EmbedImageProcessor(num_crops=1, **SMALL)
+    raw = views(processor, RGB, do_rescale=False, do_normalize=False)
+    assert raw.max() > 1 and torch.equal(raw, raw.round())
+    torch.testing.assert_close(views(processor, RGB, do_normalize=False), raw / 255)
+    torch.testing.assert_close(views(processor, RGB, do_normalize=False, rescale_factor=0.5), raw / 2)
+    half = views(processor, RGB, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    torch.testing.assert_close(half, (raw / 255 - 0.5) / 0.25)
+
+
+def test_json_round_trip(tmp_path):
+    processor = Phi3EmbedImageProcessor(num_crops=7, **SMALL)
+    processor.save_pretrained(tmp_path)
+    again = Phi3EmbedImageProcessor.from_pretrained(tmp_path)
+    assert again.to_dict() == processor.to_dict() and again.num_crops == 7
+    assert torch.equal(views(again, RGB), views(processor, RGB))
+
+
+def test_a_100_megapixel_photo_stays_uint8_until_it_is_reduced():
+    import tracemalloc
+
+    photo = Image.new("RGB", (12000, 8400), (10, 20, 30))
+    processor = Phi3EmbedImageProcessor()
+    tracemalloc.start()
+    pixel_values = views(processor, photo)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * pixel_values.nbytes < photo.width * photo.height * 3 / 2
+
+
+# Images refused
+
+
+def png_bomb():
+    """A PNG of a few bytes that says it is 60000 x 60000."""
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    chunks = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    )
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def truncated_jpeg():
+    buffer = io.BytesIO()
+    Image.fromarray(golden.image(6, 200, 200)).save(buffer, "JPEG")
+    return buffer.getvalue()[:2000]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (truncated_jpeg(), "cannot be read as an image: .*truncated"),
+        (b"", "cannot be read as an image"),
+        (b"not an image", "cannot be read as an image"),
+        (png_bomb(), "too many pixels"),
+    ],
+)
+def test_unreadable_files_are_named(image_processor, tmp_path, content, message):
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"(?s)Image 1: .*broken.jpg.*{message}"):
+        image_processor([RGB, path])
+
+
+def test_a_truncated_image_object_is_an_error_of_ours(image_processor):
+    with pytest.raises(ValueError, match="Image 0: .*cannot be read: .*truncated"):
+        image_processor(Image.open(io.BytesIO(truncated_jpeg())))
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ("no/such/file.png", "There is no image file 'no/such/file.png'"),
+        ("https://example.org/cat.png", "is a URL. Fetch it first"),
+        ("data:image/png;base64,AAAA", "is a URL. Fetch it first"),
+        (None, "An image is of type NoneType. Accepted are PIL images"),
+        (3, "of type int"),
+        ([], "There are no images"),
+        ([[]], "There are no images"),
+        (np.zeros((0, 10, 3), np.uint8), r"shape \(0, 10, 3\).*not empty"),
+        (np.zeros(5, np.uint8), r"shape \(5,\)"),
+        (np.zeros((2, 2, 2, 5, 5), np.uint8), r"shape \(2, 2, 2, 5, 5\)"),
+        (np.zeros((9, 9, 2), np.uint8), r"shape \(9, 9, 2\), but must have 1, 3 or 4 channels"),
+        (np.zeros((3, 9, 3), np.uint8), "channels first or last. Say which by `input_data_format="),
+        (np.zeros((9, 9, 3), np.int64), "dtype int64, but must be uint8, or float in"),
+        (np.full((9, 9, 3), 2.0), r"values from 2.0 to 2.0, but must be in \[0, 1\]"),
+        (np.full((9, 9, 3), -0.5), r"values from -0.5"),
+        (np.full((9, 9, 3), np.nan), "values from nan to nan"),
+        (torch.full((3, 9, 9), torch.inf), "values from inf"),
+        (Image.new("I", (5, 5), 70000), "mode 'I' has values from 70000 to 70000, but must be in 0..255"),
+        (Image.new("F", (5, 5), -1.0), "mode 'F' has values from -1.0"),
+        (Image.new("RGB", (0, 5)), "has no pixels"),
+    ],
+    ids=str,
+)
+def test_wrong_images_are_an_error_of_ours(image_processor, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        image_processor(wrong)
+
+
+@pytest.mark.parametrize("num_crops", [-1, 257, 10**9, 1.5, "4", True])
+def test_negative_and_absurd_num_crops(image_processor, num_crops):
+    message = re.escape(f"`num_crops` is {num_crops!r}, but must be an int from 0")
+    with pytest.raises(ValueError, match=message):
+        image_processor(RGB, num_crops=num_crops)
+    with pytest.raises(ValueError, match=message):
+        image_processor.num_image_tokens(10, 10, num_crops=num_crops)
+
+
+@pytest.mark.parametrize("unknown", [{"numcrops": 3}, {"do_resize": False}, {"do_center_crop": True}])
+def test_arguments_without_effect_are_refused(image_processor, unknown):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{next(iter(unknown))}'"):
+        image_processor(RGB, **unknown)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"num_crops": -1}, "`num_crops` is -1"),
+        ({"size": {"height": 28, "width": 56}}, "one and the same `height` and `width`"),
+        ({"size": {"shortest_edge": 28}}, "one and the same `height` and `width`"),
+        ({"num_img_tokens": 143}, "143, but must be a square"),
+    ],
+)
+def test_wrong_settings(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Phi3EmbedImageProcessor(**wrong)
+
+
+def test_token_counts_of_no_size():
+    with pytest.raises(ValueError, match="`height` is 0"):
+        Phi3EmbedImageProcessor().num_image_tokens(10, 0)
+
+
+# Texts with images
+
+WIDE, TALL = Image.new("RGB", (56, 28)), Image.new("RGB", (28, 56))
+
+
+def test_tags_become_as_many_tokens_as_their_image_has(processor):
+    out = processor(images=[WIDE, TALL], text="what is <|image_1|> and <|image_2|> ?")
+    ids = torch.tensor(out["input_ids"][0])
+    assert (ids == processor.image_token_id).sum() == sum(out["num_img_tokens"])
+    placeholders = (ids == processor.image_token_id).int()
+    starts = (placeholders.diff() == 1).nonzero().flatten() + 1
+    ends = (placeholders.diff() == -1).nonzero().flatten() + 1
+    assert (ends - starts).tolist() == list(out["num_img_tokens"])
+    assert list(out["num_img_tokens"]) == [processor.image_processor.num_image_tokens(*im.size) for im in (WIDE, TALL)]
+
+
+def test_token_ids_are_those_of_the_pieces_one_by_one_as_in_the_original(processor, tokenizer):
+    text = "<|user|>\n<|image_1|>\nwhat is this ?<|end|>\nthe cat <|image_2|>"
+    out = processor(images=[WIDE, TALL], text=text)
+    wanted = []
+    for piece, count in zip(re.split(r"<\|image_\d+\|>", text), [*out["num_img_tokens"], 0]):
+        wanted += tokenizer(piece)["input_ids"] + [processor.image_token_id] * count
+    assert out["input_ids"][0] == wanted
+
+
+@pytest.mark.parametrize("images", [[WIDE, TALL, WIDE], [[WIDE, TALL], [], [WIDE]]], ids=["flat", "nested"])
+def test_batches_of_texts_with_none_one_and_two_images(processor, tokenizer, images):
+    texts = ["<|image_1|> and <|image_2|>", "the cat", "what is <|image_1|>"]
+    out = processor(images=images, text=texts, padding=True, return_tensors="pt")
+    assert out["pixel_values"].shape[0] == 3
+    alone = [processor(images=own, text=text) for own, text in zip([[WIDE, TALL], None, [WIDE]], texts)]
+    for row, mask, one in zip(out["input_ids"], out["attention_mask"], alone):
+        assert row[mask.bool()].tolist() == one["input_ids"][0]
+    assert (out["input_ids"][out["attention_mask"] == 0] == tokenizer.pad_token_id).all()
+
+
+def test_plain_image_tokens_work_as_tags(processor):
+    numbered = processor(images=[WIDE, TALL], text="<|image_1|> and <|image_2|>")
+    plain = processor(images=[WIDE, TALL], text="<|image|> and <|image|>")
+    assert plain["input_ids"] == numbered["input_ids"]
+
+
+def test_images_alone_and_texts_alone(processor, tokenizer):
+    images = processor(images=[WIDE], return_tensors="pt")
+    assert set(images) == {"pixel_values", "image_sizes", "num_img_tokens"}
+    assert processor(text=["the cat"])["input_ids"] == tokenizer(["the cat"])["input_ids"]
+    assert "pixel_values" not in processor(images=[[], []], text=["the cat", "the dog"])
+
+
+def test_num_crops_per_call(processor):
+    few, many = (processor(images=WIDE, text="<|image_1|>", num_crops=number) for number in (0, 4))
+    assert few["num_img_tokens"][0] == 7 < many["num_img_tokens"][0]
+    assert few["input_ids"][0].count(processor.image_token_id) == 7
+
+
+def test_token_counts_without_pixels(processor):
+    sizes = [(28, 56), (56, 28), (900, 17)]
+    counted = processor._get_num_multimodal_tokens(image_sizes=sizes)
+    out = processor(images=[Image.new("RGB", size[::-1]) for size in sizes], return_tensors="np")
+    assert counted["num_image_tokens"] == out["num_img_tokens"].tolist()
+    assert counted["num_image_patches"] == ((out["image_sizes"] // 28).prod(1) + 1).tolist()
+
+
+@pytest.mark.parametrize(
+    "images, text, message",
+    [
+        (None, None, "Neither `images` nor `text`"),
+        ([], None, "There are no images"),
+        (None, "<|image_1|>", "1 image tags, but there are 0 images"),
+        ([WIDE], "the cat", "0 image tags, but there are 1 images"),
+        ([WIDE], "<|image_1|> <|image_2|>", "2 image tags, but there are 1 images"),
+        ([WIDE, TALL], "<|image_2|> <|image_1|>", r"image tags \[2, 1\], but must number its images 1, 2, 3"),
+        ([WIDE, TALL], "<|image_1|> <|image_3|>", r"image tags \[1, 3\]"),
+        ([WIDE], "<|image_0|>", r"image tags \[0\]"),
+        ([WIDE, TALL], "<|image_1|> <|image_1|>", r"image tags \[1, 1\]"),
+        ([WIDE, TALL], "<|image_1|> <|image|>", "both numbered tags and"),
+        ([[WIDE, TALL], []], ["<|image_1|>", "<|image_1|>"], "Text 0 has 1 image tags, but 2 images"),
+        ([[WIDE]], ["<|image_1|>", "a"], "2 texts, but 1 lists of images"),
+        ([WIDE], [3], "`text` must be a string or a list of strings"),
+    ],
+)
+def test_tags_that_do_not_match_the_images_are_an_error(processor, images, text, message):
+    with pytest.raises(ValueError, match=message):
+        processor(images=images, text=text)
+
+
+def test_truncation_that_cuts_an_image_is_an_error(processor):
+    processor = copy.deepcopy(processor)  # a fast tokenizer keeps the truncation of its last call
+    with pytest.raises(ValueError, match="(?i)truncation"):
+        processor(images=[WIDE], text="<|image_1|>", truncation=True, max_length=5)
+
+
+def test_a_tokenizer_without_the_image_token_is_an_error(tokenizer):
+    with pytest.raises(ValueError, match="has no token '<img>'"):
+        Phi3EmbedProcessor(Phi3EmbedImageProcessor(), tokenizer, image_token="<img>")
+
+
+def test_save_and_reload_of_the_processor(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    inputs = {"images": [WIDE], "text": "what is <|image_1|> ?", "return_tensors": "pt"}
+    for key, value in processor(**inputs).items():
+        assert torch.equal(again(**inputs)[key], value), key
+
+
+def test_to_rgb_keeps_rgb_as_it_is():
+    assert np.array_equal(np.asarray(to_rgb(Image.fromarray(RGB))), RGB)
