@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -84,3 +85,17 @@ def tokenizer():
         pad_token="<|endoftext|>",
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def run_python(code, *arguments, **environment):
+    """Runs code in a fresh process outside the repository -> what it printed. Fails as the process does."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"} | environment,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
