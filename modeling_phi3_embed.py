@@ -115,7 +115,7 @@ def hd_token_index(
     side, area = tokens_per_side, tokens_per_side**2
     num_tokens = hd_num_tokens(grids[:, 0], grids[:, 1], side)
     image = torch.arange(len(grids), device=grids.device).repeat_interleave(num_tokens)
-    position = torch.arange(len(image), device=grids.device) - (num_tokens.cumsum(0) - num_tokens)[image]
+    position = torch.arange(image.shape[0], device=grids.device) - (num_tokens.cumsum(0) - num_tokens)[image]
     rows, cols = grids[image].unbind(-1)
 
     sub_length, glb_length = rows * side * (cols * side + 1), side * (side + 1)
@@ -331,7 +331,7 @@ class Phi3ImageEmbedding(nn.Module):
             number = is_placeholder.long()
         else:
             raise ValueError("`inputs_embeds` need an `image_token_id` in the config to tell where images go.")
-        _check_placeholders(is_placeholder, number, [len(tokens) for tokens in image_tokens])
+        _check_placeholders(is_placeholder, number, [tokens.shape[0] for tokens in image_tokens])
         return is_placeholder.to(inputs_embeds.device)
 
     def forward(
@@ -465,7 +465,6 @@ def _check_placeholders(is_placeholder, number, num_tokens):
 class Phi3EmbedPreTrainedModel(PreTrainedModel):
     config_class = Phi3EmbedConfig
     base_model_prefix = "model"
-    main_input_name = "pixel_values"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True

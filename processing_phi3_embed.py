@@ -15,9 +15,11 @@ from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
     ChannelDimension,
+    ImageInput,
     SizeDict,
 )
-from transformers.processing_utils import MultiModalData, Unpack
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
+from transformers.tokenization_utils_base import TextInput
 from transformers.utils import TensorType
 
 from .configuration_phi3_embed import hd_num_tokens
@@ -373,7 +375,12 @@ class Phi3EmbedProcessor(ProcessorMixin):
         # The original tokenizes the pieces between the images one by one, each with its own start of sequence.
         self._after_image = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
 
-    def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | list[TextInput] | None = None,
+        **kwargs: Unpack[ProcessingKwargs],
+    ) -> BatchFeature:
         r"""
         Args:
             images (*optional*):

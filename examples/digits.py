@@ -14,7 +14,7 @@ NUM_CROPS = 1
 
 
 def digits_split():
-    """uint8 images `(n, 8, 8)` and labels `(n,)`: training images, held-out images, training labels, held-out labels."""
+    """uint8 images `(n, 8, 8)` and labels `(n,)`: training and held-out images, training and held-out labels."""
     images, labels = load_digits(return_X_y=True)
     images = (images.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
     return train_test_split(images, labels, test_size=HELD_OUT, random_state=SPLIT_SEED, stratify=labels)

@@ -1,0 +1,81 @@
+"""
+Time and peak memory of embedding, preprocessing and cold start, each beside the least that it could take.
+
+    python benchmarks/run.py [--only embedding|preprocessing|cold-start] [--quick]
+
+Writes results.json and results.md beside this file; a part that is not run keeps its figures. A quick run has few
+rounds and writes nothing.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import cold_start
+import embedding
+import preprocessing
+from measure import machine
+from rich.console import Console
+from rich.table import Table
+
+FOLDER = Path(__file__).resolve().parent
+PARTS = {"embedding": embedding, "preprocessing": preprocessing, "cold-start": cold_start}
+COLUMNS = ("contender", "seconds", "x limit", "peak MiB", "x limit")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Times and peak memory beside the least possible, in one run.")
+    parser.add_argument("--only", choices=PARTS, help="run this part alone")
+    parser.add_argument("--quick", action="store_true", help="few rounds, nothing written")
+    arguments = parser.parse_args()
+
+    measured = {}
+    for name in [arguments.only] if arguments.only else PARTS:
+        measured[name] = {"machine": machine(), "cases": PARTS[name].run(arguments.quick)}
+        show(measured[name]["cases"])
+    if not arguments.quick:
+        write(measured)
+
+
+def show(cases):
+    for case, contenders in cases.items():
+        table = Table(title=case)
+        for number, column in enumerate(COLUMNS):
+            table.add_column(column, justify="right" if number else "left")
+        for cells in rows(contenders):
+            table.add_row(*cells)
+        Console().print(table)
+
+
+def rows(contenders):
+    for name, figure in contenders.items():
+        memory = ("", "")
+        if figure["peak_bytes"] is not None:
+            memory = (f"{figure['peak_bytes'] / 2**20:.0f}", f"{figure['peak_ratio']:.2f}")
+        yield name, f"{figure['seconds']:.3f}", f"{figure['seconds_ratio']:.2f}", *memory
+
+
+def write(measured):
+    path = FOLDER / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results |= measured
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    (FOLDER / "results.md").write_text(markdown(results))
+
+
+def markdown(results):
+    lines = [
+        "Written by `benchmarks/run.py`. Medians of interleaved rounds; a ratio is the median of the rounds' ratios "
+        "to `limit`. Peak memory is above that with weights and inputs loaded, each contender in a process of its own."
+    ]
+    for name, part in results.items():
+        about = ", ".join(f"{key} {value}" for key, value in part["machine"].items())
+        lines += ["", f"## {name}", "", f"Machine: {about}."]
+        for case, contenders in part["cases"].items():
+            lines += ["", f"**{case}**", "", f"| {' | '.join(COLUMNS)} |", "|---|---:|---:|---:|---:|"]
+            lines += [f"| {' | '.join(cells)} |" for cells in rows(contenders)]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
