@@ -254,7 +254,8 @@ class Phi3EmbedImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: an image cannot be read or is of a wrong kind, shape, dtype or range, or there is none.
         """
-        if kwargs.get("num_crops") is not None:
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        if "num_crops" in kwargs:
             _check_num_crops(kwargs["num_crops"])
         return super().preprocess(images, **kwargs)
 
