@@ -25,7 +25,7 @@ def test_the_readmes_python_runs_as_printed():
     assert done.stdout.splitlines()[1:] == [
         "torch.Size([2, 1, 3, 336, 336]) [157, 157]",
         "757",
-        "torch.Size([3, 645, 128])",
+        "torch.Size([3, 630, 128])",
         "2 128",
         f"224 49 {done.stdout.split()[-1]}",
     ]
