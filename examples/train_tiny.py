@@ -61,14 +61,14 @@ def make_tokenizer():
     )
 
 
-def make_model(tokenizer):
+def make_model(tokenizer, crop_size):
     """A fresh model with Phi-3-vision's geometry of crops, patches and tokens, and narrow layers."""
     config = AutoConfig.from_pretrained(
         ROOT,
         trust_remote_code=True,
         vision_config={
             "model_type": "clip_vision_model",
-            "image_size": 336,
+            "image_size": crop_size,
             "patch_size": 14,
             "hidden_size": 64,
             "num_attention_heads": 2,
@@ -102,7 +102,7 @@ def prepare(model, image_processor, images):
 
 def wave_positions(side, width):
     """Sines and cosines of each patch's row and column, `(side ** 2, width)`."""
-    angles = torch.arange(side)[:, None] * 100.0 ** -torch.linspace(0, 1, width // 4)
+    angles = 24 / side * (torch.arange(side)[:, None] + 0.5) * 100.0 ** -torch.linspace(0, 1, width // 4)
     waves = torch.cat((angles.sin(), angles.cos()), dim=1)  # (side, width / 2)
     return torch.cat((waves.repeat_interleave(side, 0), waves.repeat(side, 1)), dim=1)
 
@@ -112,7 +112,7 @@ def shifted(image, right, down):
     return np.pad(image, 1)[1 - down : 9 - down, 1 - right : 9 - right]
 
 
-def train(model, image_processor, tokenizer, images, labels):
+def train(model, image_processor, tokenizer, images, labels, EPOCHS, LEARNING_RATE):
     """Softmax over the cosines of an image's embedding with the names' word embeddings."""
     rng = np.random.default_rng(TRAINING_SEED)
     name_ids = torch.tensor(tokenizer.convert_tokens_to_ids(list(NAMES)))
