@@ -315,6 +315,9 @@ def _affine(do_rescale, rescale_factor, do_normalize, image_mean, image_std):
     factor = rescale_factor if do_rescale else 1.0
     mean, std = (image_mean, image_std) if do_normalize else (0.0, 1.0)
     mean, std = np.asarray(mean, np.float64).reshape(-1, 1, 1), np.asarray(std, np.float64).reshape(-1, 1, 1)
+    for name, value in (("image_mean", mean), ("image_std", std)):
+        if len(value) not in (1, 3):
+            raise ValueError(f"`{name}` has {len(value)} values, but must have 3, one a channel, or be a number.")
     return (factor / std).astype(np.float32), (-mean / std).astype(np.float32)
 
 
@@ -435,7 +438,10 @@ class Phi3EmbedProcessor(ProcessorMixin):
         if not (isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images)):
             return
         if len(images) != len(text):
-            raise ValueError(f"There are {len(text)} texts, but {len(images)} lists of images. Give one list a text.")
+            raise ValueError(
+                f"There are {len(text)} texts, but {len(images)} lists of images. Give one list a text: the image "
+                "tokens in the prompts should be the same as the number of images."
+            )
         for number, (entry, sample) in enumerate(zip(images, text)):
             num_tags, num_images = sample.count(self.image_token), len(flatten_images(entry))
             if num_tags != num_images:

@@ -178,6 +178,11 @@ def test_rescaling_and_normalising_follow_their_arguments():
     torch.testing.assert_close(half, (raw / 255 - 0.5) / 0.25)
 
 
+def test_a_mean_of_wrong_length_is_an_error_of_ours(image_processor):
+    with pytest.raises(ValueError, match="`image_mean` has 2 values, but must have 3"):
+        image_processor(RGB, image_mean=[0.5, 0.5])
+
+
 def test_json_round_trip(tmp_path):
     processor = Phi3EmbedImageProcessor(num_crops=7, **SMALL)
     processor.save_pretrained(tmp_path)
