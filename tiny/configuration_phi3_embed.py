@@ -1,0 +1,1 @@
+../configuration_phi3_embed.py

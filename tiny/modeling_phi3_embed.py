@@ -1,0 +1,1 @@
+../modeling_phi3_embed.py

@@ -1,0 +1,1 @@
+../processing_phi3_embed.py
