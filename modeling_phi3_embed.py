@@ -481,14 +481,24 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
             init.zeros_(module.sub_GN)
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
         """
         As [`PreTrainedModel.from_pretrained`], but weights that the checkpoint lacks are an error, never left random.
 
         Raises:
-            ValueError: the checkpoint lacks weights; they are named.
+            ValueError: the checkpoint lacks weights; they are named. Or it is in Microsoft's layout.
         """
-        model, loading_info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if kwargs.get("config") is None and pretrained_model_name_or_path is not None:
+            config, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **kwargs)
+            if "img_processor" in config:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} is a checkpoint in Microsoft's layout. Take the image embedding "
+                    f"out of it by `python convert_phi3_vision.py {pretrained_model_name_or_path} OUTPUT`, and load "
+                    "OUTPUT."
+                )
+        model, loading_info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
         if missing := sorted(loading_info["missing_keys"]):
             raise ValueError(
                 f"The checkpoint lacks {len(missing)} of the model's weights: {', '.join(missing)}. For a fresh, "
