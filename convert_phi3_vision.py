@@ -16,11 +16,13 @@ import argparse
 import copy
 import errno
 import json
+import logging
 import os
 import re
 import shutil
 import sys
 import time
+import warnings
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,7 +38,6 @@ from huggingface_hub import (
     ModelCardData,
     RepoCard,
     get_hf_file_metadata,
-    get_token,
     hf_hub_url,
     snapshot_download,
     split_torch_state_dict_into_shards,
@@ -45,6 +46,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -61,7 +63,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 ROOT = Path(__file__).resolve().parent
 
@@ -233,16 +235,16 @@ def hub_errors(name):
         raise ConversionError(
             f"{name} is gated: accept its terms on its page of the Hub, and log in by `hf auth login`."
         ) from error
-    except RepositoryNotFoundError as error:
-        raise ConversionError(
-            f"There is no folder and no model {name} on the Hub; a private one needs `hf auth login`."
-        ) from error
     except RevisionNotFoundError as error:
         raise ConversionError(f"{name} has no such revision. Its page on the Hub lists them.") from error
     except HFValidationError as error:
         raise ConversionError(f"There is no folder {name}, and it is no Hub id, such as owner/model.") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
+        if isinstance(error, RepositoryNotFoundError) or status == 401:
+            raise ConversionError(
+                f"There is no folder {name}, and the Hub shows no such model. A private one needs `hf auth login`."
+            ) from error
         hint = "Your token does not allow this." if status in (401, 403) else "The same command goes on from here."
         raise ConversionError(f"{name}: the Hub answers {status} ({error.server_message}). {hint}") from error
     except (OfflineModeIsEnabled, httpx2.TransportError) as error:
@@ -317,7 +319,7 @@ def read_config(source: Source):
             "and has no `img_processor`."
         )
     try:
-        return load_class("configuration_phi3_embed.Phi3EmbedConfig").from_dict(config)
+        return load_class("modeling_phi3_embed.Phi3EmbedConfig").from_dict(config)
     except ValueError as error:
         raise ConversionError(f"{source.name}: config.json: {error}") from error
 
@@ -484,7 +486,9 @@ class Adapter:
         config = copy.copy(self.config)
         config.target_modules, config.task_type, config.bias = {path}, None, "none"
         config.modules_to_save = config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
-        model = PeftModel(shell(path, weight), config)
+        with warnings.catch_warnings():  # that patterns for other layers match none here
+            warnings.simplefilter("ignore")
+            model = PeftModel(shell(path, weight), config)
         if get_peft_model_state_dict(model).keys() != tensors.keys():
             expected = ", ".join(get_peft_model_state_dict(model))
             raise ConversionError(f"{self.source.name} has {', '.join(tensors)} where peft expects {expected}.")
@@ -569,7 +573,8 @@ def write_processor(source: Source, config, output: Path):
     if "tokenizer.json" not in source.files:
         raise ConversionError(f"{source.name} has no tokenizer.json. Put the base model's tokenizer files beside it.")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source.folder)
-    for key in ("auto_map", "processor_class"):  # of the source's own code
+    # Of the source's own code, and of how it was loaded just now.
+    for key in ("auto_map", "processor_class", "is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(key, None)
     if tokenizer.convert_tokens_to_ids("<|image|>") != config.image_token_id:
         raise ConversionError(f"The tokenizer of {source.name} has no <|image|> with the id {config.image_token_id}.")
@@ -615,7 +620,7 @@ language model's layers, and the vision tower's behind the feature layer. Nothin
 |---|---|
 | source | {source} |
 | revision | {revision} |
-| adapter | {adapter} |
+| merged adapter | {adapter} |
 | licence of the weights | {license} |
 | weights | {count}, {dtype}; the word embeddings are the source's `{table}` |
 | crops | at most {num_crops} |
@@ -638,9 +643,9 @@ def write_card(source: Source, adapter, selected, config, command, name, output:
         metadata=metadata.to_yaml(),
         title=name.rpartition("/")[2],
         name=name,
-        source=said_name(source),
+        source=f"`{said_name(source)}`",
         revision=source.commit or "a folder",
-        adapter=f"{said_name(adapter.source)}, merged" if adapter else "none",
+        adapter=f"`{said_name(adapter.source)}` at {adapter.source.commit or 'a folder'}" if adapter else "none",
         license=license["license_name"] or license["license"] or "not stated by the source",
         command=command,
         count=len(selected),
@@ -845,6 +850,14 @@ def copy_files(folder: Path, output: Path):
                     bar.update(len(chunk))
 
 
+def check_token(name):
+    """Before the work, whose result is to be pushed."""
+    try:
+        HfApi().whoami()
+    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
+        raise ConversionError(f"Pushing to {name} needs a valid token: log in by `hf auth login`.") from error
+
+
 def push(output: Path, name: str, private: bool) -> None:
     """One commit with all of the folder, and without weights that an older one left."""
     try:
@@ -892,8 +905,8 @@ def run(arguments):
     if parsed.put_back:
         put_back(parsed.put_back, parsed.source, parsed.output, parsed.revision)
         return
-    if parsed.push_to_hub and get_token() is None:
-        raise ConversionError("Pushing needs a token: log in by `hf auth login` first.")
+    if parsed.push_to_hub:
+        check_token(parsed.push_to_hub)
     dtype = getattr(torch, parsed.dtype) if parsed.dtype else None
     said = [
         *(["--dtype", parsed.dtype] if dtype else []),
@@ -908,15 +921,16 @@ def run(arguments):
 
 
 def main():
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # tells that weights are on disk
     try:
         run(sys.argv[1:])
     except ConversionError as error:
         sys.exit(f"error: {error}")
-    except OSError as error:
-        hint = " Free some space: the same command goes on from here." if error.errno == errno.ENOSPC else ""
-        sys.exit(f"error: {error}.{hint}")
+    except (OSError, httpx2.TransportError) as error:
+        is_full = getattr(error, "errno", None) == errno.ENOSPC
+        sys.exit(f"error: {error}{'. Free some space: the same command goes on from here.' if is_full else ''}")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted. The same command goes on from here.")
 
