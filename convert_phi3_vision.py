@@ -17,6 +17,7 @@ import copy
 import errno
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -46,6 +47,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -189,11 +191,34 @@ def read_url(url, start, stop):
                     yield chunk
         except httpx2.TransportError as error:
             failures += 1
-            if failures > MAX_RETRIES:
-                raise ConversionError(
-                    f"The network fails ({error or type(error).__name__}). The same command goes on from here."
-                ) from error
-            time.sleep(min(2.0 ** (failures - 1), 8))
+            wait_or_raise(failures, error)
+
+
+def retried(call):
+    """What a call of the client gives, which by itself gives up at a 5xx of some kinds of request."""
+    failures = 0
+    while True:
+        try:
+            return call()
+        except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError) as error:
+            if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+                raise
+            failures += 1
+            wait_or_raise(failures, error)
+
+
+def wait_or_raise(failures, error):
+    if failures > MAX_RETRIES:
+        raise ConversionError(
+            f"The network fails ({first_line(error)}). The same command goes on from here."
+        ) from error
+    seconds = min(2 ** (failures - 1), 8)
+    tqdm.write(f"{first_line(error)}: trying again in {seconds} s", file=sys.stderr)
+    time.sleep(seconds)
+
+
+def first_line(error):
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def open_source(name: str, revision: str | None, folder: Path) -> Source:
@@ -205,9 +230,9 @@ def open_source(name: str, revision: str | None, folder: Path) -> Source:
     if Path(name).exists():
         raise ConversionError(f"{name} is a file. Give the folder that it is in, or a Hub id.")
     with hub_errors(name):
-        info = HfApi().model_info(name, revision=revision)
+        info = retried(lambda: HfApi().model_info(name, revision=revision))
         remember_commit(name, info.sha, folder)
-        snapshot_download(name, revision=info.sha, allow_patterns=SMALL_FILES, local_dir=folder)
+        retried(lambda: snapshot_download(name, revision=info.sha, allow_patterns=SMALL_FILES, local_dir=folder))
     return Source(name, folder, frozenset(sibling.rfilename for sibling in info.siblings), info.sha)
 
 
@@ -215,15 +240,16 @@ def remember_commit(name, commit, folder):
     """Writes beside a download of what it is one, or refuses to go on with weights of something else."""
     path, asked = folder / "source.json", {"name": name, "commit": commit}
     begun = json.loads(path.read_text()) if path.exists() else None
-    if begun != asked and not (folder / WEIGHTS).exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        path.write_text(json.dumps(asked))
-    elif begun != asked:
+    if begun == asked:
+        return
+    if begun and (folder / WEIGHTS).exists():
         raise ConversionError(
             f"{folder} has part of {begun['name']} at {begun['commit']}, but {name} is now at {commit}. To finish the "
             f"first, give it and `--revision {begun['commit']}`; to begin anew, delete {folder.parent}."
         )
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    path.write_text(json.dumps(asked))
 
 
 @contextmanager
@@ -248,7 +274,7 @@ def hub_errors(name):
         hint = "Your token does not allow this." if status in (401, 403) else "The same command goes on from here."
         raise ConversionError(f"{name}: the Hub answers {status} ({error.server_message}). {hint}") from error
     except (OfflineModeIsEnabled, httpx2.TransportError) as error:
-        raise ConversionError(f"The Hub cannot be reached for {name}: {error or type(error).__name__}") from error
+        raise ConversionError(f"The Hub cannot be reached for {name}: {first_line(error)}") from error
 
 
 # Which weights they are
@@ -295,13 +321,13 @@ def read_header(source, file):
         if not 2 <= length <= min(size - 8, MAX_HEADER_SIZE):
             raise ValueError("a safetensors file would begin with the length of its header")
         header = json.loads(b"".join(source.read(file, 8, 8 + length)))
-    except ValueError as error:
+        header.pop("__metadata__", None)
+        entries = {}
+        for name, about in header.items():
+            start, stop = (8 + length + offset for offset in about["data_offsets"])
+            entries[name] = Entry(name, file, about["dtype"], tuple(about["shape"]), start, stop)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConversionError(f"{source.name}: {file} is no safetensors file ({error}).") from error
-    header.pop("__metadata__", None)
-    entries = {}
-    for name, about in header.items():
-        start, stop = (8 + length + offset for offset in about["data_offsets"])
-        entries[name] = Entry(name, file, about["dtype"], tuple(about["shape"]), start, stop)
     end = max((entry.stop for entry in entries.values()), default=0)
     if end > size:
         raise ConversionError(f"{source.name}: {file} is cut short: {size} of {end} bytes.")
@@ -364,6 +390,8 @@ def check_entry(entry, shape, problems):
         problems["wrong shape"].append(f"{entry.name} is {entry.shape}, not {shape}")
     if entry.dtype not in DTYPES:
         problems["wrong dtype"].append(f"{entry.name} is {entry.dtype}, not one of {', '.join(DTYPES)}")
+    elif entry.stop - entry.start != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize:
+        problems["wrong size"].append(f"{entry.name} has {entry.stop - entry.start} bytes")
 
 
 def raise_problems(source_name, problems):
@@ -377,11 +405,8 @@ def raise_problems(source_name, problems):
 
 def fetch(source: Source, selected: dict[str, Entry], whole_size: int) -> Source:
     """The selected weights of a repository on the Hub -> `source.folder`, as a checkpoint of Microsoft's layout."""
-    runs, header = (
-        joined(selected.values()),
-        safetensors_header({entry.name: (entry.dtype, entry.shape) for entry in selected.values()}),
-    )
-    path, total = source.folder / WEIGHTS, sum(stop - start for _, start, stop in runs)
+    header = safetensors_header({entry.name: (entry.dtype, entry.shape) for entry in selected.values()})
+    path, total = source.folder / WEIGHTS, sum(entry.stop - entry.start for entry in selected.values())
     print(f"Fetching {total / 1e9:.3f} GB of {whole_size / 1e9:.3f} GB from {source.name} at {source.commit}")
     path.touch()
     with open(path, "r+b") as file:
@@ -391,7 +416,7 @@ def fetch(source: Source, selected: dict[str, Entry], whole_size: int) -> Source
             file.write(header)
         have = file.seek(0, os.SEEK_END) - len(header)
         with tqdm(total=total, initial=have, unit="B", unit_scale=True, desc="Fetching") as bar:
-            for name, start, stop in runs:
+            for name, start, stop in joined(selected.values()):
                 skipped = min(have, stop - start)
                 have -= skipped
                 for chunk in source.read(name, start + skipped, stop):
@@ -415,7 +440,7 @@ def safetensors_header(tensors) -> bytes:
     """What a safetensors file of these tensors, name -> (dtype, shape), begins with; their bytes follow in order."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, (dtype, shape) in tensors.items():
-        start, offset = offset, offset + int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
+        start, offset = offset, offset + math.prod(shape) * DTYPES[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, offset)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -445,6 +470,11 @@ class Adapter:
         self.config = LoraConfig.from_pretrained(source.folder)
         if "adapter_model.safetensors" not in source.files:
             raise ConversionError(f"{source.name} has no adapter_model.safetensors (pickles are not read).")
+        if others := [file for file in source.files if file.startswith("non_lora")]:
+            raise ConversionError(
+                f"{source.name} has {', '.join(others)}, weights that were trained beside the adapter. Merge them by the "
+                "training's own script, and give the merged folder."
+            )
         self.parts = defaultdict(dict)
         for key, tensor in load_file(source.folder / "adapter_model.safetensors").items():
             name = key.removeprefix("base_model.model.")
@@ -732,7 +762,7 @@ def convert(
     """
     with work_folder(output) as partial:
         source, adapter = open_source(source_name, revision, partial / "source"), None
-        if ADAPTER in source.files:
+        if ADAPTER in source.files and not {WEIGHTS, INDEX} & source.files:
             adapter = Adapter(source)
             source = open_base(adapter, base, partial / "base")
         elif base is not None:
@@ -801,7 +831,7 @@ def open_whole(name: str, revision: str | None = None) -> Source:
     if Path(name).exists():
         return open_source(name, revision, Path(name))
     with hub_errors(name):
-        folder = Path(snapshot_download(name, revision=revision, ignore_patterns=PICKLES))
+        folder = Path(retried(lambda: snapshot_download(name, revision=revision, ignore_patterns=PICKLES)))
     return replace(open_source(str(folder), None, folder), name=name)
 
 

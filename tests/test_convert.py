@@ -353,6 +353,10 @@ def test_adapters_that_cannot_be_merged_say_why(source, tmp_path):
     save_file(tensors | {"base_model.model.other.weight": torch.zeros(1)}, adapter / "adapter_model.safetensors")
     with pytest.raises(ConversionError, match=r"extra \(1\): other.weight"):
         convert(str(adapter), tmp_path / "output", base=str(source))
+    (adapter / "non_lora_state_dict.bin").touch()
+    with pytest.raises(ConversionError, match="has non_lora_state_dict.bin, weights that were trained beside"):
+        convert(str(adapter), tmp_path / "output", base=str(source))
+    (adapter / "non_lora_state_dict.bin").unlink()
     first = next(iter(tensors))
     save_file(tensors | {first: torch.zeros(1, 1)}, adapter / "adapter_model.safetensors")
     with pytest.raises(ConversionError, match="adapter does not fit .*fc1.weight"):
@@ -490,8 +494,9 @@ def test_what_the_hub_does_not_give_is_told_in_a_line(name, options, said, sourc
 def test_only_what_is_wanted_is_fetched_through_every_fault(far, source, tmp_path):
     hub, main = far
     sent = hub.bytes_sent(STORAGE)
-    hub.fail(r"GET .*resolve.*model\.safetensors", kind="503", times=3)
-    hub.fail(r"GET .*resolve.*model\.safetensors", kind="drop", times=2)
+    for kind in ("503", "drop"):
+        for request in (r"GET /api/models/someone/phi3v", r"tokenizer\.json", r"GET .*resolve.*/model\.safetensors"):
+            hub.fail(request, kind=kind, times=2)
     hub.fail(STORAGE, kind="cut", at=1_000_000, times=5)
     assert main("someone/phi3v", tmp_path / "output") is None
     assert_same_weights(tmp_path / "output", published.weights())
