@@ -472,8 +472,8 @@ class Adapter:
             raise ConversionError(f"{source.name} has no adapter_model.safetensors (pickles are not read).")
         if others := [file for file in source.files if file.startswith("non_lora")]:
             raise ConversionError(
-                f"{source.name} has {', '.join(others)}, weights that were trained beside the adapter. Merge them by the "
-                "training's own script, and give the merged folder."
+                f"{source.name} has {', '.join(others)}, weights that were trained beside the adapter. Merge them by "
+                "the training's own script, and give the merged folder."
             )
         self.parts = defaultdict(dict)
         for key, tensor in load_file(source.folder / "adapter_model.safetensors").items():
