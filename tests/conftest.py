@@ -19,7 +19,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from phi3_embed.configuration_phi3_embed import Phi3EmbedConfig  # noqa: E402
 from phi3_embed.modeling_phi3_embed import Phi3EmbedModel  # noqa: E402
-from tokenizers import Tokenizer, models, normalizers, processors, trainers  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 SMALL_TOWER = {
@@ -68,14 +68,14 @@ def model():
     return small_model()
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def make_tokenizer():
     """A tokenizer of Phi-3's make: LLaMA's BPE, which begins every piece by a space, `<s>` first, tags split off."""
     core = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     special = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|user|>", "<|end|>", "<|image|>"]
-    words = ["what is this and that ? a picture of the cat dog in front \n"] * 4
+    words = ["what is this and that ? a picture of the cat dog in front lower newer \n"] * 4
     core.train_from_iterator(words, trainers.BpeTrainer(vocab_size=90, special_tokens=special, show_progress=False))
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -85,6 +85,11 @@ def tokenizer():
         pad_token="<|endoftext|>",
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
 
 
 def run_python(code, *arguments, **environment):
