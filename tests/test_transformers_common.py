@@ -12,12 +12,18 @@ from importlib.util import module_from_spec
 from pathlib import Path
 
 import pytest
+import sklearn.datasets
 import torch
 from conftest import SMALL_TOWER, make_tokenizer, small_config, small_pixels
 from phi3_embed.modeling_phi3_embed import Phi3EmbedModel
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor, Phi3EmbedProcessor
 from transformers import AutoImageProcessor, AutoTokenizer
 
+CHAT_TEMPLATE = """{% for message in messages %}<|{{ message.role }}|>
+{% for part in message.content %}{{ "<|image|>" if part.type == "image" else part.text }}{% endfor %}<|end|>
+{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% endif %}"""
+PHOTOGRAPH = Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"
 SOURCE = Path(sys.prefix) / "transformers-tests" / "tests"
 
 
@@ -36,7 +42,7 @@ for package in ("exporters", "generation", "utils"):
 add_module("transformers_tests.exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
 add_module("transformers_tests.generation.test_utils", GenerationTesterMixin=type("GenerationTesterMixin", (), {}))
 add_module("transformers_tests.utils.test_configuration_utils", config_common_kwargs={})
-add_module("fetch_hub_objects_for_ci", url_to_local_path=lambda url: url)
+add_module("fetch_hub_objects_for_ci", url_to_local_path=lambda url: str(PHOTOGRAPH))
 
 from transformers_tests.test_image_processing_common import (  # noqa: E402
     ImageProcessingTester,
@@ -126,6 +132,10 @@ class TestProcessor(ProcessorTesterMixin, unittest.TestCase):
     @classmethod
     def _setup_tokenizer(cls):
         return make_tokenizer()
+
+    @staticmethod
+    def prepare_processor_dict():
+        return {"chat_template": CHAT_TEMPLATE}
 
     @unittest.skip("Saving a class of a repository's own code leaves its `auto_map` on the object.")
     def test_processor_from_and_save_pretrained(self):
