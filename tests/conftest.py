@@ -17,6 +17,7 @@ sys.modules["phi3_embed"] = importlib.util.module_from_spec(spec)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hub_server import HubServer  # noqa: E402
 from phi3_embed.configuration_phi3_embed import Phi3EmbedConfig  # noqa: E402
 from phi3_embed.modeling_phi3_embed import Phi3EmbedModel  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers  # noqa: E402
@@ -90,6 +91,13 @@ def make_tokenizer():
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()
+
+
+@pytest.fixture
+def hub():
+    """A Hub on loopback, empty."""
+    with HubServer() as server:
+        yield server
 
 
 def run_python(code, *arguments, **environment):
