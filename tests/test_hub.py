@@ -130,6 +130,7 @@ def test_another_machine_loads_what_was_pushed(hub, pushed, numbers, tmp_path):
     hub.log.clear()
     assert run_python(EMBED, pushed, "{}", **hub.environment(tmp_path, hub.read_token)) == numbers
     files = hub.files(pushed)
+    assert hub.repos[pushed].private and len(hub.repos[pushed].commits) == 3  # the new repo's, model, processor
     assert hub.bytes_sent(WEIGHTS) == len(files[WEIGHTS])
     for module in MODULES:
         assert files[module] == (ROOT / module).read_bytes()
@@ -214,7 +215,23 @@ HfApi().upload_folder(repo_id="someone/clean", folder_path="sharded", delete_pat
     assert stranger(EMBED, "someone/clean", "{}").splitlines()[1] == changed.strip()
 
 
+def test_a_push_keeps_the_card_that_is_there(hub, folder, author, pushed):
+    hub.add_repo("someone/card", folder)
+    hub.commit("someone/card", {"README.md": b"---\nlicense: mit\n---\nmy card\n"})
+    author(CHANGE)
+    author(PUSH, "someone/card")
+    assert hub.files("someone/card")["README.md"] == b"---\nlicense: mit\n---\nmy card\n"
+
+
 # Revisions
+
+
+def test_a_push_to_a_branch_leaves_main_alone(hub, folder, author, pushed, stranger, numbers):
+    hub.add_repo("someone/branched", folder)
+    changed = author(CHANGE)
+    author('model.push_to_hub("someone/branched", revision="trial")')
+    assert stranger(EMBED, "someone/branched", "{}") == numbers
+    assert stranger(EMBED, "someone/branched", '{"revision": "trial"}').splitlines()[1] == changed.strip()
 
 
 def test_branch_tag_and_commit_give_the_old_model_after_main_has_moved(hub, folder, author, stranger, numbers):
