@@ -414,9 +414,8 @@ class _Api(_Handler):
     def readable(self, repo_id):
         repo = self.hub.repos.get(repo_id)
         if repo is None or (repo.private and not self.can_read):
-            if self.can_read:
-                raise _Refusal(404, "Repository not found", "RepoNotFound")
-            raise _Refusal(401, "Invalid username or password.")
+            # Without a token the Hub says 401, which the client takes for this code on https alone.
+            raise _Refusal(404 if self.can_read else 401, "Repository not found", "RepoNotFound")
         return repo
 
     def writable(self, repo_id):
