@@ -1,5 +1,8 @@
 """Phi-3-vision image embedding: configuration."""
 
+import json
+from pathlib import Path
+
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 # The HD transform merges every 2 x 2 neighbouring patches into one token.
@@ -37,6 +40,35 @@ MICROSOFT_KEYS = (
     "embd_layer",
 )
 MICROSOFT_TOWERS = {"openai/clip-vit-large-patch14-336": CLIP_VIT_LARGE_PATCH14_336}
+
+# What sentence-transformers reads beside a checkpoint: images only, each by its pooled vector, normalised. Without
+# these files it would take the mean over separators and padding too, and texts, of which there is no one vector.
+SENTENCE_TRANSFORMERS_FILES = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.sentence_transformer.modules.Transformer"},
+        {
+            "idx": 1,
+            "name": "1",
+            "path": "1_Normalize",
+            "type": "sentence_transformers.sentence_transformer.modules.Normalize",
+        },
+    ],
+    "sentence_bert_config.json": {
+        "transformer_task": "feature-extraction",
+        "modality_config": {"image": {"method": "forward", "method_output_name": "pooler_output"}},
+        "module_output_name": "sentence_embedding",
+    },
+    "config_sentence_transformers.json": {
+        "model_type": "SentenceTransformer",
+        "similarity_fn_name": "cosine",
+        "requirements": {
+            "transformers": {
+                "specifier": ">=5.18",
+                "reason": "Earlier releases want huggingface_hub below 2, and some of them torchvision.",
+            }
+        },
+    },
+}
 
 
 def hd_num_tokens(rows, cols, tokens_per_side):
@@ -221,6 +253,14 @@ class Phi3EmbedConfig(PreTrainedConfig):
             microsoft = _from_microsoft(taken.pop("img_processor", None) or {}, taken.pop("embd_layer", None) or {})
             config_dict = taken | microsoft
         return super().from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As [`PreTrainedConfig.save_pretrained`], and the files of sentence-transformers where there are none yet."""
+        super().save_pretrained(save_directory, **kwargs)
+        for name, content in SENTENCE_TRANSFORMERS_FILES.items():
+            path = Path(save_directory) / name
+            if not path.exists():
+                path.write_text(json.dumps(content, indent=2) + "\n")
 
     @staticmethod
     def _build_vision_config(vision_config):

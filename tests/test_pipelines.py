@@ -1,21 +1,8 @@
 """The repository in transformers' pipelines."""
 
-import pytest
 import torch
-from conftest import small_model
-from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor
 from PIL import Image
 from transformers import pipeline
-
-
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory, tokenizer):
-    path = tmp_path_factory.mktemp("repository")
-    small_model(image_token_id=tokenizer.convert_tokens_to_ids("<|image|>")).save_pretrained(path)
-    Phi3EmbedImageProcessor(num_crops=4, size={"height": 56, "width": 56}, num_img_tokens=4).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
-
 
 PICTURES = [Image.linear_gradient("L").resize(size) for size in [(60, 60), (200, 50), (50, 200), (70, 60), (300, 20)]]
 
