@@ -279,8 +279,12 @@ class Phi3ImageEmbedding(nn.Module):
             view = torch.arange(num_images * max_views, device=num_views.device)
         else:
             view = is_real.nonzero().squeeze(1)
-        encoded = self._encode(pixel_values.flatten(0, 1)[view], **kwargs)
-        features = self._select_features(encoded.last_hidden_state)
+        views = pixel_values.flatten(0, 1)[view]
+        if pixel_values.ndim == 4:  # precomputed features (num_images, max_views, num_patches, C)
+            features, encoded = views.to(self.img_processor.dtype), {}
+        else:
+            encoded = self._encode(views, **kwargs)
+            features = self._select_features(encoded.last_hidden_state)
 
         table = self.projector(features)  # (num_crops * tokens + 2, hidden_size)
         crops = table[:-2].view(len(features), -1, table.shape[-1])  # (num_crops, tokens, hidden_size)
@@ -297,7 +301,7 @@ class Phi3ImageEmbedding(nn.Module):
             crops = crops.mean(1) * weight[:, None]
             image_embeds = crops.new_zeros(num_images, crops.shape[-1]).index_add(0, image, crops).to(table.dtype)
         return Phi3EmbedImageOutput(
-            last_hidden_state=features,
+            last_hidden_state=features if encoded else None,
             pooler_output=table[index].split(num_tokens.tolist()),
             hidden_states=encoded.get("hidden_states"),
             attentions=encoded.get("attentions"),
@@ -348,8 +352,9 @@ class Phi3ImageEmbedding(nn.Module):
             input_ids (`(batch_size, sequence_length)`, *optional*):
                 Token ids; an image token is Microsoft's negative id or `config.image_token_id`. Left unchanged.
             pixel_values (*optional*):
-                `(num_images, max_crops, 3, H, W)`, the global view first; without the HD transform
-                `(num_images, 3, H, W)` or precomputed features `(num_images, num_tokens, C)`.
+                `(num_images, max_crops, 3, H, W)`, the global view first, or precomputed features
+                `(num_images, max_crops, num_patches, C)`; without the HD transform `(num_images, 3, H, W)` or
+                precomputed features `(num_images, num_tokens, C)`.
             image_sizes (`(num_images, 2)`, *optional*):
                 Height and width in pixels of each image's grid of crops.
 
@@ -380,11 +385,14 @@ class Phi3ImageEmbedding(nn.Module):
 
 def _check_pixels(config, pixel_values):
     shape, channels, size = tuple(pixel_values.shape), config.vision_config.num_channels, config.crop_size
+    width = config.vision_config.hidden_size
     if config.use_hd_transform:
-        accepted = f"(num_images, crops, {channels}, {size}, {size})"
-        is_accepted = pixel_values.ndim == 5 and shape[2:] == (channels, size, size)
+        patches = config.patches_per_side**2
+        accepted = (
+            f"(num_images, crops, {channels}, {size}, {size}), or (num_images, crops, {patches}, {width}) for features"
+        )
+        is_accepted = shape[2:] in ((channels, size, size), (patches, width))
     else:
-        width = config.vision_config.hidden_size
         accepted = f"(num_images, {channels}, {size}, {size}), or (num_images, num_tokens, {width}) for features"
         is_accepted = (pixel_values.ndim == 4 and shape[1:] == (channels, size, size)) or (
             pixel_values.ndim == 3 and shape[1] > 0 and shape[2] == width
@@ -563,7 +571,8 @@ class Phi3EmbedModel(Phi3EmbedPreTrainedModel):
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, max_crops, 3, crop_size, crop_size)`):
-                As the image processor makes them: the global view first, then the crops row by row, then zeros.
+                As the image processor makes them: the global view first, then the crops row by row, then zeros; or in
+                their place the tower's features `(num_images, max_crops, num_patches, vision_config.hidden_size)`.
                 Without the HD transform `(num_images, 3, crop_size, crop_size)`, or features
                 `(num_images, num_tokens, vision_config.hidden_size)`.
             image_sizes (`torch.LongTensor` of shape `(num_images, 2)` or a list of int pairs):
