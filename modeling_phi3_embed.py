@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
@@ -27,6 +27,9 @@ from .configuration_phi3_embed import MERGE_SIZE, Phi3EmbedConfig, hd_num_tokens
 
 # Microsoft's placeholders are the ids -1, -2, ... of an image's number; an id this low or lower is none.
 MIN_PLACEHOLDER_ID = -(10**9)
+
+# Images of this label do not count in the loss: `ignore_index` of PyTorch's cross-entropy.
+IGNORED_LABEL = -100
 
 # What towers call the modules behind their last layer. The features are taken before them.
 CLOSING_MODULES = ("post_layernorm", "layernorm", "norm", "head", "pooler")
@@ -276,8 +279,12 @@ class Phi3ImageEmbedding(nn.Module):
             view = torch.arange(num_images * max_views, device=num_views.device)
         else:
             view = is_real.nonzero().squeeze(1)
-        encoded = self._encode(pixel_values.flatten(0, 1)[view], **kwargs)
-        features = self._select_features(encoded.last_hidden_state)
+        views = pixel_values.flatten(0, 1)[view]
+        if pixel_values.ndim == 4:  # precomputed features (num_images, max_views, num_patches, C)
+            features, encoded = views.to(self.img_processor.dtype), {}
+        else:
+            encoded = self._encode(views, **kwargs)
+            features = self._select_features(encoded.last_hidden_state)
 
         table = self.projector(features)  # (num_crops * tokens + 2, hidden_size)
         crops = table[:-2].view(len(features), -1, table.shape[-1])  # (num_crops, tokens, hidden_size)
@@ -294,7 +301,7 @@ class Phi3ImageEmbedding(nn.Module):
             crops = crops.mean(1) * weight[:, None]
             image_embeds = crops.new_zeros(num_images, crops.shape[-1]).index_add(0, image, crops).to(table.dtype)
         return Phi3EmbedImageOutput(
-            last_hidden_state=features,
+            last_hidden_state=features if encoded else None,
             pooler_output=table[index].split(num_tokens.tolist()),
             hidden_states=encoded.get("hidden_states"),
             attentions=encoded.get("attentions"),
@@ -345,8 +352,9 @@ class Phi3ImageEmbedding(nn.Module):
             input_ids (`(batch_size, sequence_length)`, *optional*):
                 Token ids; an image token is Microsoft's negative id or `config.image_token_id`. Left unchanged.
             pixel_values (*optional*):
-                `(num_images, max_crops, 3, H, W)`, the global view first; without the HD transform
-                `(num_images, 3, H, W)` or precomputed features `(num_images, num_tokens, C)`.
+                `(num_images, max_crops, 3, H, W)`, the global view first, or precomputed features
+                `(num_images, max_crops, num_patches, C)`; without the HD transform `(num_images, 3, H, W)` or
+                precomputed features `(num_images, num_tokens, C)`.
             image_sizes (`(num_images, 2)`, *optional*):
                 Height and width in pixels of each image's grid of crops.
 
@@ -377,11 +385,14 @@ class Phi3ImageEmbedding(nn.Module):
 
 def _check_pixels(config, pixel_values):
     shape, channels, size = tuple(pixel_values.shape), config.vision_config.num_channels, config.crop_size
+    width = config.vision_config.hidden_size
     if config.use_hd_transform:
-        accepted = f"(num_images, crops, {channels}, {size}, {size})"
-        is_accepted = pixel_values.ndim == 5 and shape[2:] == (channels, size, size)
+        patches = config.patches_per_side**2
+        accepted = (
+            f"(num_images, crops, {channels}, {size}, {size}), or (num_images, crops, {patches}, {width}) for features"
+        )
+        is_accepted = shape[2:] in ((channels, size, size), (patches, width))
     else:
-        width = config.vision_config.hidden_size
         accepted = f"(num_images, {channels}, {size}, {size}), or (num_images, num_tokens, {width}) for features"
         is_accepted = (pixel_values.ndim == 4 and shape[1:] == (channels, size, size)) or (
             pixel_values.ndim == 3 and shape[1] > 0 and shape[2] == width
@@ -443,6 +454,30 @@ def _check_input_ids(input_ids, num_embeddings):
         raise ValueError(f"`input_ids` hold {highest}, but the vocabulary ends at {num_embeddings - 1}.")
 
 
+def _check_labels(config, labels, num_images):
+    is_single_label = config.num_labels > 1 and (
+        config.problem_type == "single_label_classification"
+        or (config.problem_type is None and not labels.is_floating_point())
+    )
+    shapes = [(num_images,)] if is_single_label else [(num_images, config.num_labels)]
+    if config.num_labels == 1:
+        shapes.append((num_images,))
+    if tuple(labels.shape) not in shapes or labels.is_floating_point() == is_single_label:
+        raise ValueError(
+            f"`labels` are of shape {tuple(labels.shape)} and dtype {labels.dtype}, but with `num_labels` "
+            f"{config.num_labels} and `problem_type` {config.problem_type!r} must be "
+            f"{'ints' if is_single_label else 'floating point'} of shape {shapes[-1]}."
+        )
+    if not is_single_label or torch.compiler.is_compiling():
+        return
+    wrong = labels[(labels >= config.num_labels) | ((labels < 0) & (labels != IGNORED_LABEL))]
+    if len(wrong):
+        raise ValueError(
+            f"`labels` hold {wrong[0].item()}, but must be from 0 to {config.num_labels - 1}, or {IGNORED_LABEL} for "
+            "images that do not count."
+        )
+
+
 def _check_placeholders(is_placeholder, number, num_tokens):
     if torch.compiler.is_compiling():
         torch_compilable_check(
@@ -484,17 +519,30 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
         """
         As [`PreTrainedModel.from_pretrained`], but weights that the checkpoint lacks are an error, never left random.
+        To train a head from the base model's checkpoint its own weights, and only they, may be lacking: they start
+        fresh, with transformers' warning that names them.
 
         Raises:
             ValueError: the checkpoint lacks weights; they are named.
         """
         model, loading_info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        if missing := sorted(loading_info["missing_keys"]):
+        missing = loading_info["missing_keys"]
+        if model.base_model is not model and model.config.architectures == [type(model.base_model).__name__]:
+            missing = {name for name in missing if name.startswith(f"{cls.base_model_prefix}.")}
+        if missing := sorted(missing):
             raise ValueError(
                 f"The checkpoint lacks {len(missing)} of the model's weights: {', '.join(missing)}. For a fresh, "
                 "untrained model use `AutoModel.from_config(config, trust_remote_code=True)`."
             )
         return (model, loading_info) if output_loading_info else model
+
+    def save_pretrained(self, *args, **kwargs):
+        """As [`PreTrainedModel.save_pretrained`], but whichever model saved it, the config names the code of all."""
+        self.config.auto_map = {
+            model._auto_class: f"{model.__module__.rpartition('.')[2]}.{model.__name__}"
+            for model in Phi3EmbedPreTrainedModel.__subclasses__()
+        }
+        super().save_pretrained(*args, **kwargs)
 
 
 class Phi3EmbedModel(Phi3EmbedPreTrainedModel):
@@ -523,7 +571,8 @@ class Phi3EmbedModel(Phi3EmbedPreTrainedModel):
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, max_crops, 3, crop_size, crop_size)`):
-                As the image processor makes them: the global view first, then the crops row by row, then zeros.
+                As the image processor makes them: the global view first, then the crops row by row, then zeros; or in
+                their place the tower's features `(num_images, max_crops, num_patches, vision_config.hidden_size)`.
                 Without the HD transform `(num_images, 3, crop_size, crop_size)`, or features
                 `(num_images, num_tokens, vision_config.hidden_size)`.
             image_sizes (`torch.LongTensor` of shape `(num_images, 2)` or a list of int pairs):
@@ -596,9 +645,68 @@ class Phi3EmbedModel(Phi3EmbedPreTrainedModel):
         )
 
 
+class Phi3EmbedForImageClassification(Phi3EmbedPreTrainedModel):
+    """
+    [`Phi3EmbedModel`] and a linear layer from an image's vector (`pooler_output`) to `config.num_labels` classes.
+
+    The word embeddings and the separators do not reach that vector. Where a training asks for a gradient of every
+    weight, as distributed training without `find_unused_parameters` does, set their `requires_grad` to `False`.
+    """
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    # The loss is the mean of the batch: a Trainer that accumulates batches has to divide it.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: Phi3EmbedConfig):
+        super().__init__(config)
+        self.model = Phi3EmbedModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor,
+        image_sizes: torch.LongTensor | list[tuple[int, int]] | None = None,
+        labels: torch.Tensor | None = None,
+        num_img_tokens: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | ImageClassifierOutput:
+        r"""
+        Args:
+            pixel_values, image_sizes:
+                As in [`~Phi3EmbedModel.get_image_features`].
+            labels (`torch.Tensor`, *optional*):
+                By `config.problem_type`: `"single_label_classification"`, ints of shape `(num_images,)`, -100 where an
+                image does not count; `"multi_label_classification"` or `"regression"`, floats of shape
+                `(num_images, num_labels)`. Without a `problem_type` one label is a regression, and several are told
+                apart by the dtype.
+            num_img_tokens (*optional*):
+                Taken because the image processor gives them; without effect.
+
+        Returns:
+            [`~transformers.modeling_outputs.ImageClassifierOutput`]: `logits` of shape `(num_images, num_labels)`, the
+            `loss` where labels were given, and on request the tower's `hidden_states` and `attentions`.
+
+        Raises:
+            ValueError: labels are of a wrong shape, dtype or range, or as in [`~Phi3EmbedModel.get_image_features`].
+        """
+        images = self.model.get_image_features(pixel_values, image_sizes, **{**kwargs, "return_dict": True})
+        logits = self.classifier(images.image_embeds)
+        loss = None
+        if labels is not None:
+            _check_labels(self.config, labels, len(logits))
+            loss = self.loss_function(labels, logits, self.config)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=images.hidden_states, attentions=images.attentions
+        )
+
+
 # transformers loads the module of each auto_map entry of a folder on its own. Named from here, the config is one class
 # with the model's, and wherever the config is saved the model's code goes along.
 Phi3EmbedConfig.__module__ = __name__
 Phi3EmbedModel.register_for_auto_class("AutoModel")
+Phi3EmbedForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 
-__all__ = ["Phi3EmbedModel", "Phi3EmbedPreTrainedModel", "Phi3ImageEmbedding"]
+__all__ = ["Phi3EmbedForImageClassification", "Phi3EmbedModel", "Phi3EmbedPreTrainedModel", "Phi3ImageEmbedding"]

@@ -90,7 +90,7 @@ AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True).save_pretrain
     for module in MODULES:
         assert (tmp_path / "second" / module).read_bytes() == (ROOT / module).read_bytes()
     auto_map = json.loads((tmp_path / "second" / "config.json").read_text())["auto_map"]
-    assert set(auto_map) == {"AutoConfig", "AutoModel"}
+    assert auto_map == json.loads((ROOT / "config.json").read_text())["auto_map"]
     again = load_file(tmp_path / "second" / "model.safetensors")
     assert again.keys() == model.state_dict().keys()
     assert all(torch.equal(again[name], weight) for name, weight in model.state_dict().items())

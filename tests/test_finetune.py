@@ -1,0 +1,204 @@
+"""Heads for training."""
+
+import json
+import logging
+
+import pytest
+import torch
+from conftest import ROOT, run_python, small_config, small_model, small_pixels
+from phi3_embed.modeling_phi3_embed import Phi3EmbedForImageClassification
+from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor
+from PIL import Image
+from torch import nn
+from transformers import pipeline
+
+CLASSES = {0: "cat", 1: "dog", 2: "bird"}
+IMAGES = small_pixels((1, 2), (1, 1), (2, 1), (0, 0))
+
+
+def small_head(**kwargs):
+    """A small head with fixed random weights, none of them zero."""
+    torch.manual_seed(0)
+    head = Phi3EmbedForImageClassification(small_config(**({"id2label": CLASSES} | kwargs))).eval()
+    for parameter in head.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return head
+
+
+def small_image_processor():
+    return Phi3EmbedImageProcessor(num_crops=4, size={"height": 56, "width": 56}, num_img_tokens=4)
+
+
+# The head
+
+
+def test_logits_are_a_linear_layer_on_the_pooled_embedding():
+    head = small_head()
+    outputs = head(**IMAGES, output_hidden_states=True)
+    assert outputs.logits.shape == (4, 3) and outputs.loss is None and len(outputs.hidden_states) == 3
+    wanted = head.model(**IMAGES).pooler_output @ head.classifier.weight.T + head.classifier.bias
+    torch.testing.assert_close(outputs.logits, wanted)
+    assert torch.equal(head(**IMAGES, return_dict=False)[0], outputs.logits)
+
+
+@pytest.mark.parametrize(
+    "settings, labels, loss",
+    [
+        ({}, torch.tensor([0, 2, 1, -100]), nn.CrossEntropyLoss()),
+        ({}, torch.tensor([[1.0, 0, 1]] * 4), nn.BCEWithLogitsLoss()),
+        ({"problem_type": "multi_label_classification"}, torch.tensor([[0.0, 0, 1]] * 4), nn.BCEWithLogitsLoss()),
+        ({"problem_type": "regression"}, torch.tensor([[0.5, 2, -1]] * 4), nn.MSELoss()),
+        ({"num_labels": 1}, torch.tensor([[0.5]] * 4), nn.MSELoss()),
+    ],
+)
+def test_the_loss_by_problem_type(settings, labels, loss):
+    head = small_head(**({"id2label": None} | settings if "num_labels" in settings else settings))
+    outputs = head(**IMAGES, labels=labels)
+    torch.testing.assert_close(outputs.loss, loss(outputs.logits, labels))
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (torch.tensor([0, 1, 2, 3]), "hold 3, but must be from 0 to 2, or -100"),
+        (torch.tensor([0, -1, 2, 1]), "hold -1, but must be from 0 to 2, or -100"),
+        (torch.tensor([0, 1]), r"shape \(2,\) and dtype torch.int64, .* must be ints of shape \(4,\)"),
+        (torch.tensor([[1, 0, 1]] * 4), r"shape \(4, 3\) and dtype torch.int64"),
+        (torch.tensor([0.0, 1, 2, 0]), r"must be floating point of shape \(4, 3\)"),
+    ],
+)
+def test_labels_that_do_not_fit_are_an_error(labels, message):
+    with pytest.raises(ValueError, match=message):
+        small_head()(**IMAGES, labels=labels)
+
+
+@pytest.mark.parametrize("pooling_mode", ["mean", "global"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_all_but_word_embeddings_and_separators_learn_from_labels(checkpointing, pooling_mode):
+    head = small_head(pooling_mode=pooling_mode).train()
+    if checkpointing:
+        head.gradient_checkpointing_enable()
+    head(**IMAGES, labels=torch.tensor([0, 2, 1, 1])).loss.backward()
+    for name, parameter in head.named_parameters():
+        learns = parameter.grad is not None and parameter.grad.any()
+        assert learns == (not name.endswith(("wte.weight", "_GN"))), name
+
+
+def test_a_head_trains_without_hd_transform_and_in_bfloat16():
+    head = small_head(use_hd_transform=False).to(torch.bfloat16)
+    outputs = head(IMAGES["pixel_values"][:, 0], labels=torch.tensor([0, 2, 1, 1]))
+    outputs.loss.backward()
+    assert outputs.logits.dtype == torch.bfloat16 and outputs.loss.isfinite()
+    assert head.classifier.weight.grad.any()
+
+
+# Checkpoints
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base")
+    small_model().save_pretrained(path)
+    small_image_processor().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def head_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("head")
+    small_head().save_pretrained(path)
+    small_image_processor().save_pretrained(path)
+    return path
+
+
+def test_a_head_on_a_base_checkpoint_starts_fresh_and_says_so(base_folder, caplog):
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    head, info = Phi3EmbedForImageClassification.from_pretrained(
+        base_folder, id2label=CLASSES, output_loading_info=True
+    )
+    logger.removeHandler(caplog.handler)
+    assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"} and not info["unexpected_keys"]
+    assert "classifier.weight" in caplog.text and "MISSING" in caplog.text
+    assert 0 < head.classifier.weight.std() < 0.1 and not head.classifier.bias.any()
+    assert torch.equal(head.model(**IMAGES).pooler_output, small_model()(**IMAGES).pooler_output)
+
+
+@pytest.mark.parametrize(
+    "model, gone",
+    [(small_head, "classifier.weight"), (small_model, "vision_embed_tokens.wte.weight")],
+    ids=["head", "base"],
+)
+def test_a_head_with_weights_missing_is_an_error(model, gone, tmp_path):
+    model = model()
+    weights = model.state_dict()
+    del weights[gone]
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ValueError, match=f"lacks 1 of the model's weights: .*{gone}"):
+        Phi3EmbedForImageClassification.from_pretrained(tmp_path)
+
+
+def test_a_head_without_a_checkpoint_of_the_base_is_an_error(base_folder):
+    with pytest.raises(ValueError, match="lacks 2 of the model's weights: classifier.bias, classifier.weight"):
+        Phi3EmbedForImageClassification.from_pretrained(base_folder, config=small_config())
+
+
+def test_a_trained_head_starts_again_with_other_classes(head_folder):
+    head = Phi3EmbedForImageClassification.from_pretrained(head_folder, num_labels=5, ignore_mismatched_sizes=True)
+    assert head(**IMAGES).logits.shape == (4, 5)
+    assert torch.equal(head.model(**IMAGES).pooler_output, small_head().model(**IMAGES).pooler_output)
+
+
+def test_a_head_is_saved_with_code_and_classes_and_gives_the_embedding_too(head_folder):
+    code = """
+import json, sys
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+head = AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True, device_map="auto")
+assert type(head.config) is head.config_class
+torch.manual_seed(0)
+images = {"pixel_values": torch.randn(2, 3, 3, 56, 56), "image_sizes": [(56, 112), (112, 56)]}
+print(json.dumps([head.config.id2label, head(**images).logits.tolist()]))
+base = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert torch.equal(base(**images).pooler_output, head.model(**images).pooler_output)
+"""
+    classes, logits = json.loads(run_python(code, head_folder).splitlines()[-1])
+    assert classes == {str(number): name for number, name in CLASSES.items()}
+    torch.manual_seed(0)
+    images = {"pixel_values": torch.randn(2, 3, 3, 56, 56), "image_sizes": [(56, 112), (112, 56)]}
+    torch.testing.assert_close(torch.tensor(logits), small_head()(**images).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_every_saved_config_names_the_code_of_all_models(base_folder, head_folder):
+    wanted = json.loads((ROOT / "config.json").read_text())["auto_map"]
+    for folder in (base_folder, head_folder):
+        assert json.loads((folder / "config.json").read_text())["auto_map"] == wanted
+        assert (folder / "modeling_phi3_embed.py").read_bytes() == (ROOT / "modeling_phi3_embed.py").read_bytes()
+
+
+def test_a_head_works_from_disk(head_folder, tmp_path):
+    head = Phi3EmbedForImageClassification.from_pretrained(
+        head_folder, device_map={"": "disk"}, offload_folder=str(tmp_path)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(head(**IMAGES).logits, small_head()(**IMAGES).logits)
+
+
+# Pipeline
+
+PICTURES = [Image.linear_gradient("L").resize(size) for size in [(60, 60), (200, 50), (50, 200), (70, 60), (300, 20)]]
+
+
+def test_image_classification_in_batches_of_unequal_images(head_folder):
+    classify = pipeline("image-classification", model=str(head_folder), trust_remote_code=True)
+    together = classify(PICTURES, batch_size=3)
+    assert [len(scores) for scores in together] == [3] * 5 and {each["label"] for each in together[0]} == {
+        *CLASSES.values()
+    }
+    for picture, scores in zip(PICTURES, together):
+        alone = classify(picture)
+        inputs = classify.image_processor(picture, return_tensors="pt")
+        wanted = classify.model(**inputs).logits.softmax(-1)[0].sort(descending=True)
+        assert [each["label"] for each in scores] == [each["label"] for each in alone]
+        assert [each["label"] for each in scores] == [CLASSES[index] for index in wanted.indices.tolist()]
+        torch.testing.assert_close(torch.tensor([each["score"] for each in scores]), wanted.values)
