@@ -344,21 +344,21 @@ class Phi3EmbedConfig(PreTrainedConfig):
         return self.patches_per_side**2 + (self.type_feature == "cls_patch")
 
     @property
-    def crop_size(self):
+    def crop_size(self) -> int:
         """Height and width of a crop in pixels."""
         return _square("vision_config.image_size", self.vision_config.image_size)
 
     @property
-    def patches_per_side(self):
+    def patches_per_side(self) -> int:
         return self.crop_size // _square("vision_config.patch_size", self.vision_config.patch_size)
 
     @property
-    def tokens_per_side(self):
+    def tokens_per_side(self) -> int:
         """Lines, and tokens in a line, that a crop gives under the HD transform."""
         return self.patches_per_side // MERGE_SIZE
 
     @property
-    def num_feature_layers(self):
+    def num_feature_layers(self) -> int:
         """Layers of the tower that the features pass through."""
         return self.layer_idx % (self.vision_config.num_hidden_layers + 1)
 

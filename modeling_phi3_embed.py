@@ -12,6 +12,7 @@ Pixels (images, crops, 3, H, W)
 
 import copy
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -204,15 +205,15 @@ class Phi3ImageEmbedding(nn.Module):
         self.img_features = None
         self.img_sizes = None
 
-    def set_img_features(self, img_features: torch.FloatTensor | None) -> None:
+    def set_img_features(self, img_features: torch.Tensor | None) -> None:
         """Leave features (3-D) or pixels for the next forward, which uses them once."""
         self.img_features = img_features
 
-    def set_img_sizes(self, img_sizes: torch.LongTensor | None) -> None:
+    def set_img_sizes(self, img_sizes: torch.Tensor | None) -> None:
         """Leave the image sizes for the next forward, which uses them once."""
         self.img_sizes = img_sizes
 
-    def get_img_features(self, img_embeds: torch.FloatTensor) -> torch.FloatTensor:
+    def get_img_features(self, img_embeds: torch.Tensor) -> torch.Tensor:
         """Pixels `(num_crops, 3, H, W)` -> the tower's features `(num_crops, num_patches, C)` at the feature layer."""
         return self._select_features(self._encode(img_embeds).last_hidden_state)
 
@@ -343,10 +344,10 @@ class Phi3ImageEmbedding(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        image_sizes: torch.LongTensor | list[tuple[int, int]] | None = None,
-    ) -> torch.FloatTensor:
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
+    ) -> torch.Tensor:
         """
         Args:
             input_ids (`(batch_size, sequence_length)`, *optional*):
@@ -497,8 +498,11 @@ def _check_placeholders(is_placeholder, number, num_tokens):
         )
 
 
+Model = TypeVar("Model", bound="Phi3EmbedPreTrainedModel")
+
+
 class Phi3EmbedPreTrainedModel(PreTrainedModel):
-    config_class = Phi3EmbedConfig
+    config: Phi3EmbedConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
@@ -516,7 +520,7 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
             init.zeros_(module.sub_GN)
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+    def from_pretrained(cls: type[Model], *args, output_loading_info=False, **kwargs) -> Model:
         """
         As [`PreTrainedModel.from_pretrained`], but weights that the checkpoint lacks are an error, never left random.
         To train a head from the base model's checkpoint its own weights, and only they, may be lacking: they start
@@ -562,10 +566,10 @@ class Phi3EmbedModel(Phi3EmbedPreTrainedModel):
     @can_return_tuple
     def get_image_features(
         self,
-        pixel_values: torch.FloatTensor,
-        image_sizes: torch.LongTensor | list[tuple[int, int]] | None = None,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | Phi3EmbedImageOutput:
+    ) -> Phi3EmbedImageOutput:
         r"""
         Image tokens, and one vector an image.
 
@@ -593,14 +597,14 @@ class Phi3EmbedModel(Phi3EmbedPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        image_sizes: torch.LongTensor | list[tuple[int, int]] | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
         attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        num_img_tokens: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        num_img_tokens: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | Phi3EmbedModelOutput:
+    ) -> Phi3EmbedModelOutput:
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -667,12 +671,12 @@ class Phi3EmbedForImageClassification(Phi3EmbedPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.FloatTensor,
-        image_sizes: torch.LongTensor | list[tuple[int, int]] | None = None,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
         labels: torch.Tensor | None = None,
-        num_img_tokens: torch.LongTensor | None = None,
+        num_img_tokens: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | ImageClassifierOutput:
+    ) -> ImageClassifierOutput:
         r"""
         Args:
             pixel_values, image_sizes:
