@@ -12,6 +12,7 @@ Pixels (images, crops, 3, H, W)
 
 import copy
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -204,15 +205,15 @@ class Phi3ImageEmbedding(nn.Module):
         self.img_features = None
         self.img_sizes = None
 
-    def set_img_features(self, img_features: torch.FloatTensor | None) -> None:
+    def set_img_features(self, img_features: torch.Tensor | None) -> None:
         """Leave features (3-D) or pixels for the next forward, which uses them once."""
         self.img_features = img_features
 
-    def set_img_sizes(self, img_sizes: torch.LongTensor | None) -> None:
+    def set_img_sizes(self, img_sizes: torch.Tensor | None) -> None:
         """Leave the image sizes for the next forward, which uses them once."""
         self.img_sizes = img_sizes
 
-    def get_img_features(self, img_embeds: torch.FloatTensor) -> torch.FloatTensor:
+    def get_img_features(self, img_embeds: torch.Tensor) -> torch.Tensor:
         """Pixels `(num_crops, 3, H, W)` -> the tower's features `(num_crops, num_patches, C)` at the feature layer."""
         return self._select_features(self._encode(img_embeds).last_hidden_state)
 
@@ -279,8 +280,12 @@ class Phi3ImageEmbedding(nn.Module):
             view = torch.arange(num_images * max_views, device=num_views.device)
         else:
             view = is_real.nonzero().squeeze(1)
-        encoded = self._encode(pixel_values.flatten(0, 1)[view], **kwargs)
-        features = self._select_features(encoded.last_hidden_state)
+        views = pixel_values.flatten(0, 1)[view]
+        if pixel_values.ndim == 4:  # precomputed features (num_images, max_views, num_patches, C)
+            features, encoded = views.to(self.img_processor.dtype), {}
+        else:
+            encoded = self._encode(views, **kwargs)
+            features = self._select_features(encoded.last_hidden_state)
 
         table = self.projector(features)  # (num_crops * tokens + 2, hidden_size)
         crops = table[:-2].view(len(features), -1, table.shape[-1])  # (num_crops, tokens, hidden_size)
@@ -297,7 +302,7 @@ class Phi3ImageEmbedding(nn.Module):
             crops = crops.mean(1) * weight[:, None]
             image_embeds = crops.new_zeros(num_images, crops.shape[-1]).index_add(0, image, crops).to(table.dtype)
         return Phi3EmbedImageOutput(
-            last_hidden_state=features,
+            last_hidden_state=features if encoded else None,
             pooler_output=table[index].split(num_tokens.tolist()),
             hidden_states=encoded.get("hidden_states"),
             attentions=encoded.get("attentions"),
@@ -339,17 +344,18 @@ class Phi3ImageEmbedding(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        image_sizes: torch.LongTensor | list[tuple[int, int]] | None = None,
-    ) -> torch.FloatTensor:
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
+    ) -> torch.Tensor:
         """
         Args:
             input_ids (`(batch_size, sequence_length)`, *optional*):
                 Token ids; an image token is Microsoft's negative id or `config.image_token_id`. Left unchanged.
             pixel_values (*optional*):
-                `(num_images, max_crops, 3, H, W)`, the global view first; without the HD transform
-                `(num_images, 3, H, W)` or precomputed features `(num_images, num_tokens, C)`.
+                `(num_images, max_crops, 3, H, W)`, the global view first, or precomputed features
+                `(num_images, max_crops, num_patches, C)`; without the HD transform `(num_images, 3, H, W)` or
+                precomputed features `(num_images, num_tokens, C)`.
             image_sizes (`(num_images, 2)`, *optional*):
                 Height and width in pixels of each image's grid of crops.
 
@@ -380,11 +386,14 @@ class Phi3ImageEmbedding(nn.Module):
 
 def _check_pixels(config, pixel_values):
     shape, channels, size = tuple(pixel_values.shape), config.vision_config.num_channels, config.crop_size
+    width = config.vision_config.hidden_size
     if config.use_hd_transform:
-        accepted = f"(num_images, crops, {channels}, {size}, {size})"
-        is_accepted = pixel_values.ndim == 5 and shape[2:] == (channels, size, size)
+        patches = config.patches_per_side**2
+        accepted = (
+            f"(num_images, crops, {channels}, {size}, {size}), or (num_images, crops, {patches}, {width}) for features"
+        )
+        is_accepted = shape[2:] in ((channels, size, size), (patches, width))
     else:
-        width = config.vision_config.hidden_size
         accepted = f"(num_images, {channels}, {size}, {size}), or (num_images, num_tokens, {width}) for features"
         is_accepted = (pixel_values.ndim == 4 and shape[1:] == (channels, size, size)) or (
             pixel_values.ndim == 3 and shape[1] > 0 and shape[2] == width
@@ -489,8 +498,11 @@ def _check_placeholders(is_placeholder, number, num_tokens):
         )
 
 
+Model = TypeVar("Model", bound="Phi3EmbedPreTrainedModel")
+
+
 class Phi3EmbedPreTrainedModel(PreTrainedModel):
-    config_class = Phi3EmbedConfig
+    config: Phi3EmbedConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
@@ -508,7 +520,9 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
             init.zeros_(module.sub_GN)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+    def from_pretrained(
+        cls: type[Model], pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs
+    ) -> Model:
         """
         As [`PreTrainedModel.from_pretrained`], but weights that the checkpoint lacks are an error, never left random.
         To train a head from the base model's checkpoint its own weights, and only they, may be lacking: they start
@@ -543,6 +557,7 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
         self.config.auto_map = {
             model._auto_class: f"{model.__module__.rpartition('.')[2]}.{model.__name__}"
             for model in Phi3EmbedPreTrainedModel.__subclasses__()
+            if model._auto_class is not None
         }
         super().save_pretrained(*args, **kwargs)
 
@@ -564,16 +579,17 @@ class Phi3EmbedModel(Phi3EmbedPreTrainedModel):
     @can_return_tuple
     def get_image_features(
         self,
-        pixel_values: torch.FloatTensor,
-        image_sizes: torch.LongTensor | list[tuple[int, int]] | None = None,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | Phi3EmbedImageOutput:
+    ) -> Phi3EmbedImageOutput:
         r"""
         Image tokens, and one vector an image.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, max_crops, 3, crop_size, crop_size)`):
-                As the image processor makes them: the global view first, then the crops row by row, then zeros.
+                As the image processor makes them: the global view first, then the crops row by row, then zeros; or in
+                their place the tower's features `(num_images, max_crops, num_patches, vision_config.hidden_size)`.
                 Without the HD transform `(num_images, 3, crop_size, crop_size)`, or features
                 `(num_images, num_tokens, vision_config.hidden_size)`.
             image_sizes (`torch.LongTensor` of shape `(num_images, 2)` or a list of int pairs):
@@ -594,14 +610,14 @@ class Phi3EmbedModel(Phi3EmbedPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        image_sizes: torch.LongTensor | list[tuple[int, int]] | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
         attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        num_img_tokens: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        num_img_tokens: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | Phi3EmbedModelOutput:
+    ) -> Phi3EmbedModelOutput:
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -668,12 +684,12 @@ class Phi3EmbedForImageClassification(Phi3EmbedPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.FloatTensor,
-        image_sizes: torch.LongTensor | list[tuple[int, int]] | None = None,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
         labels: torch.Tensor | None = None,
-        num_img_tokens: torch.LongTensor | None = None,
+        num_img_tokens: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | ImageClassifierOutput:
+    ) -> ImageClassifierOutput:
         r"""
         Args:
             pixel_values, image_sizes:

@@ -18,7 +18,7 @@ from transformers.image_utils import (
     ImageInput,
     SizeDict,
 )
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
+from transformers.processing_utils import MultiModalData, Unpack
 from transformers.tokenization_utils_base import TextInput
 from transformers.utils import TensorType
 
@@ -238,6 +238,10 @@ class Phi3EmbedImageProcessor(BaseImageProcessor):
         """Images as they are: unlike other image processors this one never reaches for the network."""
         return images
 
+    def __call__(self, images, **kwargs: Unpack[Phi3EmbedImageProcessorKwargs]) -> BatchFeature:
+        """See [`~Phi3EmbedImageProcessor.preprocess`]."""
+        return self.preprocess(images, **kwargs)
+
     def preprocess(self, images, **kwargs: Unpack[Phi3EmbedImageProcessorKwargs]) -> BatchFeature:
         r"""
         Args:
@@ -387,7 +391,7 @@ class Phi3EmbedProcessor(ProcessorMixin):
         self,
         images: ImageInput | None = None,
         text: TextInput | list[TextInput] | None = None,
-        **kwargs: Unpack[ProcessingKwargs],
+        **kwargs,
     ) -> BatchFeature:
         r"""
         Args:

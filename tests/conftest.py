@@ -20,6 +20,7 @@ import torch  # noqa: E402
 from hub_server import HubServer  # noqa: E402
 from phi3_embed.configuration_phi3_embed import Phi3EmbedConfig  # noqa: E402
 from phi3_embed.modeling_phi3_embed import Phi3EmbedModel  # noqa: E402
+from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor, Phi3EmbedProcessor  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
@@ -98,6 +99,16 @@ def hub():
     """A Hub on loopback, empty."""
     with HubServer() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory, tokenizer):
+    """A whole small checkpoint with its code, as a user of transformers saves one -> its folder."""
+    path = tmp_path_factory.mktemp("repository")
+    small_model(image_token_id=tokenizer.convert_tokens_to_ids("<|image|>")).save_pretrained(path)
+    image_processor = Phi3EmbedImageProcessor(num_crops=4, size={"height": 56, "width": 56}, num_img_tokens=4)
+    Phi3EmbedProcessor(image_processor, tokenizer).save_pretrained(path)
+    return str(path)
 
 
 def run_python(code, *arguments, **environment):

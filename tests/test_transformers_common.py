@@ -15,7 +15,7 @@ import pytest
 import sklearn.datasets
 import torch
 from conftest import SMALL_TOWER, make_tokenizer, small_config, small_pixels
-from phi3_embed.modeling_phi3_embed import Phi3EmbedModel
+from phi3_embed.modeling_phi3_embed import Phi3EmbedForImageClassification, Phi3EmbedModel
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor, Phi3EmbedProcessor
 from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -75,23 +75,48 @@ class Phi3EmbedModelTester:
         return config, {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **images}
 
 
-class TestModel(ModelTesterMixin, unittest.TestCase):
-    all_model_classes = (Phi3EmbedModel,)
-    additional_model_inputs = ("pixel_values", "image_sizes")
+class CommonTests(ModelTesterMixin):
     # The tower's batch is one of crops, not of images.
     skip_test_image_features_output_shape = True
     _is_composite = True
 
-    def setUp(self):
-        self.model_tester = Phi3EmbedModelTester()
-
     def test_model_weights_reload_no_missing_tied_weights(self):
-        with pytest.raises(ValueError, match="The checkpoint lacks 44 of the model's weights"):
+        with pytest.raises(ValueError, match="The checkpoint lacks 4[46] of the model's weights"):
             super().test_model_weights_reload_no_missing_tied_weights()
 
     @unittest.skip("The tower's config is a copy, as it has fewer layers than `config.vision_config`.")
     def test_internal_model_config_and_subconfig_are_same(self):
         pass
+
+
+class TestModel(CommonTests, unittest.TestCase):
+    all_model_classes = (Phi3EmbedModel,)
+    additional_model_inputs = ("pixel_values", "image_sizes")
+
+    def setUp(self):
+        self.model_tester = Phi3EmbedModelTester()
+
+
+class Phi3EmbedForImageClassificationTester(Phi3EmbedModelTester):
+    is_training = True
+
+    def prepare_config_and_inputs_for_common(self):
+        return small_config(num_labels=3), small_pixels(*[(1, 2)] * self.batch_size)
+
+
+class TestImageClassification(CommonTests, unittest.TestCase):
+    all_model_classes = (Phi3EmbedForImageClassification,)
+    additional_model_inputs = ("image_sizes",)
+    test_resize_embeddings = False
+    # The word embeddings and the separators do not reach the classes.
+    test_all_params_have_gradient = False
+
+    def setUp(self):
+        self.model_tester = Phi3EmbedForImageClassificationTester()
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs = super()._prepare_for_class(inputs_dict, model_class)
+        return inputs | ({"labels": torch.zeros(self.model_tester.batch_size).long()} if return_labels else {})
 
 
 class Phi3EmbedImageProcessingTester(ImageProcessingTester):
