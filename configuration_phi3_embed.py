@@ -1,5 +1,8 @@
 """Phi-3-vision image embedding: configuration."""
 
+import json
+from pathlib import Path
+
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 # The HD transform merges every 2 x 2 neighbouring patches into one token.
@@ -38,6 +41,35 @@ MICROSOFT_KEYS = (
     "vision_config",
 )
 MICROSOFT_TOWERS = {"openai/clip-vit-large-patch14-336": CLIP_VIT_LARGE_PATCH14_336}
+
+# What sentence-transformers reads beside a checkpoint: images only, each by its pooled vector, normalised. Without
+# these files it would take the mean over separators and padding too, and texts, of which there is no one vector.
+SENTENCE_TRANSFORMERS_FILES = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.sentence_transformer.modules.Transformer"},
+        {
+            "idx": 1,
+            "name": "1",
+            "path": "1_Normalize",
+            "type": "sentence_transformers.sentence_transformer.modules.Normalize",
+        },
+    ],
+    "sentence_bert_config.json": {
+        "transformer_task": "feature-extraction",
+        "modality_config": {"image": {"method": "forward", "method_output_name": "pooler_output"}},
+        "module_output_name": "sentence_embedding",
+    },
+    "config_sentence_transformers.json": {
+        "model_type": "SentenceTransformer",
+        "similarity_fn_name": "cosine",
+        "requirements": {
+            "transformers": {
+                "specifier": ">=5.18",
+                "reason": "Earlier releases want huggingface_hub below 2, and some of them torchvision.",
+            }
+        },
+    },
+}
 
 
 def hd_num_tokens(rows, cols, tokens_per_side):
@@ -230,6 +262,14 @@ class Phi3EmbedConfig(PreTrainedConfig):
             config_dict = taken | _from_microsoft(img_processor, embd_layer, taken.pop("vision_config", None))
         return super().from_dict(config_dict, **kwargs)
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """As [`PreTrainedConfig.save_pretrained`], and the files of sentence-transformers where there are none yet."""
+        super().save_pretrained(save_directory, **kwargs)
+        for name, content in SENTENCE_TRANSFORMERS_FILES.items():
+            path = Path(save_directory) / name
+            if not path.exists():
+                path.write_text(json.dumps(content, indent=2) + "\n")
+
     @staticmethod
     def _build_vision_config(vision_config):
         if vision_config is None:
@@ -312,21 +352,21 @@ class Phi3EmbedConfig(PreTrainedConfig):
         return self.patches_per_side**2 + (self.type_feature == "cls_patch")
 
     @property
-    def crop_size(self):
+    def crop_size(self) -> int:
         """Height and width of a crop in pixels."""
         return _square("vision_config.image_size", self.vision_config.image_size)
 
     @property
-    def patches_per_side(self):
+    def patches_per_side(self) -> int:
         return self.crop_size // _square("vision_config.patch_size", self.vision_config.patch_size)
 
     @property
-    def tokens_per_side(self):
+    def tokens_per_side(self) -> int:
         """Lines, and tokens in a line, that a crop gives under the HD transform."""
         return self.patches_per_side // MERGE_SIZE
 
     @property
-    def num_feature_layers(self):
+    def num_feature_layers(self) -> int:
         """Layers of the tower that the features pass through."""
         return self.layer_idx % (self.vision_config.num_hidden_layers + 1)
 

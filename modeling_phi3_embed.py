@@ -12,6 +12,7 @@ Pixels (images, crops, 3, H, W)
 
 import copy
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -59,11 +60,13 @@ class Phi3EmbedModelOutput(ModelOutput):
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
             The word embeddings with the image tokens in place of the placeholders. For images alone, of shape
-            `(num_images, max_num_tokens, hidden_size)`: the image tokens, with zeros behind shorter images.
+            `(num_images, max_num_tokens, hidden_size)`: the image tokens, with zeros behind shorter images. In a
+            traced graph (`torch.compile`, `torch.export`) its length follows from the shape of `pixel_values`.
         pooler_output (`torch.FloatTensor` of shape `(num_images, hidden_size)`, *optional*):
             One vector an image, by `config.pooling_mode`.
         image_hidden_states (`tuple(torch.FloatTensor)`, *optional*):
-            The image tokens, one tensor of shape `(num_tokens, hidden_size)` an image.
+            The image tokens, one tensor of shape `(num_tokens, hidden_size)` an image. `None` in a traced graph of
+            images alone, which is one for any number of images.
         hidden_states (`tuple(torch.FloatTensor)` of shape `(num_crops, tower_length, tower_width)`, *optional*):
             The tower's hidden states up to the feature layer, with `output_hidden_states=True`.
         attentions (`tuple(torch.FloatTensor)` of shape `(num_crops, heads, tower_length, tower_length)`, *optional*):
@@ -99,27 +102,29 @@ def crop_grids(image_sizes: torch.LongTensor | list[tuple[int, int]], crop_size:
 
 
 def hd_token_index(
-    grids: torch.LongTensor, num_views: torch.LongTensor, first_row: torch.LongTensor, tokens_per_side: int, order: str
-) -> tuple[torch.LongTensor, torch.LongTensor]:
+    position: torch.LongTensor,
+    grids: torch.LongTensor,
+    num_views: torch.LongTensor,
+    first_row: torch.LongTensor,
+    tokens_per_side: int,
+    order: str,
+) -> torch.LongTensor:
     """
-    Where each image token stands in the projected table, whose rows are the tokens of view after view, an image's
-    global view before its crops, and at the end the two separators, `sub_GN` and `glb_GN`.
+    Where image tokens stand in the projected table, whose rows are the tokens of view after view, an image's global
+    view before its crops, and at the end the two separators, `sub_GN` and `glb_GN`.
 
     Args:
-        grids (`(num_images, 2)`): rows and columns of crops.
-        num_views (`(num_images,)`): views of each image in the table; 1 where the global view stands for the crop too.
-        first_row (`(num_images,)`): where each image's global view begins in the table.
+        position (`(*shape,)`): which token of its image, from 0.
+        grids (`(*shape, 2)`): rows and columns of crops of its image.
+        num_views (`(*shape,)`): views of its image in the table; 1 where the global view stands for the crop too.
+        first_row (`(*shape,)`): where its image's global view begins in the table.
 
     Returns:
-        index (`(sum of num_tokens,)`): a row of the table for each token, image after image; -2 for `sub_GN`, -1 for
-            `glb_GN`.
-        num_tokens (`(num_images,)`).
+        index (`(*shape,)`): a row of the table for each token; -2 for `sub_GN`, -1 for `glb_GN`. All shapes may
+            broadcast.
     """
     side, area = tokens_per_side, tokens_per_side**2
-    num_tokens = hd_num_tokens(grids[:, 0], grids[:, 1], side)
-    image = torch.arange(len(grids), device=grids.device).repeat_interleave(num_tokens)
-    position = torch.arange(image.shape[0], device=grids.device) - (num_tokens.cumsum(0) - num_tokens)[image]
-    rows, cols = grids[image].unbind(-1)
+    rows, cols = grids.unbind(-1)
 
     sub_length, glb_length = rows * side * (cols * side + 1), side * (side + 1)
     if order == "sub_glb":
@@ -131,10 +136,10 @@ def hd_token_index(
     width = torch.where(is_sub, cols * side, side)
     y, x = position // (width + 1), position % (width + 1)
 
-    crop = (num_views[image] > 1) + (y // side) * cols + x // side
-    index = first_row[image] + torch.where(is_sub, crop * area, 0) + (y % side) * side + x % side
+    crop = (num_views > 1) + (y // side) * cols + x // side
+    index = first_row + torch.where(is_sub, crop * area, 0) + (y % side) * side + x % side
     index = torch.where(x == width, -2, index)
-    return torch.where(is_separator, -1, index), num_tokens
+    return torch.where(is_separator, -1, index)
 
 
 class Phi3EmbedProjector(nn.Module):
@@ -204,15 +209,15 @@ class Phi3ImageEmbedding(nn.Module):
         self.img_features = None
         self.img_sizes = None
 
-    def set_img_features(self, img_features: torch.FloatTensor | None) -> None:
+    def set_img_features(self, img_features: torch.Tensor | None) -> None:
         """Leave features (3-D) or pixels for the next forward, which uses them once."""
         self.img_features = img_features
 
-    def set_img_sizes(self, img_sizes: torch.LongTensor | None) -> None:
+    def set_img_sizes(self, img_sizes: torch.Tensor | None) -> None:
         """Leave the image sizes for the next forward, which uses them once."""
         self.img_sizes = img_sizes
 
-    def get_img_features(self, img_embeds: torch.FloatTensor) -> torch.FloatTensor:
+    def get_img_features(self, img_embeds: torch.Tensor) -> torch.Tensor:
         """Pixels `(num_crops, 3, H, W)` -> the tower's features `(num_crops, num_patches, C)` at the feature layer."""
         return self._select_features(self._encode(img_embeds).last_hidden_state)
 
@@ -236,15 +241,20 @@ class Phi3ImageEmbedding(nn.Module):
         self,
         pixel_values: torch.FloatTensor,
         image_sizes: torch.LongTensor | list[tuple[int, int]] | None = None,
+        pad_tokens: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Phi3EmbedImageOutput:
-        """See [`Phi3EmbedModel.get_image_features`]."""
+        """
+        See [`Phi3EmbedModel.get_image_features`]. With `pad_tokens` the image tokens are one tensor
+        `(num_images, max_num_tokens, hidden_size)`, zeros behind shorter images, its length known from the shape of
+        `pixel_values`: what a graph for any number of images needs.
+        """
         _check_pixels(self.config, pixel_values)
         if not self.config.use_hd_transform:
-            return self._embed_single(pixel_values, image_sizes, **kwargs)
-        return self._embed_hd(pixel_values, image_sizes, **kwargs)
+            return self._embed_single(pixel_values, image_sizes, pad_tokens, **kwargs)
+        return self._embed_hd(pixel_values, image_sizes, pad_tokens, **kwargs)
 
-    def _embed_single(self, pixel_values, image_sizes, **kwargs):
+    def _embed_single(self, pixel_values, image_sizes, pad_tokens, **kwargs):
         if image_sizes is not None:
             raise ValueError(
                 "`image_sizes` were given, but this model works without the HD transform. Leave them out."
@@ -257,52 +267,69 @@ class Phi3ImageEmbedding(nn.Module):
         tokens = self.projector(features)  # (num_images, num_tokens, hidden_size)
         return Phi3EmbedImageOutput(
             last_hidden_state=features if encoded else None,
-            pooler_output=tokens.unbind(0),
+            pooler_output=tokens if pad_tokens else tokens.unbind(0),
             hidden_states=encoded.get("hidden_states"),
             attentions=encoded.get("attentions"),
             image_embeds=tokens.mean(1),
         )
 
-    def _embed_hd(self, pixel_values, image_sizes, **kwargs):
+    def _embed_hd(self, pixel_values, image_sizes, pad_tokens, **kwargs):
         _check_image_sizes(self.config, pixel_values, image_sizes)
         grids = crop_grids(image_sizes, self.config.crop_size).to(pixel_values.device)
         num_views = grids.prod(-1) + 1
         _check_padding_crops(pixel_values, num_views)
-        # The only crop of a 1 x 1 grid equals the global view, to the bit as the processor makes them: encode it once.
         num_images, max_views = pixel_values.shape[:2]
-        if max_views > 1:
+        # The only crop of a 1 x 1 grid equals the global view, to the bit as the processor makes them: encode it once.
+        if max_views > 1 and not torch.compiler.is_compiling():
             is_twin = (num_views == 2) & (pixel_values[:, 0] == pixel_values[:, 1]).flatten(1).all(-1)
             num_views = num_views - is_twin.long()
-        is_real = (torch.arange(max_views, device=num_views.device) < num_views[:, None]).flatten()
+        number = torch.arange(num_images, device=grids.device)
+        is_real = torch.arange(max_views, device=grids.device) < num_views[:, None]  # (num_images, max_views)
         if torch.compiler.is_compiling():
-            # A traced graph cannot know how many views will be real: it encodes the padding too.
-            view = torch.arange(num_images * max_views, device=num_views.device)
+            # A traced graph cannot know how many views will be real: it encodes the padding too, and twins.
+            image, first_view = number[:, None].expand(-1, max_views).flatten(), number * max_views
+            views, weight = pixel_values.flatten(0, 1), (is_real / num_views[:, None]).flatten()
         else:
-            view = is_real.nonzero().squeeze(1)
-        encoded = self._encode(pixel_values.flatten(0, 1)[view], **kwargs)
-        features = self._select_features(encoded.last_hidden_state)
+            image, view = is_real.nonzero(as_tuple=True)
+            first_view = num_views.cumsum(0) - num_views
+            views, weight = pixel_values[image, view], 1 / num_views[image]
+        if pixel_values.ndim == 4:  # precomputed features (num_images, max_views, num_patches, C)
+            features, encoded = views.to(self.img_processor.dtype), {}
+        else:
+            encoded = self._encode(views, **kwargs)
+            features = self._select_features(encoded.last_hidden_state)
 
         table = self.projector(features)  # (num_crops * tokens + 2, hidden_size)
-        crops = table[:-2].view(len(features), -1, table.shape[-1])  # (num_crops, tokens, hidden_size)
-        grids, num_views, is_real, view = (each.to(table.device) for each in (grids, num_views, is_real, view))
-        first_view = torch.searchsorted(view, torch.arange(0, num_images * max_views, max_views, device=view.device))
-        index, num_tokens = hd_token_index(
-            grids, num_views, first_view * crops.shape[1], self.config.tokens_per_side, self.config.hd_transform_order
-        )
+        crops = table[:-2].view(features.shape[0], -1, table.shape[-1])  # (num_crops, tokens, hidden_size)
+        layout = (grids, num_views, first_view, image, weight)
+        grids, num_views, first_view, image, weight = (each.to(table.device) for each in layout)
         if self.config.pooling_mode == "global":
             image_embeds = crops[first_view].mean(1)
         else:
-            image = view // max_views
-            weight = is_real[view] / num_views[image]  # float32: half precision would round the sum
-            crops = crops.mean(1) * weight[:, None]
+            crops = crops.mean(1) * weight[:, None]  # float32: half precision would round the sum
             image_embeds = crops.new_zeros(num_images, crops.shape[-1]).index_add(0, image, crops).to(table.dtype)
         return Phi3EmbedImageOutput(
-            last_hidden_state=features,
-            pooler_output=table[index].split(num_tokens.tolist()),
+            last_hidden_state=features if encoded else None,
+            pooler_output=self._gather_tokens(table, grids, num_views, first_view, max_views, pad_tokens),
             hidden_states=encoded.get("hidden_states"),
             attentions=encoded.get("attentions"),
             image_embeds=image_embeds,
         )
+
+    def _gather_tokens(self, table, grids, num_views, first_view, max_views, pad_tokens):
+        side, order = self.config.tokens_per_side, self.config.hd_transform_order
+        num_tokens, first_row = hd_num_tokens(*grids.unbind(-1), side), first_view * side**2
+        if pad_tokens:
+            # No grid of so many views has more tokens than one column of crops.
+            position = torch.arange(hd_num_tokens(max_views - 1, 1, side), device=table.device)
+            each = (grids[:, None], num_views[:, None], first_row[:, None])
+            index = hd_token_index(position, *each, side, order)  # (num_images, max_num_tokens)
+            is_token = position < num_tokens[:, None]
+            return table[torch.where(is_token, index, -1)].where(is_token[..., None], 0)
+        image = torch.arange(grids.shape[0], device=table.device).repeat_interleave(num_tokens)
+        position = torch.arange(image.shape[0], device=table.device) - (num_tokens.cumsum(0) - num_tokens)[image]
+        index = hd_token_index(position, grids[image], num_views[image], first_row[image], side, order)
+        return table[index].split(num_tokens.tolist())
 
     def merge(
         self,
@@ -339,17 +366,18 @@ class Phi3ImageEmbedding(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        image_sizes: torch.LongTensor | list[tuple[int, int]] | None = None,
-    ) -> torch.FloatTensor:
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
+    ) -> torch.Tensor:
         """
         Args:
             input_ids (`(batch_size, sequence_length)`, *optional*):
                 Token ids; an image token is Microsoft's negative id or `config.image_token_id`. Left unchanged.
             pixel_values (*optional*):
-                `(num_images, max_crops, 3, H, W)`, the global view first; without the HD transform
-                `(num_images, 3, H, W)` or precomputed features `(num_images, num_tokens, C)`.
+                `(num_images, max_crops, 3, H, W)`, the global view first, or precomputed features
+                `(num_images, max_crops, num_patches, C)`; without the HD transform `(num_images, 3, H, W)` or
+                precomputed features `(num_images, num_tokens, C)`.
             image_sizes (`(num_images, 2)`, *optional*):
                 Height and width in pixels of each image's grid of crops.
 
@@ -380,11 +408,14 @@ class Phi3ImageEmbedding(nn.Module):
 
 def _check_pixels(config, pixel_values):
     shape, channels, size = tuple(pixel_values.shape), config.vision_config.num_channels, config.crop_size
+    width = config.vision_config.hidden_size
     if config.use_hd_transform:
-        accepted = f"(num_images, crops, {channels}, {size}, {size})"
-        is_accepted = pixel_values.ndim == 5 and shape[2:] == (channels, size, size)
+        patches = config.patches_per_side**2
+        accepted = (
+            f"(num_images, crops, {channels}, {size}, {size}), or (num_images, crops, {patches}, {width}) for features"
+        )
+        is_accepted = shape[2:] in ((channels, size, size), (patches, width))
     else:
-        width = config.vision_config.hidden_size
         accepted = f"(num_images, {channels}, {size}, {size}), or (num_images, num_tokens, {width}) for features"
         is_accepted = (pixel_values.ndim == 4 and shape[1:] == (channels, size, size)) or (
             pixel_values.ndim == 3 and shape[1] > 0 and shape[2] == width
@@ -404,7 +435,7 @@ def _check_image_sizes(config, pixel_values, image_sizes):
     if image_sizes is None:
         raise ValueError("`image_sizes` are missing: the HD transform needs the size of each image's grid of crops.")
     sizes = torch.as_tensor(image_sizes)
-    if sizes.numel() != 2 * len(pixel_values) or sizes.shape[-1] != 2 or sizes.is_floating_point():
+    if sizes.numel() != 2 * pixel_values.shape[0] or sizes.shape[-1] != 2 or sizes.is_floating_point():
         raise ValueError(
             f"`image_sizes` are of shape {tuple(sizes.shape)} and dtype {sizes.dtype}, but must be ints of shape "
             f"({len(pixel_values)}, 2), a height and a width for each image of `pixel_values`."
@@ -489,8 +520,11 @@ def _check_placeholders(is_placeholder, number, num_tokens):
         )
 
 
+Model = TypeVar("Model", bound="Phi3EmbedPreTrainedModel")
+
+
 class Phi3EmbedPreTrainedModel(PreTrainedModel):
-    config_class = Phi3EmbedConfig
+    config: Phi3EmbedConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
@@ -508,7 +542,9 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
             init.zeros_(module.sub_GN)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+    def from_pretrained(
+        cls: type[Model], pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs
+    ) -> Model:
         """
         As [`PreTrainedModel.from_pretrained`], but weights that the checkpoint lacks are an error, never left random.
         To train a head from the base model's checkpoint its own weights, and only they, may be lacking: they start
@@ -543,6 +579,7 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
         self.config.auto_map = {
             model._auto_class: f"{model.__module__.rpartition('.')[2]}.{model.__name__}"
             for model in Phi3EmbedPreTrainedModel.__subclasses__()
+            if model._auto_class is not None
         }
         super().save_pretrained(*args, **kwargs)
 
@@ -564,16 +601,17 @@ class Phi3EmbedModel(Phi3EmbedPreTrainedModel):
     @can_return_tuple
     def get_image_features(
         self,
-        pixel_values: torch.FloatTensor,
-        image_sizes: torch.LongTensor | list[tuple[int, int]] | None = None,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | Phi3EmbedImageOutput:
+    ) -> Phi3EmbedImageOutput:
         r"""
         Image tokens, and one vector an image.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, max_crops, 3, crop_size, crop_size)`):
-                As the image processor makes them: the global view first, then the crops row by row, then zeros.
+                As the image processor makes them: the global view first, then the crops row by row, then zeros; or in
+                their place the tower's features `(num_images, max_crops, num_patches, vision_config.hidden_size)`.
                 Without the HD transform `(num_images, 3, crop_size, crop_size)`, or features
                 `(num_images, num_tokens, vision_config.hidden_size)`.
             image_sizes (`torch.LongTensor` of shape `(num_images, 2)` or a list of int pairs):
@@ -594,14 +632,14 @@ class Phi3EmbedModel(Phi3EmbedPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        image_sizes: torch.LongTensor | list[tuple[int, int]] | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
         attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        num_img_tokens: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        num_img_tokens: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | Phi3EmbedModelOutput:
+    ) -> Phi3EmbedModelOutput:
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -631,6 +669,14 @@ class Phi3EmbedModel(Phi3EmbedPreTrainedModel):
                 raise ValueError("Nothing was given: `input_ids` (or `inputs_embeds`), `pixel_values`, or both.")
             return Phi3EmbedModelOutput(last_hidden_state=self.vision_embed_tokens.merge((), input_ids, inputs_embeds))
 
+        if torch.compiler.is_compiling() and not has_text:
+            images = self.vision_embed_tokens.embed_images(pixel_values, image_sizes, pad_tokens=True, **kwargs)
+            return Phi3EmbedModelOutput(
+                last_hidden_state=self.vision_embed_tokens.drop(images.pooler_output),
+                pooler_output=images.image_embeds,
+                hidden_states=images.hidden_states,
+                attentions=images.attentions,
+            )
         images = self.get_image_features(pixel_values, image_sizes, **{**kwargs, "return_dict": True})
         tokens = images.pooler_output
         if has_text:
@@ -668,12 +714,12 @@ class Phi3EmbedForImageClassification(Phi3EmbedPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.FloatTensor,
-        image_sizes: torch.LongTensor | list[tuple[int, int]] | None = None,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
         labels: torch.Tensor | None = None,
-        num_img_tokens: torch.LongTensor | None = None,
+        num_img_tokens: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | ImageClassifierOutput:
+    ) -> ImageClassifierOutput:
         r"""
         Args:
             pixel_values, image_sizes:

@@ -1,0 +1,154 @@
+"""The repository in datasets, mteb and peft."""
+
+import dataclasses
+import sys
+
+import faiss
+import mteb
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, small_config, small_model, small_pixels
+from datasets import Dataset, Features, List, Value
+from peft import LoraConfig, PeftModel, get_peft_model
+from phi3_embed.modeling_phi3_embed import Phi3EmbedForImageClassification
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoModelForImageClassification
+
+sys.path.insert(0, str(ROOT / "examples"))
+import mteb_eval  # noqa: E402
+from digits import digits_split, neighbours, recall  # noqa: E402
+
+NUM_DIGITS = 40
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Digits that the small checkpoint was not trained on, as a dataset of images and labels."""
+    _, images, _, labels = digits_split()
+    images = [Image.fromarray(image) for image in images[:NUM_DIGITS]]
+    return Dataset.from_dict({"image": images, "label": labels[:NUM_DIGITS]})
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return SentenceTransformer(str(ROOT / "tiny"), trust_remote_code=True, processor_kwargs={"num_crops": 0})
+
+
+@pytest.fixture(scope="module")
+def vectors(tiny, digits):
+    return tiny.encode(digits["image"][:])
+
+
+# datasets
+
+
+def test_a_dataset_holds_embeddings_of_fixed_size_and_is_searched_by_them(tiny, digits, vectors):
+    embedding = List(Value("float32"), length=tiny.get_embedding_dimension())
+    embedded = digits.map(
+        lambda batch: {"embedding": tiny.encode(batch["image"])},
+        batched=True,
+        batch_size=16,
+        features=Features({**digits.features, "embedding": embedding}),
+    )
+    assert embedded.features["embedding"].length == vectors.shape[1]
+    np.testing.assert_allclose(embedded.with_format("numpy")["embedding"][:], vectors, atol=1e-6, rtol=0)
+
+    embedded.add_faiss_index("embedding", metric_type=faiss.METRIC_INNER_PRODUCT)
+    scores, found = embedded.get_nearest_examples("embedding", vectors[3], k=5)
+    cosines = vectors @ vectors[3]
+    nearest = np.argsort(-cosines)[:5]
+    assert found["label"] == [digits["label"][number] for number in nearest]
+    np.testing.assert_allclose(scores, cosines[nearest], atol=1e-6)
+
+
+# mteb
+
+
+def test_mteb_runs_its_mock_tasks(repository):
+    encoder = mteb_eval.load(repository)
+    outcome = mteb.mock_run(encoder)
+    passed = [name for name, status in outcome.items() if status is not None]
+    assert outcome.all_passed, outcome.to_markdown()
+    assert {"MockImageClassification", "MockImageClustering", "MockVisualSTS"} <= set(passed)
+
+
+class DigitsInPlaceOfBirds(type(mteb.get_task("CUB200I2IRetrieval"))):
+    """A retrieval task of MIEB(Img), each image searched among the others, with digits that are on this machine."""
+
+    def load_data(self, **kwargs):
+        _, images, _, labels = digits_split()
+        images, labels = images[:NUM_DIGITS], labels[:NUM_DIGITS].tolist()
+        names = [str(number) for number in range(NUM_DIGITS)]
+        pictures = Dataset.from_dict({"id": names, "image": [Image.fromarray(image) for image in images]})
+        relevant = {
+            query: {name: 1 for name, label in zip(names, labels) if label == wanted}
+            for query, wanted in zip(names, labels)
+        }
+        split = {"corpus": pictures, "queries": pictures, "relevant_docs": relevant, "top_ranked": None}
+        self.dataset, self.data_loaded = {"default": {"test": split}}, True
+
+
+def test_the_evaluation_prints_a_row_and_goes_on_from_what_is_done(digits, vectors, tmp_path, capsys, monkeypatch):
+    encoder = mteb_eval.load(str(ROOT / "tiny"), num_crops=0)
+    images = mteb.get_benchmark("MIEB(Img)")
+    offline = next(task for task in images.tasks if task.metadata.type == "ImageClustering")
+    order, _ = neighbours(np.float64(vectors))
+    score = f"{recall(order, np.array(digits['label']), 1):.2%}"
+
+    one = dataclasses.replace(images, tasks=[DigitsInPlaceOfBirds()])
+    assert mteb_eval.evaluate(encoder, one, 16, tmp_path) == []
+    printed = capsys.readouterr().out
+    assert "The leaderboard's row" in printed and printed.count(score) == 3
+
+    monkeypatch.setattr(encoder, "encode", None)  # what is done is not done again
+    two = dataclasses.replace(images, tasks=[DigitsInPlaceOfBirds(), offline])
+    failed = mteb_eval.evaluate(encoder, two, 16, tmp_path)
+    printed = capsys.readouterr().out
+    assert [error.task_name for error in failed] == [offline.metadata.name]
+    assert "The leaderboard's row" not in printed and score in printed and offline.metadata.name in printed
+
+
+def test_scores_of_other_weights_are_not_taken_over(repository, tmp_path):
+    encoder = mteb_eval.load(repository)
+    model = AutoModel.from_pretrained(repository, trust_remote_code=True)
+    with torch.no_grad():
+        model.vision_embed_tokens.projector.img_projection[2].bias[0] += 1
+    encoder.model[0].model.load_state_dict(model.state_dict())
+    assert mteb_eval.weights_digest(encoder.model) != encoder.mteb_model_meta.revision
+    assert mteb_eval.load(repository).mteb_model_meta.revision == encoder.mteb_model_meta.revision
+
+
+# peft
+
+
+def small_head():
+    torch.manual_seed(0)
+    return Phi3EmbedForImageClassification(small_config(num_labels=3)).eval()
+
+
+@pytest.mark.parametrize(
+    ("build", "auto_class", "output"),
+    [(small_model, AutoModel, "pooler_output"), (small_head, AutoModelForImageClassification, "logits")],
+)
+def test_lora_trains_is_saved_and_merges_into_the_model(build, auto_class, output, tmp_path):
+    images = small_pixels((1, 2), (1, 1))
+    adapted = get_peft_model(build(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1)
+    for _ in range(2):  # B starts at zero, so A gets its first gradient in the second step
+        adapted(**images)[output].square().mean().backward()
+        assert all(parameter.grad is not None for parameter in trained)
+        optimizer.step()
+    with torch.no_grad():
+        untrained, wanted = build()(**images)[output], adapted(**images)[output]
+        assert not torch.allclose(wanted, untrained, atol=1e-3)
+
+        adapted.save_pretrained(tmp_path / "adapter")
+        again = PeftModel.from_pretrained(build(), tmp_path / "adapter")
+        torch.testing.assert_close(again(**images)[output], wanted)
+
+        again.merge_and_unload().save_pretrained(tmp_path / "merged")
+        merged = auto_class.from_pretrained(tmp_path / "merged", trust_remote_code=True)
+        torch.testing.assert_close(merged(**images)[output], wanted, atol=1e-5, rtol=1e-4)
