@@ -896,11 +896,11 @@ def push(output: Path, name: str, private: bool) -> None:
             commit = HfApi().upload_folder(
                 repo_id=name,
                 folder_path=output,
-                delete_patterns=["*.safetensors", INDEX, *PICKLES],
+                delete_patterns=["*.safetensors*", *PICKLES],
                 commit_message="Convert Phi-3-vision's image embedding to phi3-embed",
             )
     except ConversionError as error:
-        command = f"hf upload {name} {output} . --delete '*.safetensors' --delete {INDEX}"
+        command = f"hf upload {name} {output} . --delete '*.safetensors*'"
         raise ConversionError(f"{error} {output} is complete; push it by `{command}`.") from error
     print(f"Pushed to {commit.commit_url}")
 

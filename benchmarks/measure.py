@@ -10,8 +10,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
-# Before transformers is imported, here and in the processes started from here: nothing may reach for the network.
-os.environ["HF_HUB_OFFLINE"] = "1"
+# Before transformers is imported, here and in the processes started from here: nothing may reach for the network, but
+# where a benchmark has a Hub of its own.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
 import transformers  # noqa: E402

@@ -1,7 +1,7 @@
 """
-Time and peak memory of embedding, preprocessing and cold start, each beside the least that it could take.
+Time and peak memory of embedding, preprocessing, cold start and conversion, each beside the least that it could take.
 
-    python benchmarks/run.py [--only embedding|preprocessing|cold-start] [--quick]
+    python benchmarks/run.py [--only embedding|preprocessing|cold-start|conversion] [--quick]
 
 Writes results.json and results.md beside this file; a part that is not run keeps its figures. A quick run has few
 rounds and writes nothing.
@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 import cold_start
+import conversion
 import embedding
 import preprocessing
 from measure import machine
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 FOLDER = Path(__file__).resolve().parent
-PARTS = {"embedding": embedding, "preprocessing": preprocessing, "cold-start": cold_start}
+PARTS = {"embedding": embedding, "preprocessing": preprocessing, "cold-start": cold_start, "conversion": conversion}
 COLUMNS = ("contender", "seconds", "x limit", "peak MiB", "x limit")
 
 
