@@ -105,13 +105,6 @@ SMALL_FILES = (
     ADAPTER,
     "adapter_model.safetensors",
 )
-# What goes along with weights: the code, and how sentence-transformers takes it.
-TRAVELLING_FILES = (
-    "*_phi3_embed.py",
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-)
 
 MAX_SHARD_SIZE = "5GB"
 MAX_HEADER_SIZE = 100_000_000  # safetensors' own limit
@@ -593,13 +586,14 @@ def write_weights(source: Source, selected: dict[str, Entry], dtype: torch.dtype
 
 
 def write_config(config, dtype, output):
+    """The config, the model's code, and how sentence-transformers takes it."""
     about = json.loads((ROOT / "config.json").read_text())
     config.architectures, config.auto_map, config.dtype = about["architectures"], about["auto_map"], dtype
     config.save_pretrained(output)
 
 
 def write_processor(source: Source, config, output: Path):
-    """Image processor and tokenizer, the latter as the source's tokenizer.json says, and the code."""
+    """Image processor and tokenizer, the latter as the source's tokenizer.json says, and their code."""
     if "tokenizer.json" not in source.files:
         raise ConversionError(f"{source.name} has no tokenizer.json. Put the base model's tokenizer files beside it.")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source.folder)
@@ -618,9 +612,6 @@ def write_processor(source: Source, config, output: Path):
     image_processor = image_processor_class(size=size, num_img_tokens=config.num_img_tokens, **settings)
     processor_class.register_for_auto_class("AutoProcessor")
     processor_class(image_processor, tokenizer).save_pretrained(output)
-    for pattern in TRAVELLING_FILES:
-        for path in ROOT.glob(pattern):
-            shutil.copyfile(path, output / path.name)
 
 
 CARD = """---

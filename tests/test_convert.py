@@ -18,7 +18,7 @@ from conftest import ROOT, run_python
 from hub_server import File, HubServer
 from peft import LoraConfig, PeftModel, get_peft_model
 from phi3_embed import convert_phi3_vision
-from phi3_embed.configuration_phi3_embed import Phi3EmbedConfig
+from phi3_embed.configuration_phi3_embed import SENTENCE_TRANSFORMERS_FILES, Phi3EmbedConfig
 from phi3_embed.convert_phi3_vision import ConversionError, convert, published_names, put_back
 from phi3_embed.modeling_phi3_embed import Phi3EmbedForImageClassification, Phi3EmbedModel
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor
@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
 
+MODULES = ("configuration_phi3_embed.py", "modeling_phi3_embed.py", "processing_phi3_embed.py")
 COMMAND = [sys.executable, ROOT / "convert_phi3_vision.py"]
 GLB, FC1 = "model.vision_embed_tokens.glb_GN", f"{convert_phi3_vision.TOWER}encoder.layers.1.mlp.fc1.weight"
 
@@ -87,8 +88,8 @@ def test_one_command_makes_a_folder_that_a_fresh_process_loads(tmp_path):
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["output", "source"]
     assert_same_weights(output, published.weights())
-    for module in ("configuration_phi3_embed.py", "modeling_phi3_embed.py", "processing_phi3_embed.py"):
-        assert (output / module).read_bytes() == (ROOT / module).read_bytes()
+    for name in (*MODULES, *SENTENCE_TRANSFORMERS_FILES):
+        assert (output / name).read_bytes() == (ROOT / name).read_bytes()
     assert (output / "LICENSE").read_text() == "The licence of the weights\n"
     card = (output / "README.md").read_text()
     assert "\nlicense: mit\n" in card and "python convert_phi3_vision.py source output" in card
