@@ -597,8 +597,7 @@ def write_processor(source: Source, config, output: Path):
     if "tokenizer.json" not in source.files:
         raise ConversionError(f"{source.name} has no tokenizer.json. Put the base model's tokenizer files beside it.")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source.folder)
-    # Of the source's own code, and of how it was loaded just now.
-    for key in ("auto_map", "processor_class", "is_local", "local_files_only"):
+    for key in ("is_local", "local_files_only"):  # how it was loaded just now
         tokenizer.init_kwargs.pop(key, None)
     if tokenizer.convert_tokens_to_ids("<|image|>") != config.image_token_id:
         raise ConversionError(f"The tokenizer of {source.name} has no <|image|> with the id {config.image_token_id}.")
@@ -871,12 +870,17 @@ def copy_files(folder: Path, output: Path):
                     bar.update(len(chunk))
 
 
-def check_token(name):
-    """Before the work, whose result is to be pushed."""
+def check_target(name: str, private: bool) -> str:
+    """The full name of the repository to push to, or why that cannot be, before the work."""
     try:
-        HfApi().whoami()
+        user = HfApi().whoami()["name"]
     except (LocalTokenNotFoundError, HfHubHTTPError) as error:
         raise ConversionError(f"Pushing to {name} needs a valid token: log in by `hf auth login`.") from error
+    name = name if "/" in name else f"{user}/{name}"
+    with hub_errors(name):
+        if private and HfApi().repo_exists(name) and not HfApi().model_info(name).private:
+            raise ConversionError(f"{name} exists and is public. Make it private in its settings, or give another.")
+    return name
 
 
 def push(output: Path, name: str, private: bool) -> None:
@@ -926,8 +930,7 @@ def run(arguments):
     if parsed.put_back:
         put_back(parsed.put_back, parsed.source, parsed.output, parsed.revision)
         return
-    if parsed.push_to_hub:
-        check_token(parsed.push_to_hub)
+    target = check_target(parsed.push_to_hub, parsed.private) if parsed.push_to_hub else None
     dtype = getattr(torch, parsed.dtype) if parsed.dtype else None
     said = [
         *(["--dtype", parsed.dtype] if dtype else []),
@@ -935,10 +938,9 @@ def run(arguments):
     ]
     source = parsed.source if not Path(parsed.source).is_dir() else Path(parsed.source).resolve().name
     command = " ".join(["python", Path(__file__).name, source, parsed.output.name, *said])
-    name = parsed.push_to_hub or parsed.output.name
-    convert(parsed.source, parsed.output, dtype, parsed.revision, parsed.base, name, command)
-    if parsed.push_to_hub:
-        push(parsed.output, parsed.push_to_hub, parsed.private)
+    convert(parsed.source, parsed.output, dtype, parsed.revision, parsed.base, target, command)
+    if target:
+        push(parsed.output, target, parsed.private)
 
 
 def main():

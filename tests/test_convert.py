@@ -91,6 +91,9 @@ def test_one_command_makes_a_folder_that_a_fresh_process_loads(tmp_path):
     for name in (*MODULES, *SENTENCE_TRANSFORMERS_FILES):
         assert (output / name).read_bytes() == (ROOT / name).read_bytes()
     assert (output / "LICENSE").read_text() == "The licence of the weights\n"
+    tokenizer = json.loads((output / "tokenizer_config.json").read_text())
+    assert tokenizer["processor_class"] == "Phi3EmbedProcessor" and "is_local" not in tokenizer
+    assert tokenizer["auto_map"] == {"AutoProcessor": "processing_phi3_embed.Phi3EmbedProcessor"}
     card = (output / "README.md").read_text()
     assert "\nlicense: mit\n" in card and "python convert_phi3_vision.py source output" in card
     assert str(tmp_path) not in card
@@ -147,6 +150,11 @@ def test_mixed_dtypes_are_kept(tmp_path):
     convert(str(folder), tmp_path / "output")
     assert_same_weights(tmp_path / "output", load_file(folder / "model.safetensors"))
     assert Phi3EmbedModel.from_pretrained(tmp_path / "output").dtype == torch.float32
+
+
+def header_size(path):
+    with open(path, "rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
 
 
 # What is wrong with a source
@@ -435,13 +443,13 @@ WANTED = 6_575_616
 STORAGE = r"GET /repos/.*model.*\.safetensors"
 
 SERVE = """
-import contextlib, io, json, resource, sys, time
+import contextlib, io, json, os, resource, sys, time
 sys.path.insert(0, sys.argv[1])
 import convert_phi3_vision
 
 time.sleep = lambda seconds: None
 for line in sys.stdin:
-    limit, *arguments = json.loads(line)
+    limit, os.environ["HF_TOKEN"], *arguments = json.loads(line)
     sys.argv = ["convert_phi3_vision.py", *arguments]
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -455,7 +463,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def far(source, tmp_path_factory):
-    """A Hub that has the checkpoint, and the command's main in a process of its own, which has no token."""
+    """A Hub that has the checkpoint, and the command's main in a process of its own."""
     with HubServer() as hub:
         hub.add_repo("someone/phi3v", source)
         environment = os.environ | hub.environment(tmp_path_factory.mktemp("home"), token="")
@@ -463,8 +471,8 @@ def far(source, tmp_path_factory):
             [sys.executable, "-c", SERVE, ROOT], env=environment, stdin=PIPE, stdout=PIPE, text=True
         ) as process:
 
-            def main(*arguments, limit=-1):
-                print(json.dumps([limit, *map(str, arguments)]), file=process.stdin, flush=True)
+            def main(*arguments, limit=-1, token=""):
+                print(json.dumps([limit, token, *map(str, arguments)]), file=process.stdin, flush=True)
                 return json.loads(process.stdout.readline())
 
             yield hub, main
@@ -501,8 +509,7 @@ def test_only_what_is_wanted_is_fetched_through_every_fault(far, source, tmp_pat
     hub.fail(STORAGE, kind="cut", at=1_000_000, times=5)
     assert main("someone/phi3v", tmp_path / "output") is None
     assert_same_weights(tmp_path / "output", published.weights())
-    header = int.from_bytes((source / "model.safetensors").read_bytes()[:8], "little")
-    assert hub.bytes_sent(STORAGE) - sent == WANTED + 8 + header
+    assert hub.bytes_sent(STORAGE) - sent == WANTED + header_size(source / "model.safetensors")
     card = (tmp_path / "output" / "README.md").read_text()
     assert "\n- someone/phi3v\n" in card and hub.head("someone/phi3v") in card
 
@@ -543,6 +550,24 @@ def test_an_adapter_and_its_base_come_from_the_hub(far, source, tmp_path):
     assert "- someone/phi3v" in card and "- someone/adapter" in card and base in card and commit in card
 
 
+def test_a_push_goes_where_it_may_and_is_private_if_it_should_be(far, tmp_path):
+    hub, main = far
+    push = ("someone/phi3v", tmp_path / "output", "--push-to-hub")
+    for token in ("", "hf_unknown"):
+        assert "needs a valid token: log in by `hf auth login`" in main(*push, "new", token=token)
+    hub.add_repo("someone/public", {})
+    assert "someone/public exists and is public" in main(*push, "public", "--private", token=hub.token)
+    assert not list(tmp_path.iterdir())
+    assert re.search(
+        "Your token does not allow this. .*output is complete; push it by `hf upload someone/new ",
+        main(*push, "someone/new", "--private", token=hub.read_token),
+    )
+    shutil.rmtree(tmp_path / "output")
+    assert main(*push, "new", "--private", token=hub.token) is None
+    assert hub.repos["someone/new"].private
+    assert '"someone/new"' in hub.files("someone/new")["README.md"].decode()
+
+
 def test_a_killed_conversion_goes_on_is_pushed_and_comes_back(hub, source, tmp_path):
     hub.add_repo("someone/phi3v", source, private=True)
     stale = {"model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"{}", "notes.txt": b"kept"}
@@ -563,9 +588,9 @@ def test_a_killed_conversion_goes_on_is_pushed_and_comes_back(hub, source, tmp_p
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Fetching 0.007 GB of 0.013 GB from someone/phi3v at " in done.stdout
-    header = int.from_bytes((source / "model.safetensors").read_bytes()[:8], "little")
+    header = header_size(source / "model.safetensors")
     assert hub.bytes_sent(STORAGE) - sent < WANTED - 1_900_000 + header
-    assert hub.bytes_sent(STORAGE) < 1.02 * WANTED + 2 * (8 + header)
+    assert hub.bytes_sent(STORAGE) < 1.02 * WANTED + 2 * header
     assert_same_weights(tmp_path / "output", published.weights())
 
     assert len(hub.repos["someone/embed"].commits) == commits + 1
@@ -602,10 +627,9 @@ def test_of_the_published_sizes_a_tenth_is_fetched_and_little_memory_taken(hub, 
     output = tmp_path / "output"
     said = run_python(MEASURE, ROOT, "someone/phi3v", output, **hub.environment(tmp_path / "home"))
     assert "Fetching 0.823 GB of 8.293 GB" in said
-    wanted = (output / "model.safetensors").stat().st_size
-    with open(folder / "model-00001-of-00002.safetensors", "rb") as file:
-        header = 8 + int.from_bytes(file.read(8), "little")
-    assert wanted <= hub.bytes_sent(STORAGE) <= 1.02 * wanted + header
+    header = header_size(folder / "model-00001-of-00002.safetensors")
+    wanted = (output / "model.safetensors").stat().st_size - header_size(output / "model.safetensors")
+    assert hub.bytes_sent(STORAGE) == wanted + header
     # The constant is what the imported libraries take, and 100 MB.
     before, after = map(int, said.splitlines()[-1].split())
     word_embeddings = 32064 * 3072 * 2
