@@ -60,6 +60,7 @@ from huggingface_hub.utils import (
     http_stream_backoff,
 )
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
@@ -338,9 +339,12 @@ def read_config(source: Source):
             "and has no `img_processor`."
         )
     try:
-        return load_class("modeling_phi3_embed.Phi3EmbedConfig").from_dict(config)
+        config = load_class("modeling_phi3_embed.Phi3EmbedConfig").from_dict(config)
     except ValueError as error:
         raise ConversionError(f"{source.name}: config.json: {error}") from error
+    if not config.use_hd_transform:
+        raise ConversionError(f"{source.name} works without the HD transform, for which there is no image processor.")
+    return config
 
 
 def load_class(reference):
@@ -469,7 +473,11 @@ class Adapter:
                 "the training's own script, and give the merged folder."
             )
         self.parts = defaultdict(dict)
-        for key, tensor in load_file(source.folder / "adapter_model.safetensors").items():
+        try:
+            tensors = load_file(source.folder / "adapter_model.safetensors")
+        except SafetensorError as error:
+            raise ConversionError(f"{source.name}: adapter_model.safetensors cannot be read: {error}") from error
+        for key, tensor in tensors.items():
             name = key.removeprefix("base_model.model.")
             module, lora, _ = name.partition(".lora_")
             target = f"{module}.weight" if lora else name.replace(".base_layer.", ".")
@@ -509,15 +517,15 @@ class Adapter:
         config = copy.copy(self.config)
         config.target_modules, config.task_type, config.bias = {path}, None, "none"
         config.modules_to_save = config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
-        with warnings.catch_warnings():  # that patterns for other layers match none here
-            warnings.simplefilter("ignore")
-            model = PeftModel(shell(path, weight), config)
-        if get_peft_model_state_dict(model).keys() != tensors.keys():
-            expected = ", ".join(get_peft_model_state_dict(model))
-            raise ConversionError(f"{self.source.name} has {', '.join(tensors)} where peft expects {expected}.")
         try:
+            with warnings.catch_warnings():  # that patterns for other layers match none here
+                warnings.simplefilter("ignore")
+                model = PeftModel(shell(path, weight), config)
+            if get_peft_model_state_dict(model).keys() != tensors.keys():
+                expected = ", ".join(get_peft_model_state_dict(model))
+                raise ValueError(f"it has {', '.join(tensors)} where peft expects {expected}")
             set_peft_model_state_dict(model, tensors)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise ConversionError(f"{self.source.name} does not fit {name}: {error}") from error
         return model.merge_and_unload().get_submodule(path).weight.detach()
 

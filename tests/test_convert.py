@@ -220,6 +220,7 @@ def truncate(folder):
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is no JSON"),
         (rewrite("config.json", img_processor=None, model_type="llama"), "not in Phi-3-vision's layout: .* 'llama'"),
         (rewrite("config.json", model_type="phi3_embed"), "is a phi3-embed model already"),
+        (rewrite("config.json", embd_layer={}, img_processor={"num_img_tokens": 576}), "without the HD transform"),
         (rewrite("config.json", vision_config=None), r"config.json: `img_processor\['image_dim_out'\]` is 64"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), r"pickles \(.bin\) only"),
@@ -369,6 +370,12 @@ def test_adapters_that_cannot_be_merged_say_why(source, tmp_path):
     first = next(iter(tensors))
     save_file(tensors | {first: torch.zeros(1, 1)}, adapter / "adapter_model.safetensors")
     with pytest.raises(ConversionError, match="adapter does not fit .*fc1.weight"):
+        convert(str(adapter), tmp_path / "output", base=str(source))
+    save_file({name: tensors[name] for name in tensors if name != first}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ConversionError, match=f"does not fit .*where peft expects {first}"):
+        convert(str(adapter), tmp_path / "output", base=str(source))
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ConversionError, match="adapter_model.safetensors cannot be read"):
         convert(str(adapter), tmp_path / "output", base=str(source))
 
 
@@ -534,6 +541,12 @@ def test_a_download_that_breaks_off_is_kept_and_goes_on_with_the_same_revision_a
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
     assert_same_weights(output, published.weights())
     assert hub.bytes_sent(STORAGE) - sent < WANTED - 1_900_000
+
+
+def test_a_fine_tune_goes_back_into_what_is_on_the_hub(far, source, converted, tmp_path):
+    _, main = far
+    assert main("someone/phi3v", tmp_path / "back", "--put-back", converted) is None
+    assert_same_files(tmp_path / "back", source)
 
 
 def test_an_adapter_and_its_base_come_from_the_hub(far, source, tmp_path):
