@@ -641,8 +641,12 @@ vectors = model(**image_processor(images, return_tensors="pt")).pooler_output
 
 ## How it was made
 
-`{command}`, from phi3-embed, which renames weights and leaves out what does not reach the image embedding: the
-language model's layers, and the vision tower's behind the feature layer. Nothing was trained.
+```bash
+{command}
+```
+
+of phi3-embed renames weights, and leaves out what does not reach the image embedding: the language model's layers, and
+the vision tower's behind the feature layer. Nothing was trained.
 
 | | |
 |---|---|
@@ -671,9 +675,11 @@ def write_card(source: Source, adapter, selected, config, command, name, output:
         metadata=metadata.to_yaml(),
         title=name.rpartition("/")[2],
         name=name,
-        source=f"`{said_name(source)}`",
+        source=f"`{without_path(source.name)}`",
         revision=source.commit or "a folder",
-        adapter=f"`{said_name(adapter.source)}` at {adapter.source.commit or 'a folder'}" if adapter else "none",
+        adapter=f"`{without_path(adapter.source.name)}` at {adapter.source.commit or 'a folder'}"
+        if adapter
+        else "none",
         license=license["license_name"] or license["license"] or "not stated by the source",
         command=command,
         count=len(selected),
@@ -686,9 +692,9 @@ def write_card(source: Source, adapter, selected, config, command, name, output:
         shutil.copyfile(path, output / path.name)
 
 
-def said_name(source):
-    """A Hub id, or a folder's own name: where it lies concerns no reader."""
-    return source.name if source.commit else Path(source.name).resolve().name
+def without_path(name):
+    """A Hub id as it is, but of a folder its own name: where it lies concerns no reader of a card."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def embed_fixed_picture(folder: Path, offload: Path) -> list[float]:
@@ -940,13 +946,10 @@ def run(arguments):
         return
     target = check_target(parsed.push_to_hub, parsed.private) if parsed.push_to_hub else None
     dtype = getattr(torch, parsed.dtype) if parsed.dtype else None
-    said = [
-        *(["--dtype", parsed.dtype] if dtype else []),
-        *(["--revision", parsed.revision] if parsed.revision else []),
-    ]
-    source = parsed.source if not Path(parsed.source).is_dir() else Path(parsed.source).resolve().name
-    command = " ".join(["python", Path(__file__).name, source, parsed.output.name, *said])
-    convert(parsed.source, parsed.output, dtype, parsed.revision, parsed.base, target, command)
+    command = ["python", Path(__file__).name, without_path(parsed.source), parsed.output.name]
+    for option, value in (("--dtype", parsed.dtype), ("--revision", parsed.revision), ("--base", parsed.base)):
+        command += [option, without_path(value)] if value else []
+    convert(parsed.source, parsed.output, dtype, parsed.revision, parsed.base, target, " ".join(command))
     if target:
         push(parsed.output, target, parsed.private)
 
