@@ -809,6 +809,8 @@ def put_back(model_name: str, source_name: str, output: Path, revision: str | No
     """
     with work_folder(output) as partial:
         source, model = open_whole(source_name, revision), open_whole(model_name)
+        if partial.resolve().is_relative_to(source.folder.resolve()):
+            raise ConversionError(f"{output} is inside {source_name}. Give a folder outside of what is to be copied.")
         config = read_config(source)
         targets = read_entries(source, IMAGE_EMBEDDING)
         selected = select(targets, config, source.name)
@@ -826,7 +828,7 @@ def put_back(model_name: str, source_name: str, output: Path, revision: str | No
                     cast.add(f"{entry.dtype} to {target.dtype}")
         raise_problems(model.name, {"NaN or infinite": not_finite})
         finish(partial, output)
-    note = f" Weights were rounded: {', '.join(sorted(cast))}." if cast else ""
+    note = f" They took the dtype that they have there: {', '.join(sorted(cast))}." if cast else ""
     print(f"{output} is {source_name} with the {len(selected)} weights of {model_name} put back.{note}")
 
 

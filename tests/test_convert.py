@@ -248,6 +248,7 @@ def test_what_is_no_checkpoint_of_the_layout_is_refused(change, said, source, tm
         (["someone/model", "{output}"], "cannot be reached"),  # tests are offline
         (["{source}", "{output}", "--push-to-hub", "someone/model"], "needs a valid token"),
         (["{source}", "{output}", "--put-back", "{source}"], "is no phi3-embed model"),
+        (["{source}", "{source}/back", "--put-back", "{source}"], "is inside .*. Give a folder outside"),
     ],
 )
 def test_mistakes_of_a_command_are_told_in_a_line(arguments, said, source, tmp_path, monkeypatch, capsys):
@@ -257,7 +258,7 @@ def test_mistakes_of_a_command_are_told_in_a_line(arguments, said, source, tmp_p
         convert_phi3_vision.main()
     message = str(raised.value)
     assert re.match(f"error: .*{said}", message) and "\n" not in message
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir()) and not list(source.glob("*.partial"))
 
 
 def test_microsofts_layout_is_not_loaded_directly_but_names_the_command(source, monkeypatch):
@@ -396,7 +397,7 @@ def test_a_round_trip_gives_the_same_files(max_shard_size, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [Phi3EmbedModel, Phi3EmbedForImageClassification])
-def test_a_fine_tune_goes_back_and_the_language_model_stays(kind, source, converted, tmp_path, monkeypatch):
+def test_a_fine_tune_goes_back_and_the_language_model_stays(kind, source, converted, tmp_path, monkeypatch, capsys):
     shutil.copytree(source, tmp_path / "source")
     (tmp_path / "source" / "pytorch_model.bin").write_bytes(b"old weights")
     tuned = kind.from_pretrained(converted, dtype=torch.float32)
@@ -407,6 +408,9 @@ def test_a_fine_tune_goes_back_and_the_language_model_stays(kind, source, conver
     arguments = [tmp_path / "source", tmp_path / "back", "--put-back", tmp_path / "tuned"]
     monkeypatch.setattr(sys, "argv", ["convert_phi3_vision.py", *map(str, arguments)])
     convert_phi3_vision.main()
+    said = capsys.readouterr().out
+    assert "Left out, as they hold the old weights: pytorch_model.bin" in said and "F32 to BF16" in said
+    assert ("left out: classifier.bias, classifier.weight" in said) == (kind is Phi3EmbedForImageClassification)
     assert not (tmp_path / "back" / "pytorch_model.bin").exists()
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "back"))
     base = tuned.base_model.state_dict()
