@@ -17,6 +17,7 @@ sys.modules["phi3_embed"] = importlib.util.module_from_spec(spec)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hub_server import HubServer  # noqa: E402
 from phi3_embed.configuration_phi3_embed import Phi3EmbedConfig  # noqa: E402
 from phi3_embed.modeling_phi3_embed import Phi3EmbedModel  # noqa: E402
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor, Phi3EmbedProcessor  # noqa: E402
@@ -96,6 +97,13 @@ def repository(tmp_path_factory, tokenizer):
     image_processor = Phi3EmbedImageProcessor(num_crops=4, size={"height": 56, "width": 56}, num_img_tokens=4)
     Phi3EmbedProcessor(image_processor, tokenizer).save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture
+def hub():
+    """A Hub on loopback, empty."""
+    with HubServer() as server:
+        yield server
 
 
 def run_python(code, *arguments, **environment):
