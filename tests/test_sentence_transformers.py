@@ -139,6 +139,25 @@ def test_trained_saved_and_loaded_in_a_fresh_process(small, repository, digits, 
     np.testing.assert_allclose(untrained, before, atol=1e-6, rtol=0)
 
 
+PUSH = """
+import sys
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoProcessor
+SentenceTransformer(sys.argv[1], trust_remote_code=True).push_to_hub("someone/by-sentence-transformers")
+options = {"pretrained_model_name_or_path": sys.argv[1], "trust_remote_code": True}
+AutoProcessor.from_pretrained(**options).push_to_hub("someone/by-transformers")
+AutoModel.from_pretrained(**options).save_pretrained(sys.argv[2], push_to_hub=True, repo_id="someone/by-transformers")
+"""
+
+
+def test_pushed_by_either_library_it_is_loaded_by_name(small, repository, digits, hub, tmp_path):
+    run_python(PUSH, repository, tmp_path / "saved", **hub.environment(tmp_path / "here"))
+    names = ("someone/by-sentence-transformers", "someone/by-transformers")
+    printed = run_python(ENCODE, json.dumps(digits[0]), *names, **hub.environment(tmp_path / "there", token=""))
+    for line in printed.splitlines():
+        np.testing.assert_allclose(json.loads(line), small.encode(digits[0]), atol=1e-6, rtol=0)
+
+
 def test_a_classifier_with_its_image_processor_gives_the_embedding_too(small, repository, tmp_path):
     options = {"pretrained_model_name_or_path": repository, "trust_remote_code": True}
     AutoModelForImageClassification.from_pretrained(**options, num_labels=3).save_pretrained(tmp_path)
