@@ -118,9 +118,9 @@ def test_trained_saved_and_loaded_in_a_fresh_process(small, repository, digits, 
     before = small.encode(digits[0])
     arguments = SentenceTransformerTrainingArguments(
         str(tmp_path / "training"),
-        num_train_epochs=20,
+        num_train_epochs=8,
         per_device_train_batch_size=10,
-        learning_rate=1e-2,
+        learning_rate=2e-2,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -153,6 +153,7 @@ AutoModel.from_pretrained(**options).save_pretrained(sys.argv[2], push_to_hub=Tr
 def test_pushed_by_either_library_it_is_loaded_by_name(small, repository, digits, hub, tmp_path):
     run_python(PUSH, repository, tmp_path / "saved", **hub.environment(tmp_path / "here"))
     names = ("someone/by-sentence-transformers", "someone/by-transformers")
+    assert all(set(FILES) <= set(hub.files(name, "main")) for name in names)
     printed = run_python(ENCODE, json.dumps(digits[0]), *names, **hub.environment(tmp_path / "there", token=""))
     for line in printed.splitlines():
         np.testing.assert_allclose(json.loads(line), small.encode(digits[0]), atol=1e-6, rtol=0)
