@@ -10,7 +10,7 @@ IMAGES ?=
 demo: $(VENV)/ready
 	$(RUN) examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(IMAGES),--images "$(IMAGES)")
 
-test: $(VENV)/ready lint
+test: $(VENV)/transformers-tests lint
 	$(RUN) -m pytest
 
 lint: $(VENV)/ready
@@ -31,6 +31,13 @@ $(VENV)/ready: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
 	touch $@
+
+# The common tests of the installed transformers, which only its source distribution has.
+$(VENV)/transformers-tests: $(VENV)/ready
+	rm -rf $@ $@.part
+	$(VENV)/bin/pip download --quiet --no-deps --no-binary transformers -c requirements-dev.txt -d $@.part transformers
+	tar -xzf $@.part/transformers-*.tar.gz -C $@.part --strip-components=1 --wildcards '*/tests/*.py'
+	mv $@.part $@
 
 clean:
 	rm -rf $(VENV)

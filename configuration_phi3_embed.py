@@ -38,6 +38,7 @@ MICROSOFT_KEYS = (
     "torch_dtype",
     "img_processor",
     "embd_layer",
+    "vision_config",
 )
 MICROSOFT_TOWERS = {"openai/clip-vit-large-patch14-336": CLIP_VIT_LARGE_PATCH14_336}
 
@@ -107,29 +108,36 @@ def _one_of_two_names(name, value, other_name, other):
     return other if value is None else value
 
 
-def _from_microsoft(img_processor, embd_layer):
-    """Microsoft's `img_processor` and `embd_layer` -> our arguments, with the defaults of Microsoft's code."""
+def _from_microsoft(img_processor, embd_layer, vision_config):
+    """
+    Microsoft's `img_processor` and `embd_layer` -> our arguments, with the defaults of Microsoft's code. Microsoft's
+    config names the tower; a `vision_config` beside describes one that has no name there.
+    """
     tower = img_processor.get("model_name", next(iter(MICROSOFT_TOWERS)))
+    if vision_config is None:
+        _require(
+            img_processor.get("name", "clip_vision_model") == "clip_vision_model",
+            "img_processor['name']",
+            img_processor.get("name"),
+            "'clip_vision_model'; describe any other tower by `vision_config`",
+        )
+        _require(
+            tower in MICROSOFT_TOWERS,
+            "img_processor['model_name']",
+            tower,
+            f"one of {sorted(MICROSOFT_TOWERS)}; describe any other tower by `vision_config`",
+        )
+        vision_config = MICROSOFT_TOWERS[tower]
+    image_dim_out = img_processor.get("image_dim_out")
+    width = vision_config.get("hidden_size", image_dim_out)
     _require(
-        img_processor.get("name", "clip_vision_model") == "clip_vision_model",
-        "img_processor['name']",
-        img_processor.get("name"),
-        "'clip_vision_model'; describe any other tower by `vision_config`",
+        image_dim_out in (None, width), "img_processor['image_dim_out']", image_dim_out, f"{width}, the tower's width"
     )
-    _require(
-        tower in MICROSOFT_TOWERS,
-        "img_processor['model_name']",
-        tower,
-        f"one of {sorted(MICROSOFT_TOWERS)}; describe any other tower by `vision_config`",
-    )
-    width = MICROSOFT_TOWERS[tower]["hidden_size"]
-    image_dim_out = img_processor.get("image_dim_out", width)
-    _require(image_dim_out == width, "img_processor['image_dim_out']", image_dim_out, f"{width}, the width of {tower}")
     embedding_cls = embd_layer.get("embedding_cls", "image")
     _require(embedding_cls == "image", "embd_layer['embedding_cls']", embedding_cls, "'image'")
     use_hd_transform = embd_layer.get("use_hd_transform", False)
     return {
-        "vision_config": dict(MICROSOFT_TOWERS[tower]),
+        "vision_config": dict(vision_config),
         "layer_idx": img_processor.get("layer_idx", -2),
         "type_feature": img_processor.get("type_feature", "patch"),
         "num_img_tokens": img_processor.get("num_img_tokens"),
@@ -250,8 +258,8 @@ class Phi3EmbedConfig(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         if "img_processor" in config_dict or "embd_layer" in config_dict:
             taken = {key: config_dict[key] for key in MICROSOFT_KEYS if key in config_dict}
-            microsoft = _from_microsoft(taken.pop("img_processor", None) or {}, taken.pop("embd_layer", None) or {})
-            config_dict = taken | microsoft
+            img_processor, embd_layer = (taken.pop(key, None) or {} for key in ("img_processor", "embd_layer"))
+            config_dict = taken | _from_microsoft(img_processor, embd_layer, taken.pop("vision_config", None))
         return super().from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):

@@ -60,11 +60,13 @@ class Phi3EmbedModelOutput(ModelOutput):
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
             The word embeddings with the image tokens in place of the placeholders. For images alone, of shape
-            `(num_images, max_num_tokens, hidden_size)`: the image tokens, with zeros behind shorter images.
+            `(num_images, max_num_tokens, hidden_size)`: the image tokens, with zeros behind shorter images. In a
+            traced graph (`torch.compile`, `torch.export`) its length follows from the shape of `pixel_values`.
         pooler_output (`torch.FloatTensor` of shape `(num_images, hidden_size)`, *optional*):
             One vector an image, by `config.pooling_mode`.
         image_hidden_states (`tuple(torch.FloatTensor)`, *optional*):
-            The image tokens, one tensor of shape `(num_tokens, hidden_size)` an image.
+            The image tokens, one tensor of shape `(num_tokens, hidden_size)` an image. `None` in a traced graph of
+            images alone, which is one for any number of images.
         hidden_states (`tuple(torch.FloatTensor)` of shape `(num_crops, tower_length, tower_width)`, *optional*):
             The tower's hidden states up to the feature layer, with `output_hidden_states=True`.
         attentions (`tuple(torch.FloatTensor)` of shape `(num_crops, heads, tower_length, tower_length)`, *optional*):
@@ -100,27 +102,29 @@ def crop_grids(image_sizes: torch.LongTensor | list[tuple[int, int]], crop_size:
 
 
 def hd_token_index(
-    grids: torch.LongTensor, num_views: torch.LongTensor, first_row: torch.LongTensor, tokens_per_side: int, order: str
-) -> tuple[torch.LongTensor, torch.LongTensor]:
+    position: torch.LongTensor,
+    grids: torch.LongTensor,
+    num_views: torch.LongTensor,
+    first_row: torch.LongTensor,
+    tokens_per_side: int,
+    order: str,
+) -> torch.LongTensor:
     """
-    Where each image token stands in the projected table, whose rows are the tokens of view after view, an image's
-    global view before its crops, and at the end the two separators, `sub_GN` and `glb_GN`.
+    Where image tokens stand in the projected table, whose rows are the tokens of view after view, an image's global
+    view before its crops, and at the end the two separators, `sub_GN` and `glb_GN`.
 
     Args:
-        grids (`(num_images, 2)`): rows and columns of crops.
-        num_views (`(num_images,)`): views of each image in the table; 1 where the global view stands for the crop too.
-        first_row (`(num_images,)`): where each image's global view begins in the table.
+        position (`(*shape,)`): which token of its image, from 0.
+        grids (`(*shape, 2)`): rows and columns of crops of its image.
+        num_views (`(*shape,)`): views of its image in the table; 1 where the global view stands for the crop too.
+        first_row (`(*shape,)`): where its image's global view begins in the table.
 
     Returns:
-        index (`(sum of num_tokens,)`): a row of the table for each token, image after image; -2 for `sub_GN`, -1 for
-            `glb_GN`.
-        num_tokens (`(num_images,)`).
+        index (`(*shape,)`): a row of the table for each token; -2 for `sub_GN`, -1 for `glb_GN`. All shapes may
+            broadcast.
     """
     side, area = tokens_per_side, tokens_per_side**2
-    num_tokens = hd_num_tokens(grids[:, 0], grids[:, 1], side)
-    image = torch.arange(len(grids), device=grids.device).repeat_interleave(num_tokens)
-    position = torch.arange(image.shape[0], device=grids.device) - (num_tokens.cumsum(0) - num_tokens)[image]
-    rows, cols = grids[image].unbind(-1)
+    rows, cols = grids.unbind(-1)
 
     sub_length, glb_length = rows * side * (cols * side + 1), side * (side + 1)
     if order == "sub_glb":
@@ -132,10 +136,10 @@ def hd_token_index(
     width = torch.where(is_sub, cols * side, side)
     y, x = position // (width + 1), position % (width + 1)
 
-    crop = (num_views[image] > 1) + (y // side) * cols + x // side
-    index = first_row[image] + torch.where(is_sub, crop * area, 0) + (y % side) * side + x % side
+    crop = (num_views > 1) + (y // side) * cols + x // side
+    index = first_row + torch.where(is_sub, crop * area, 0) + (y % side) * side + x % side
     index = torch.where(x == width, -2, index)
-    return torch.where(is_separator, -1, index), num_tokens
+    return torch.where(is_separator, -1, index)
 
 
 class Phi3EmbedProjector(nn.Module):
@@ -237,15 +241,20 @@ class Phi3ImageEmbedding(nn.Module):
         self,
         pixel_values: torch.FloatTensor,
         image_sizes: torch.LongTensor | list[tuple[int, int]] | None = None,
+        pad_tokens: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Phi3EmbedImageOutput:
-        """See [`Phi3EmbedModel.get_image_features`]."""
+        """
+        See [`Phi3EmbedModel.get_image_features`]. With `pad_tokens` the image tokens are one tensor
+        `(num_images, max_num_tokens, hidden_size)`, zeros behind shorter images, its length known from the shape of
+        `pixel_values`: what a graph for any number of images needs.
+        """
         _check_pixels(self.config, pixel_values)
         if not self.config.use_hd_transform:
-            return self._embed_single(pixel_values, image_sizes, **kwargs)
-        return self._embed_hd(pixel_values, image_sizes, **kwargs)
+            return self._embed_single(pixel_values, image_sizes, pad_tokens, **kwargs)
+        return self._embed_hd(pixel_values, image_sizes, pad_tokens, **kwargs)
 
-    def _embed_single(self, pixel_values, image_sizes, **kwargs):
+    def _embed_single(self, pixel_values, image_sizes, pad_tokens, **kwargs):
         if image_sizes is not None:
             raise ValueError(
                 "`image_sizes` were given, but this model works without the HD transform. Leave them out."
@@ -258,29 +267,32 @@ class Phi3ImageEmbedding(nn.Module):
         tokens = self.projector(features)  # (num_images, num_tokens, hidden_size)
         return Phi3EmbedImageOutput(
             last_hidden_state=features if encoded else None,
-            pooler_output=tokens.unbind(0),
+            pooler_output=tokens if pad_tokens else tokens.unbind(0),
             hidden_states=encoded.get("hidden_states"),
             attentions=encoded.get("attentions"),
             image_embeds=tokens.mean(1),
         )
 
-    def _embed_hd(self, pixel_values, image_sizes, **kwargs):
+    def _embed_hd(self, pixel_values, image_sizes, pad_tokens, **kwargs):
         _check_image_sizes(self.config, pixel_values, image_sizes)
         grids = crop_grids(image_sizes, self.config.crop_size).to(pixel_values.device)
         num_views = grids.prod(-1) + 1
         _check_padding_crops(pixel_values, num_views)
-        # The only crop of a 1 x 1 grid equals the global view, to the bit as the processor makes them: encode it once.
         num_images, max_views = pixel_values.shape[:2]
-        if max_views > 1:
+        # The only crop of a 1 x 1 grid equals the global view, to the bit as the processor makes them: encode it once.
+        if max_views > 1 and not torch.compiler.is_compiling():
             is_twin = (num_views == 2) & (pixel_values[:, 0] == pixel_values[:, 1]).flatten(1).all(-1)
             num_views = num_views - is_twin.long()
-        is_real = (torch.arange(max_views, device=num_views.device) < num_views[:, None]).flatten()
+        number = torch.arange(num_images, device=grids.device)
+        is_real = torch.arange(max_views, device=grids.device) < num_views[:, None]  # (num_images, max_views)
         if torch.compiler.is_compiling():
-            # A traced graph cannot know how many views will be real: it encodes the padding too.
-            view = torch.arange(num_images * max_views, device=num_views.device)
+            # A traced graph cannot know how many views will be real: it encodes the padding too, and twins.
+            image, first_view = number[:, None].expand(-1, max_views).flatten(), number * max_views
+            views, weight = pixel_values.flatten(0, 1), (is_real / num_views[:, None]).flatten()
         else:
-            view = is_real.nonzero().squeeze(1)
-        views = pixel_values.flatten(0, 1)[view]
+            image, view = is_real.nonzero(as_tuple=True)
+            first_view = num_views.cumsum(0) - num_views
+            views, weight = pixel_values[image, view], 1 / num_views[image]
         if pixel_values.ndim == 4:  # precomputed features (num_images, max_views, num_patches, C)
             features, encoded = views.to(self.img_processor.dtype), {}
         else:
@@ -288,26 +300,36 @@ class Phi3ImageEmbedding(nn.Module):
             features = self._select_features(encoded.last_hidden_state)
 
         table = self.projector(features)  # (num_crops * tokens + 2, hidden_size)
-        crops = table[:-2].view(len(features), -1, table.shape[-1])  # (num_crops, tokens, hidden_size)
-        grids, num_views, is_real, view = (each.to(table.device) for each in (grids, num_views, is_real, view))
-        first_view = torch.searchsorted(view, torch.arange(0, num_images * max_views, max_views, device=view.device))
-        index, num_tokens = hd_token_index(
-            grids, num_views, first_view * crops.shape[1], self.config.tokens_per_side, self.config.hd_transform_order
-        )
+        crops = table[:-2].view(features.shape[0], -1, table.shape[-1])  # (num_crops, tokens, hidden_size)
+        layout = (grids, num_views, first_view, image, weight)
+        grids, num_views, first_view, image, weight = (each.to(table.device) for each in layout)
         if self.config.pooling_mode == "global":
             image_embeds = crops[first_view].mean(1)
         else:
-            image = view // max_views
-            weight = is_real[view] / num_views[image]  # float32: half precision would round the sum
-            crops = crops.mean(1) * weight[:, None]
+            crops = crops.mean(1) * weight[:, None]  # float32: half precision would round the sum
             image_embeds = crops.new_zeros(num_images, crops.shape[-1]).index_add(0, image, crops).to(table.dtype)
         return Phi3EmbedImageOutput(
             last_hidden_state=features if encoded else None,
-            pooler_output=table[index].split(num_tokens.tolist()),
+            pooler_output=self._gather_tokens(table, grids, num_views, first_view, max_views, pad_tokens),
             hidden_states=encoded.get("hidden_states"),
             attentions=encoded.get("attentions"),
             image_embeds=image_embeds,
         )
+
+    def _gather_tokens(self, table, grids, num_views, first_view, max_views, pad_tokens):
+        side, order = self.config.tokens_per_side, self.config.hd_transform_order
+        num_tokens, first_row = hd_num_tokens(*grids.unbind(-1), side), first_view * side**2
+        if pad_tokens:
+            # No grid of so many views has more tokens than one column of crops.
+            position = torch.arange(hd_num_tokens(max_views - 1, 1, side), device=table.device)
+            each = (grids[:, None], num_views[:, None], first_row[:, None])
+            index = hd_token_index(position, *each, side, order)  # (num_images, max_num_tokens)
+            is_token = position < num_tokens[:, None]
+            return table[torch.where(is_token, index, -1)].where(is_token[..., None], 0)
+        image = torch.arange(grids.shape[0], device=table.device).repeat_interleave(num_tokens)
+        position = torch.arange(image.shape[0], device=table.device) - (num_tokens.cumsum(0) - num_tokens)[image]
+        index = hd_token_index(position, grids[image], num_views[image], first_row[image], side, order)
+        return table[index].split(num_tokens.tolist())
 
     def merge(
         self,
@@ -413,7 +435,7 @@ def _check_image_sizes(config, pixel_values, image_sizes):
     if image_sizes is None:
         raise ValueError("`image_sizes` are missing: the HD transform needs the size of each image's grid of crops.")
     sizes = torch.as_tensor(image_sizes)
-    if sizes.numel() != 2 * len(pixel_values) or sizes.shape[-1] != 2 or sizes.is_floating_point():
+    if sizes.numel() != 2 * pixel_values.shape[0] or sizes.shape[-1] != 2 or sizes.is_floating_point():
         raise ValueError(
             f"`image_sizes` are of shape {tuple(sizes.shape)} and dtype {sizes.dtype}, but must be ints of shape "
             f"({len(pixel_values)}, 2), a height and a width for each image of `pixel_values`."
@@ -520,16 +542,28 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
             init.zeros_(module.sub_GN)
 
     @classmethod
-    def from_pretrained(cls: type[Model], *args, output_loading_info=False, **kwargs) -> Model:
+    def from_pretrained(
+        cls: type[Model], pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs
+    ) -> Model:
         """
         As [`PreTrainedModel.from_pretrained`], but weights that the checkpoint lacks are an error, never left random.
         To train a head from the base model's checkpoint its own weights, and only they, may be lacking: they start
         fresh, with transformers' warning that names them.
 
         Raises:
-            ValueError: the checkpoint lacks weights; they are named.
+            ValueError: the checkpoint lacks weights; they are named. Or it is in Microsoft's layout.
         """
-        model, loading_info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if kwargs.get("config") is None and pretrained_model_name_or_path is not None:
+            config, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **kwargs)
+            if "img_processor" in config:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} is a checkpoint in Microsoft's layout. Take the image embedding "
+                    f"out of it by `python convert_phi3_vision.py {pretrained_model_name_or_path} OUTPUT`, and load "
+                    "OUTPUT."
+                )
+        model, loading_info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
         missing = loading_info["missing_keys"]
         if model.base_model is not model and model.config.architectures == [type(model.base_model).__name__]:
             missing = {name for name in missing if name.startswith(f"{cls.base_model_prefix}.")}
@@ -545,6 +579,7 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
         self.config.auto_map = {
             model._auto_class: f"{model.__module__.rpartition('.')[2]}.{model.__name__}"
             for model in Phi3EmbedPreTrainedModel.__subclasses__()
+            if model._auto_class is not None
         }
         super().save_pretrained(*args, **kwargs)
 
@@ -634,6 +669,14 @@ class Phi3EmbedModel(Phi3EmbedPreTrainedModel):
                 raise ValueError("Nothing was given: `input_ids` (or `inputs_embeds`), `pixel_values`, or both.")
             return Phi3EmbedModelOutput(last_hidden_state=self.vision_embed_tokens.merge((), input_ids, inputs_embeds))
 
+        if torch.compiler.is_compiling() and not has_text:
+            images = self.vision_embed_tokens.embed_images(pixel_values, image_sizes, pad_tokens=True, **kwargs)
+            return Phi3EmbedModelOutput(
+                last_hidden_state=self.vision_embed_tokens.drop(images.pooler_output),
+                pooler_output=images.image_embeds,
+                hidden_states=images.hidden_states,
+                attentions=images.attentions,
+            )
         images = self.get_image_features(pixel_values, image_sizes, **{**kwargs, "return_dict": True})
         tokens = images.pooler_output
         if has_text:

@@ -173,6 +173,9 @@ def to_rgb(image, input_data_format=None) -> Image.Image:
                 "first."
             )
     try:
+        image.load()
+        if image.mode == "RGB":  # which `convert` would copy
+            return image
         with warnings.catch_warnings():
             # Transparency of a palette is dropped knowingly.
             warnings.filterwarnings("ignore", message="Palette images with Transparency")
@@ -336,10 +339,11 @@ def _write_views(image, num_crops, crop_size, scale, bias, out) -> tuple[int, in
     pixels = np.asarray(hd_resize(image, max(num_crops, 1), crop_size))  # (rows * crop_size, cols * crop_size, 3)
     rows, cols = pixels.shape[0] // crop_size, pixels.shape[1] // crop_size
     global_view = bicubic_shrink(bicubic_shrink(pixels, rows, axis=0), cols, axis=1)
-    crops = pixels.reshape(rows, crop_size, cols, crop_size, 3).swapaxes(1, 2).reshape(-1, crop_size, crop_size, 3)
     if num_crops == 0:
         rows = cols = 0
-    for view, target in zip([global_view, *crops[: rows * cols]], out):
+    corners = ((y * crop_size, x * crop_size) for y in range(rows) for x in range(cols))
+    crops = [pixels[y : y + crop_size, x : x + crop_size] for y, x in corners]
+    for view, target in zip([global_view, *crops], out):
         np.multiply(view.transpose(2, 0, 1), scale, out=target)
         target += bias
     return rows, cols

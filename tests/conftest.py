@@ -21,7 +21,7 @@ from hub_server import HubServer  # noqa: E402
 from phi3_embed.configuration_phi3_embed import Phi3EmbedConfig  # noqa: E402
 from phi3_embed.modeling_phi3_embed import Phi3EmbedModel  # noqa: E402
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor, Phi3EmbedProcessor  # noqa: E402
-from tokenizers import Tokenizer, models, normalizers, processors, trainers  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 SMALL_TOWER = {
@@ -70,14 +70,14 @@ def model():
     return small_model()
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def make_tokenizer():
     """A tokenizer of Phi-3's make: LLaMA's BPE, which begins every piece by a space, `<s>` first, tags split off."""
     core = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     special = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|user|>", "<|end|>", "<|image|>"]
-    words = ["what is this and that ? a picture of the cat dog in front \n"] * 4
+    words = ["what is this and that ? a picture of the cat dog in front lower newer \n"] * 4
     core.train_from_iterator(words, trainers.BpeTrainer(vocab_size=90, special_tokens=special, show_progress=False))
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -90,13 +90,8 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def repository(tmp_path_factory, tokenizer):
-    """A whole small checkpoint with its code, as a user of transformers saves one -> its folder."""
-    path = tmp_path_factory.mktemp("repository")
-    small_model(image_token_id=tokenizer.convert_tokens_to_ids("<|image|>")).save_pretrained(path)
-    image_processor = Phi3EmbedImageProcessor(num_crops=4, size={"height": 56, "width": 56}, num_img_tokens=4)
-    Phi3EmbedProcessor(image_processor, tokenizer).save_pretrained(path)
-    return str(path)
+def tokenizer():
+    return make_tokenizer()
 
 
 @pytest.fixture
@@ -104,6 +99,16 @@ def hub():
     """A Hub on loopback, empty."""
     with HubServer() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory, tokenizer):
+    """A whole small checkpoint with its code, as a user of transformers saves one -> its folder."""
+    path = tmp_path_factory.mktemp("repository")
+    small_model(image_token_id=tokenizer.convert_tokens_to_ids("<|image|>")).save_pretrained(path)
+    image_processor = Phi3EmbedImageProcessor(num_crops=4, size={"height": 56, "width": 56}, num_img_tokens=4)
+    Phi3EmbedProcessor(image_processor, tokenizer).save_pretrained(path)
+    return str(path)
 
 
 def run_python(code, *arguments, **environment):

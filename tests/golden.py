@@ -28,12 +28,6 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return normal * np.float32(gain / math.sqrt(math.prod(shape[1:])))
 
 
-def published_name(name: str) -> str:
-    """Our name of a weight -> its name in the published checkpoint."""
-    name = name.replace(".projector.", ".").replace(".img_processor.", ".img_processor.vision_model.")
-    return f"model.{name}"
-
-
 def image(seed: int, height: int, width: int) -> np.ndarray:
     """The uint8 picture (height, width, 3) that belongs to a seed."""
     generator = np.random.Generator(np.random.PCG64(seed))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from phi3_embed.configuration_phi3_embed import CLIP_VIT_LARGE_PATCH14_336, Phi3EmbedConfig
+from phi3_embed.convert_phi3_vision import published_names
 from phi3_embed.modeling_phi3_embed import Phi3EmbedModel
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor
 from PIL import Image
@@ -20,7 +21,7 @@ def build(config, attn_implementation="sdpa"):
     """A model with the rule-made weights, which all have to be found by name."""
     with torch.device("meta"):
         shapes = {name: weight.shape for name, weight in Phi3EmbedModel(config).state_dict().items()}
-    weights = {name: torch.from_numpy(golden.weight(golden.published_name(name), shapes[name])) for name in shapes}
+    weights = {name: torch.from_numpy(golden.weight(published_names(name)[0], shapes[name])) for name in shapes}
     return Phi3EmbedModel.from_pretrained(
         None, config=config, state_dict=weights, attn_implementation=attn_implementation
     )

@@ -1,0 +1,939 @@
+"""
+Microsoft's Phi-3-vision checkpoints, and fine-tunes of them, as phi3-embed; and back.
+
+    python convert_phi3_vision.py SOURCE OUTPUT [--dtype bfloat16] [--push-to-hub NAME]
+    python convert_phi3_vision.py SOURCE OUTPUT --put-back MODEL
+
+SOURCE is a Hub id or a folder, with safetensors in one file or in shards, or a LoRA adapter over such a base. Of a
+repository on the Hub only the bytes of the image embedding are fetched.
+
+A conversion goes on in `OUTPUT.partial`: `source/` takes what is fetched, a small checkpoint of Microsoft's layout
+whose `model.safetensors` is only ever appended to, so that its length says where to go on; `output/` takes the result,
+and is renamed to OUTPUT when it is complete.
+"""
+
+import argparse
+import copy
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import time
+import warnings
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import reduce
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import torch
+from filelock import Timeout
+from huggingface_hub import (
+    HfApi,
+    ModelCardData,
+    RepoCard,
+    get_hf_file_metadata,
+    hf_hub_url,
+    snapshot_download,
+    split_torch_state_dict_into_shards,
+)
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import (
+    WeakFileLock,
+    build_hf_headers,
+    hf_raise_for_status,
+    http_stream_backoff,
+)
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModel, AutoProcessor, PreTrainedTokenizerFast
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import logging as transformers_logging
+
+ROOT = Path(__file__).resolve().parent
+
+# How our names of weights begin, and how Microsoft's do. The word embeddings are one module under two names there, and
+# a file may hold either or both. The image embedding reads `wte`, so that comes first: where training has replaced the
+# other alone, `wte` is still what images were embedded with.
+PUBLISHED_PREFIXES = {
+    "vision_embed_tokens.wte.": ("model.vision_embed_tokens.wte.", "model.embed_tokens."),
+    "vision_embed_tokens.img_processor.": ("model.vision_embed_tokens.img_processor.vision_model.",),
+    "vision_embed_tokens.projector.": ("model.vision_embed_tokens.",),
+}
+# What the image embedding's weights in a published checkpoint, and no others, begin with.
+IMAGE_EMBEDDING = ("model.vision_embed_tokens.", "model.embed_tokens.")
+LANGUAGE_MODEL = ("model.layers.", "model.norm.", "lm_head.")
+# Parts of the tower behind the feature layer: they do not reach the output. `position_ids` are no weights.
+(TOWER,) = PUBLISHED_PREFIXES["vision_embed_tokens.img_processor."]
+BEHIND_FEATURES = re.compile(
+    re.escape(TOWER) + r"(post_layernorm\.|embeddings\.position_ids|encoder\.layers\.(\d+)\.)"
+)
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
+# The small files of a source: what it says of itself, its processor, its tokenizer, and an adapter's weights.
+SMALL_FILES = (
+    "config.json",
+    "preprocessor_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "README.md",
+    "LICENSE*",
+    INDEX,
+    ADAPTER,
+    "adapter_model.safetensors",
+)
+# What goes along with weights: the code, and how sentence-transformers takes it.
+TRAVELLING_FILES = (
+    "*_phi3_embed.py",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)
+
+MAX_SHARD_SIZE = "5GB"
+MAX_HEADER_SIZE = 100_000_000  # safetensors' own limit
+CHUNK = 2**22
+MAX_RETRIES = 5
+TIMEOUT = 30  # seconds without a byte
+
+
+class ConversionError(Exception):
+    """What a user can mend: told in a few lines, without a traceback."""
+
+
+def published_names(name: str) -> list[str]:
+    """Our name of a weight -> its names in a published checkpoint, the one to prefer first."""
+    for ours, theirs in PUBLISHED_PREFIXES.items():
+        if name.startswith(ours):
+            return [prefix + name.removeprefix(ours) for prefix in theirs]
+    raise KeyError(name)
+
+
+# Where the weights are
+
+
+@dataclass(frozen=True)
+class Source:
+    """A repository on the Hub at a commit, or a folder, whose `commit` is None."""
+
+    name: str
+    folder: Path  # holds the small files
+    files: frozenset[str]
+    commit: str | None = None
+
+    def url(self, file):
+        return hf_hub_url(self.name, file, revision=self.commit)
+
+    def size(self, file):
+        if self.commit is None:
+            return (self.folder / file).stat().st_size
+        return get_hf_file_metadata(self.url(file), retry_on_errors=True).size
+
+    def read(self, file, start, stop):
+        """Yields the bytes [start, stop) of a file as they come."""
+        if self.commit is not None:
+            yield from read_url(self.url(file), start, stop)
+            return
+        with open(self.folder / file, "rb") as opened:
+            opened.seek(start)
+            yield opened.read(stop - start)
+
+    def json(self, file):
+        if file not in self.files:
+            raise ConversionError(f"{self.name} has no {file}.")
+        try:
+            return json.loads((self.folder / file).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConversionError(f"{self.name}: {file} is no JSON: {error}") from error
+
+
+def read_url(url, start, stop):
+    """
+    Yields the bytes [start, stop) of a file on the Hub as they come. Answers of 429 and 5xx are tried again, and where
+    a body is cut, reading goes on at the byte after the last.
+
+    A redirect to another origin, as large files have, is followed without the token: the client leaves it out.
+    """
+    failures = 0
+    while start < stop:
+        headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        try:
+            # The exceptions of reading the body would come back into a generator that has ended: they are ours.
+            with http_stream_backoff("GET", url, headers=headers, timeout=TIMEOUT, retry_on_exceptions=()) as response:
+                hf_raise_for_status(response)
+                if not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+                    raise ConversionError(f"The server of {url} does not serve parts of files (HTTP ranges).")
+                for chunk in response.iter_raw():
+                    start, failures = start + len(chunk), 0
+                    yield chunk
+        except httpx2.TransportError as error:
+            failures += 1
+            if failures > MAX_RETRIES:
+                raise ConversionError(
+                    f"The network fails ({error or type(error).__name__}). The same command goes on from here."
+                ) from error
+            time.sleep(min(2.0 ** (failures - 1), 8))
+
+
+def open_source(name: str, revision: str | None, folder: Path) -> Source:
+    """A folder as it is, or a repository on the Hub, whose small files are fetched to `folder`."""
+    if Path(name).is_dir():
+        if revision is not None:
+            raise ConversionError(f"A revision is of a repository on the Hub, but {name} is a folder.")
+        return Source(name, Path(name), frozenset(path.name for path in Path(name).iterdir()))
+    if Path(name).exists():
+        raise ConversionError(f"{name} is a file. Give the folder that it is in, or a Hub id.")
+    with hub_errors(name):
+        info = HfApi().model_info(name, revision=revision)
+        remember_commit(name, info.sha, folder)
+        snapshot_download(name, revision=info.sha, allow_patterns=SMALL_FILES, local_dir=folder)
+    return Source(name, folder, frozenset(sibling.rfilename for sibling in info.siblings), info.sha)
+
+
+def remember_commit(name, commit, folder):
+    """Writes beside a download of what it is one, or refuses to go on with weights of something else."""
+    path, asked = folder / "source.json", {"name": name, "commit": commit}
+    begun = json.loads(path.read_text()) if path.exists() else None
+    if begun != asked and not (folder / WEIGHTS).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        path.write_text(json.dumps(asked))
+    elif begun != asked:
+        raise ConversionError(
+            f"{folder} has part of {begun['name']} at {begun['commit']}, but {name} is now at {commit}. To finish the "
+            f"first, give it and `--revision {begun['commit']}`; to begin anew, delete {folder.parent}."
+        )
+
+
+@contextmanager
+def hub_errors(name):
+    """The Hub's refusals, as what to do about them."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise ConversionError(
+            f"{name} is gated: accept its terms on its page of the Hub, and log in by `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ConversionError(f"{name} has no such revision. Its page on the Hub lists them.") from error
+    except HFValidationError as error:
+        raise ConversionError(f"There is no folder {name}, and it is no Hub id, such as owner/model.") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if isinstance(error, RepositoryNotFoundError) or status == 401:
+            raise ConversionError(
+                f"There is no folder {name}, and the Hub shows no such model. A private one needs `hf auth login`."
+            ) from error
+        hint = "Your token does not allow this." if status in (401, 403) else "The same command goes on from here."
+        raise ConversionError(f"{name}: the Hub answers {status} ({error.server_message}). {hint}") from error
+    except (OfflineModeIsEnabled, httpx2.TransportError) as error:
+        raise ConversionError(f"The Hub cannot be reached for {name}: {error or type(error).__name__}") from error
+
+
+# Which weights they are
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a safetensors file; `start` and `stop` are bytes of the file."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_entries(source: Source, begins: tuple[str, ...] = ("",)) -> dict[str, Entry]:
+    """The tensors whose names begin so, by the headers of the files that hold them."""
+    if WEIGHTS in source.files:  # as transformers chooses where an index is there too
+        files = [WEIGHTS]
+    elif INDEX in source.files:
+        weight_map = source.json(INDEX)["weight_map"]
+        files = sorted({file for name, file in weight_map.items() if name.startswith(begins)})
+    elif any(file.endswith((".bin", ".pt", ".pth")) for file in source.files):
+        raise ConversionError(
+            f"{source.name} has its weights as pickles (.bin) only, which can run code when they are read. Convert "
+            "them to safetensors first: https://huggingface.co/spaces/safetensors/convert does, by a pull request."
+        )
+    else:
+        raise ConversionError(f"{source.name} has neither {WEIGHTS} nor {INDEX}.")
+    entries = {}
+    for file in files:
+        if file not in source.files:
+            raise ConversionError(f"{source.name} has no {file}, which its {INDEX} names.")
+        entries |= {name: entry for name, entry in read_header(source, file).items() if name.startswith(begins)}
+    return entries
+
+
+def read_header(source, file):
+    size = source.size(file)
+    length = int.from_bytes(b"".join(source.read(file, 0, min(8, size))), "little")
+    try:
+        if not 2 <= length <= min(size - 8, MAX_HEADER_SIZE):
+            raise ValueError("a safetensors file would begin with the length of its header")
+        header = json.loads(b"".join(source.read(file, 8, 8 + length)))
+    except ValueError as error:
+        raise ConversionError(f"{source.name}: {file} is no safetensors file ({error}).") from error
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, about in header.items():
+        start, stop = (8 + length + offset for offset in about["data_offsets"])
+        entries[name] = Entry(name, file, about["dtype"], tuple(about["shape"]), start, stop)
+    end = max((entry.stop for entry in entries.values()), default=0)
+    if end > size:
+        raise ConversionError(f"{source.name}: {file} is cut short: {size} of {end} bytes.")
+    return entries
+
+
+def read_config(source: Source):
+    """The source's own config -> ours."""
+    config = source.json("config.json")
+    if config.get("model_type") == "phi3_embed":
+        raise ConversionError(f"{source.name} is a phi3-embed model already; AutoModel loads it as it is.")
+    if "img_processor" not in config:
+        raise ConversionError(
+            f"{source.name} is not in Phi-3-vision's layout: its config.json is of type {config.get('model_type')!r} "
+            "and has no `img_processor`."
+        )
+    try:
+        return load_class("modeling_phi3_embed.Phi3EmbedConfig").from_dict(config)
+    except ValueError as error:
+        raise ConversionError(f"{source.name}: config.json: {error}") from error
+
+
+def load_class(reference):
+    return get_class_from_dynamic_module(reference, ROOT)
+
+
+def model_shapes(config) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = load_class("modeling_phi3_embed.Phi3EmbedModel")(config)
+    return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+
+
+def select(entries: dict[str, Entry], config, source_name: str) -> dict[str, Entry]:
+    """The entry of each of our weights, in the order of their bytes. Raises with the names of all that is wrong."""
+    selected, problems = {}, defaultdict(list)
+    for name, shape in model_shapes(config).items():
+        names = published_names(name)
+        entry = next((entries[each] for each in names if each in entries), None)
+        if entry is None:
+            problems["missing"].append(" or ".join(names))
+        else:
+            check_entry(entry, shape, problems)
+            selected[name] = entry
+    known = {each for name in selected for each in published_names(name)}
+    problems["extra"] = [name for name in entries if name not in known and not is_behind_features(name, config)]
+    raise_problems(source_name, problems)
+    return dict(sorted(selected.items(), key=lambda item: (item[1].file, item[1].start)))
+
+
+def is_behind_features(name, config):
+    match = BEHIND_FEATURES.match(name)
+    layer = match and match[2]
+    return bool(match) and (
+        layer is None or config.num_feature_layers <= int(layer) < config.vision_config.num_hidden_layers
+    )
+
+
+def check_entry(entry, shape, problems):
+    if entry.shape != shape:
+        problems["wrong shape"].append(f"{entry.name} is {entry.shape}, not {shape}")
+    if entry.dtype not in DTYPES:
+        problems["wrong dtype"].append(f"{entry.name} is {entry.dtype}, not one of {', '.join(DTYPES)}")
+
+
+def raise_problems(source_name, problems):
+    lines = [f"  {kind} ({len(each)}): {', '.join(each)}" for kind, each in problems.items() if each]
+    if lines:
+        raise ConversionError("\n".join([f"The image embedding of {source_name} is not as it should be.", *lines]))
+
+
+# Fetching
+
+
+def fetch(source: Source, selected: dict[str, Entry], whole_size: int) -> Source:
+    """The selected weights of a repository on the Hub -> `source.folder`, as a checkpoint of Microsoft's layout."""
+    runs, header = (
+        joined(selected.values()),
+        safetensors_header({entry.name: (entry.dtype, entry.shape) for entry in selected.values()}),
+    )
+    path, total = source.folder / WEIGHTS, sum(stop - start for _, start, stop in runs)
+    print(f"Fetching {total / 1e9:.3f} GB of {whole_size / 1e9:.3f} GB from {source.name} at {source.commit}")
+    path.touch()
+    with open(path, "r+b") as file:
+        if file.read(len(header)) != header:
+            file.seek(0)
+            file.truncate()
+            file.write(header)
+        have = file.seek(0, os.SEEK_END) - len(header)
+        with tqdm(total=total, initial=have, unit="B", unit_scale=True, desc="Fetching") as bar:
+            for name, start, stop in runs:
+                skipped = min(have, stop - start)
+                have -= skipped
+                for chunk in source.read(name, start + skipped, stop):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+    return replace(source, commit=None, files=frozenset(each.name for each in source.folder.iterdir()))
+
+
+def joined(entries):
+    """Entries in the order of their bytes -> file, start and stop of each unbroken run."""
+    runs = []
+    for entry in entries:
+        if runs and runs[-1][0] == entry.file and runs[-1][2] == entry.start:
+            runs[-1][2] = entry.stop
+        else:
+            runs.append([entry.file, entry.start, entry.stop])
+    return runs
+
+
+def safetensors_header(tensors) -> bytes:
+    """What a safetensors file of these tensors, name -> (dtype, shape), begins with; their bytes follow in order."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, offset = offset, offset + int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, offset)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+# Adapters
+
+
+class Adapter:
+    """A LoRA or DoRA adapter: its tensors that concern the image embedding, by the published name of the weight."""
+
+    def __init__(self, source: Source):
+        about = source.json(ADAPTER)
+        self.source, self.base = source, about.get("base_model_name_or_path")
+        self.base_revision = about.get("revision")
+        try:
+            from peft import LoraConfig
+        except ImportError as error:
+            raise ConversionError("Merging an adapter takes peft: `pip install peft`.") from error
+        if about.get("peft_type") != "LORA" or about.get("lora_bias"):
+            kind = "LoRA with `lora_bias`" if about.get("lora_bias") else about.get("peft_type")
+            raise ConversionError(
+                f"{source.name} is an adapter of type {kind}; LoRA and DoRA are merged here. Merge it by peft's "
+                "`merge_and_unload` and `save_pretrained`, and give that folder."
+            )
+        self.config = LoraConfig.from_pretrained(source.folder)
+        if "adapter_model.safetensors" not in source.files:
+            raise ConversionError(f"{source.name} has no adapter_model.safetensors (pickles are not read).")
+        self.parts = defaultdict(dict)
+        for key, tensor in load_file(source.folder / "adapter_model.safetensors").items():
+            name = key.removeprefix("base_model.model.")
+            module, lora, _ = name.partition(".lora_")
+            target = f"{module}.weight" if lora else name.replace(".base_layer.", ".")
+            self.parts[target][key] = tensor
+
+    def select(self, selected, config):
+        """Leaves in `parts` what concerns the selected weights, and says how much else there is."""
+        left_out = {name for name in self.parts if name.startswith(LANGUAGE_MODEL) or is_behind_features(name, config)}
+        language = sum(len(self.parts[name]) for name in left_out if name.startswith(LANGUAGE_MODEL))
+        behind = sum(len(self.parts[name]) for name in left_out) - language
+        known = {each for name in selected for each in published_names(name)}
+        raise_problems(self.source.name, {"extra": [name for name in self.parts if name not in known | left_out]})
+        self.parts = {
+            entry.name: self.parts[published]
+            for name, entry in selected.items()
+            if (published := next((each for each in published_names(name) if each in self.parts), None))
+        }
+        print(
+            f"The adapter changes {len(self.parts)} weights of the image embedding. Left out are {language} of its "
+            f"tensors on the language model, and {behind} on parts of the tower that do not reach the output."
+        )
+
+    def merge(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A weight with the adapter's change, as peft merges it."""
+        from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+
+        tensors = dict(self.parts.get(name, {}))
+        for key in [key for key in tensors if ".lora_" not in key]:
+            replacement = tensors.pop(key)  # a weight that was trained whole
+            if replacement.shape != weight.shape:
+                wrong = f"{key} is {tuple(replacement.shape)}, not {tuple(weight.shape)}"
+                raise_problems(self.source.name, {"wrong shape": [wrong]})
+            weight = replacement
+        if not tensors:
+            return weight
+        path = next(iter(tensors)).removeprefix("base_model.model.").partition(".lora_")[0]
+        config = copy.copy(self.config)
+        config.target_modules, config.task_type, config.bias = {path}, None, "none"
+        config.modules_to_save = config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+        with warnings.catch_warnings():  # that patterns for other layers match none here
+            warnings.simplefilter("ignore")
+            model = PeftModel(shell(path, weight), config)
+        if get_peft_model_state_dict(model).keys() != tensors.keys():
+            expected = ", ".join(get_peft_model_state_dict(model))
+            raise ConversionError(f"{self.source.name} has {', '.join(tensors)} where peft expects {expected}.")
+        try:
+            set_peft_model_state_dict(model, tensors)
+        except RuntimeError as error:
+            raise ConversionError(f"{self.source.name} does not fit {name}: {error}") from error
+        return model.merge_and_unload().get_submodule(path).weight.detach()
+
+
+def shell(path, weight):
+    """A model that has one layer alone, of this name and weight."""
+    if weight.ndim == 4:
+        layer = nn.Conv2d(weight.shape[1], weight.shape[0], tuple(weight.shape[2:]), bias=False, device="meta")
+    elif path.endswith(("wte", "embed_tokens", "position_embedding")):
+        layer = nn.Embedding(*weight.shape, device="meta")
+    else:
+        layer = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    for name in reversed(path.split(".")):
+        outer = nn.Module()
+        outer.add_module(name, layer)
+        layer = outer
+    return layer
+
+
+# Writing
+
+
+def load_tensor(folder: Path, entry: Entry) -> torch.Tensor:
+    data = np.fromfile(folder / entry.file, np.uint8, entry.stop - entry.start, offset=entry.start)
+    return torch.from_numpy(data).view(DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def write_tensor(file, tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Writes a tensor's bytes in this dtype, and says whether all its values are finite there."""
+    is_finite = True
+    for part in tensor.flatten().split(CHUNK):
+        part = part.to(dtype)
+        is_finite &= bool(part.isfinite().all())
+        file.write(part.view(torch.uint8).numpy())
+    return is_finite
+
+
+def write_weights(source: Source, selected: dict[str, Entry], dtype: torch.dtype | None, adapter, output: Path):
+    """The selected weights under our names -> safetensors, one tensor in memory at a time."""
+    dtypes = {name: dtype or DTYPES[entry.dtype] for name, entry in selected.items()}
+    # As safetensors orders them, so that each is aligned.
+    order = sorted(selected, key=lambda name: (-dtypes[name].itemsize, name))
+    layout = {name: torch.empty(selected[name].shape, dtype=dtypes[name], device="meta") for name in order}
+    split = split_torch_state_dict_into_shards(layout, max_shard_size=MAX_SHARD_SIZE)
+    not_finite = []
+    total = sum(tensor.nbytes for tensor in layout.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Writing") as bar:
+        for filename, names in split.filename_to_tensors.items():
+            with open(output / filename, "wb") as file:
+                header = {name: (DTYPE_NAMES[dtypes[name]], selected[name].shape) for name in names}
+                file.write(safetensors_header(header))
+                for name in names:
+                    tensor = load_tensor(source.folder, selected[name])
+                    if adapter:
+                        tensor = adapter.merge(selected[name].name, tensor)
+                    if not write_tensor(file, tensor, dtypes[name]):
+                        not_finite.append(selected[name].name)
+                    bar.update(layout[name].nbytes)
+    as_what = f" as {str(dtype).removeprefix('torch.')}" if dtype else ""
+    raise_problems(source.name, {f"NaN or infinite{as_what}": not_finite})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (output / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return reduce(torch.promote_types, dtypes.values())
+
+
+def write_config(config, dtype, output):
+    about = json.loads((ROOT / "config.json").read_text())
+    config.architectures, config.auto_map, config.dtype = about["architectures"], about["auto_map"], dtype
+    config.save_pretrained(output)
+
+
+def write_processor(source: Source, config, output: Path):
+    """Image processor and tokenizer, the latter as the source's tokenizer.json says, and the code."""
+    if "tokenizer.json" not in source.files:
+        raise ConversionError(f"{source.name} has no tokenizer.json. Put the base model's tokenizer files beside it.")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(source.folder)
+    # Of the source's own code, and of how it was loaded just now.
+    for key in ("auto_map", "processor_class", "is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(key, None)
+    if tokenizer.convert_tokens_to_ids("<|image|>") != config.image_token_id:
+        raise ConversionError(f"The tokenizer of {source.name} has no <|image|> with the id {config.image_token_id}.")
+    settings = {}
+    if "preprocessor_config.json" in source.files:
+        about = source.json("preprocessor_config.json")
+        settings = {key: about[key] for key in ("num_crops", "image_mean", "image_std") if key in about}
+    size = {"height": config.crop_size, "width": config.crop_size}
+    processor_class = load_class("processing_phi3_embed.Phi3EmbedProcessor")
+    image_processor_class = load_class("processing_phi3_embed.Phi3EmbedImageProcessor")
+    image_processor = image_processor_class(size=size, num_img_tokens=config.num_img_tokens, **settings)
+    processor_class.register_for_auto_class("AutoProcessor")
+    processor_class(image_processor, tokenizer).save_pretrained(output)
+    for pattern in TRAVELLING_FILES:
+        for path in ROOT.glob(pattern):
+            shutil.copyfile(path, output / path.name)
+
+
+CARD = """---
+{metadata}
+---
+
+# {title}
+
+The image embedding of {source}, as a model of its own: images in, image tokens and one vector an image out.
+
+```python
+from transformers import AutoImageProcessor, AutoModel
+
+image_processor = AutoImageProcessor.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
+vectors = model(**image_processor(images, return_tensors="pt")).pooler_output
+```
+
+`trust_remote_code=True` runs the Python files of this repository. From the Hub, pin `revision` to a commit.
+
+## How it was made
+
+`{command}`, from phi3-embed, which renames weights and leaves out what does not reach the image embedding: the
+language model's layers, and the vision tower's behind the feature layer. Nothing was trained.
+
+| | |
+|---|---|
+| source | {source} |
+| revision | {revision} |
+| merged adapter | {adapter} |
+| licence of the weights | {license} |
+| weights | {count}, {dtype}; the word embeddings are the source's `{table}` |
+| crops | at most {num_crops} |
+"""
+
+
+def write_card(source: Source, adapter, selected, config, command, name, output: Path):
+    card = source.folder / "README.md"
+    said = RepoCard.load(card, ignore_metadata_errors=True).data if card.exists() else ModelCardData()
+    license = {key: said.get(key) for key in ("license", "license_name", "license_link")}
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        base_model=[each.name for each in (source, adapter and adapter.source) if each and each.commit] or None,
+        tags=["custom_code", "phi3_embed", "image-feature-extraction", "image-embedding"],
+        **license,
+    )
+    table = next(entry.name for ours, entry in selected.items() if ours.startswith("vision_embed_tokens.wte."))
+    text = CARD.format(
+        metadata=metadata.to_yaml(),
+        title=name.rpartition("/")[2],
+        name=name,
+        source=f"`{said_name(source)}`",
+        revision=source.commit or "a folder",
+        adapter=f"`{said_name(adapter.source)}` at {adapter.source.commit or 'a folder'}" if adapter else "none",
+        license=license["license_name"] or license["license"] or "not stated by the source",
+        command=command,
+        count=len(selected),
+        dtype=str(config.dtype).removeprefix("torch."),
+        table=table,
+        num_crops=json.loads((output / "processor_config.json").read_text())["image_processor"]["num_crops"],
+    )
+    (output / "README.md").write_text(text, encoding="utf-8")
+    for path in source.folder.glob("LICENSE*"):
+        shutil.copyfile(path, output / path.name)
+
+
+def said_name(source):
+    """A Hub id, or a folder's own name: where it lies concerns no reader."""
+    return source.name if source.commit else Path(source.name).resolve().name
+
+
+def embed_fixed_picture(folder: Path, offload: Path) -> list[float]:
+    """Loads a model as users do and embeds a picture: the first numbers of its vector. The weights stay on disk."""
+    model = AutoModel.from_pretrained(
+        folder, trust_remote_code=True, device_map={"": "disk"}, offload_folder=str(offload)
+    )
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    picture = Image.linear_gradient("L")
+    inputs = processor(text="<|image_1|>", images=picture, num_crops=0, return_tensors="pt")
+    with torch.inference_mode():
+        outputs = model(**inputs)
+    if not (outputs.pooler_output.isfinite().all() and outputs.last_hidden_state.isfinite().all()):
+        raise ConversionError("The converted model gives values that are not finite.")
+    return outputs.pooler_output[0, :6].tolist()
+
+
+# Commands
+
+
+@contextmanager
+def work_folder(output: Path):
+    """`OUTPUT.partial`, for one process at a time; what becomes OUTPUT begins empty in it."""
+    if output.exists():
+        raise ConversionError(f"{output} exists already. Give another folder, or move it away.")
+    partial = output.with_name(f"{output.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        with WeakFileLock(partial / "lock", timeout=1):
+            shutil.rmtree(partial / "output", ignore_errors=True)
+            (partial / "output").mkdir()
+            try:
+                yield partial
+            except BaseException:
+                begun = any((partial / name / WEIGHTS).exists() for name in ("source", "base"))
+                shutil.rmtree(partial / "output" if begun else partial)
+                raise
+    except Timeout as error:
+        raise ConversionError(f"Another process is at work in {partial}.") from error
+
+
+def finish(partial: Path, output: Path):
+    (partial / "output").rename(output)
+    shutil.rmtree(partial)
+
+
+def convert(
+    source_name: str,
+    output: Path,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    base: str | None = None,
+    name: str | None = None,
+    command: str = "convert_phi3_vision.convert",
+) -> None:
+    """
+    Microsoft's layout -> a complete phi3-embed folder.
+
+    Args:
+        source_name: a Hub id or a folder; also of a LoRA adapter.
+        output: a folder that does not exist yet.
+        dtype: of the weights; the source's own by default.
+        revision: of a Hub id.
+        base: in place of the base that an adapter names.
+        name, command: what the model card calls the model and says how it was made.
+
+    Raises:
+        ConversionError: with what is wrong and how to mend it.
+    """
+    with work_folder(output) as partial:
+        source, adapter = open_source(source_name, revision, partial / "source"), None
+        if ADAPTER in source.files:
+            adapter = Adapter(source)
+            source = open_base(adapter, base, partial / "base")
+        elif base is not None:
+            raise ConversionError(f"`--base` is the base of an adapter, but {source_name} has no {ADAPTER}.")
+        config = read_config(source)
+        with hub_errors(source.name):
+            entries = read_entries(source, IMAGE_EMBEDDING)
+            selected = select(entries, config, source.name)
+            if adapter:
+                adapter.select(selected, config)
+            origin = source
+            if source.commit is not None:
+                files = {WEIGHTS} if WEIGHTS in source.files else set(source.json(INDEX)["weight_map"].values())
+                source = fetch(source, selected, sum(map(source.size, files)))
+                selected = select(read_entries(source), config, source.name)
+        write_processor(source, config, partial / "output")
+        written = write_weights(source, selected, dtype, adapter, partial / "output")
+        write_config(config, written, partial / "output")
+        write_card(origin, adapter, selected, config, command, name or output.name, partial / "output")
+        numbers = embed_fixed_picture(partial / "output", partial / "offload")
+        finish(partial, output)
+    print(f"{output} is complete. Its embedding of a fixed picture begins {', '.join(f'{x:.4f}' for x in numbers)}.")
+
+
+def open_base(adapter, base, folder):
+    if base is None and adapter.base is None:
+        raise ConversionError(f"{adapter.source.name} does not name its base. Give it by `--base`.")
+    try:
+        return open_source(base or adapter.base, None if base else adapter.base_revision, folder)
+    except ConversionError as error:
+        raise ConversionError(f"{error} (It is the base of {adapter.source.name}; `--base` gives another.)") from error
+
+
+def put_back(model_name: str, source_name: str, output: Path, revision: str | None = None) -> None:
+    """
+    A copy of Microsoft's layout with the image embedding of a phi3-embed model, or of a head on one, in it.
+
+    All that the image embedding does not have, and every file's layout, stay as they were. A weight takes the dtype
+    that the source has it in.
+    """
+    with work_folder(output) as partial:
+        source, model = open_whole(source_name, revision), open_whole(model_name)
+        config = read_config(source)
+        targets = read_entries(source, IMAGE_EMBEDDING)
+        selected = select(targets, config, source.name)
+        mine = model_entries(model, model_shapes(config))
+        copy_files(source.folder, partial / "output")
+        not_finite, cast = [], set()
+        for name, entry in tqdm(mine.items(), desc="Putting back"):
+            tensor = load_tensor(model.folder, entry)
+            for target in same_weights(source, targets, name):
+                with open(partial / "output" / target.file, "r+b") as file:
+                    file.seek(target.start)
+                    if not write_tensor(file, tensor, DTYPES[target.dtype]):
+                        not_finite.append(entry.name)
+                if target.dtype != entry.dtype:
+                    cast.add(f"{entry.dtype} to {target.dtype}")
+        raise_problems(model.name, {"NaN or infinite": not_finite})
+        finish(partial, output)
+    note = f" Weights were rounded: {', '.join(sorted(cast))}." if cast else ""
+    print(f"{output} is {source_name} with the {len(selected)} weights of {model_name} put back.{note}")
+
+
+def open_whole(name: str, revision: str | None = None) -> Source:
+    """A folder as it is, or all of a repository on the Hub, by the client's cache."""
+    if Path(name).exists():
+        return open_source(name, revision, Path(name))
+    with hub_errors(name):
+        folder = Path(snapshot_download(name, revision=revision, ignore_patterns=PICKLES))
+    return replace(open_source(str(folder), None, folder), name=name)
+
+
+def model_entries(model: Source, shapes) -> dict[str, Entry]:
+    """The weights of a phi3-embed model, or of a head on one, by our names."""
+    if model.json("config.json").get("model_type") != "phi3_embed":
+        raise ConversionError(f"{model.name} is no phi3-embed model.")
+    entries, problems = read_entries(model), defaultdict(list)
+    if any(name.startswith("model.vision_embed_tokens.") for name in entries):  # a head's
+        entries = {name.removeprefix("model."): entry for name, entry in entries.items()}
+    left_out = [name for name in entries if not name.startswith("vision_embed_tokens.")]
+    problems["missing"] = [name for name in shapes if name not in entries]
+    problems["extra"] = [name for name in entries if name not in shapes and name not in left_out]
+    for name in shapes.keys() & entries.keys():
+        check_entry(entries[name], shapes[name], problems)
+    raise_problems(model.name, problems)
+    if left_out:
+        print(f"Not part of the layout, so left out: {', '.join(sorted(left_out))}")
+    return {name: entries[name] for name in shapes}
+
+
+def same_weights(source: Source, entries, name) -> list[Entry]:
+    """Where a weight of ours goes: the word embeddings under both of their names, unless these differ."""
+    first, *others = [entries[each] for each in published_names(name) if each in entries]
+    if not others:
+        return [first]
+    value = load_tensor(source.folder, first)
+    return [first, *(other for other in others if torch.equal(load_tensor(source.folder, other), value))]
+
+
+def copy_files(folder: Path, output: Path):
+    """Everything but pickles: those would still hold the old weights."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    pickles = [path for path in paths if any(path.match(pattern) for pattern in PICKLES)]
+    paths = [path for path in paths if path not in pickles and ".cache" not in path.relative_to(folder).parts]
+    if pickles:
+        print(f"Left out, as they hold the old weights: {', '.join(path.name for path in pickles)}")
+    total = sum(path.stat().st_size for path in paths)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Copying") as bar:
+        for path in paths:
+            target = output / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "rb") as read, open(target, "wb") as write:
+                while chunk := read.read(CHUNK):
+                    write.write(chunk)
+                    bar.update(len(chunk))
+
+
+def check_token(name):
+    """Before the work, whose result is to be pushed."""
+    try:
+        HfApi().whoami()
+    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
+        raise ConversionError(f"Pushing to {name} needs a valid token: log in by `hf auth login`.") from error
+
+
+def push(output: Path, name: str, private: bool) -> None:
+    """One commit with all of the folder, and without weights that an older one left."""
+    try:
+        with hub_errors(name):
+            HfApi().create_repo(name, private=private, exist_ok=True)
+            commit = HfApi().upload_folder(
+                repo_id=name,
+                folder_path=output,
+                delete_patterns=["*.safetensors", INDEX, *PICKLES],
+                commit_message="Convert Phi-3-vision's image embedding to phi3-embed",
+            )
+    except ConversionError as error:
+        command = f"hf upload {name} {output} . --delete '*.safetensors' --delete {INDEX}"
+        raise ConversionError(f"{error} {output} is complete; push it by `{command}`.") from error
+    print(f"Pushed to {commit.commit_url}")
+
+
+def parse_arguments(arguments):
+    parser = argparse.ArgumentParser(
+        description="Microsoft's Phi-3-vision checkpoints, and fine-tunes of them, as phi3-embed; and back.",
+        epilog="Interrupted, the same command goes on where it stopped.",
+    )
+    parser.add_argument("source", help="a Hub id, or a folder; may be a LoRA adapter")
+    parser.add_argument("output", type=Path, help="a folder to make")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as in SOURCE")
+    parser.add_argument("--revision", help="a branch, tag or commit of SOURCE on the Hub")
+    parser.add_argument("--base", help="the base of an adapter, in place of the one that it names")
+    parser.add_argument("--push-to-hub", metavar="NAME", help="push the result to this repository")
+    parser.add_argument("--private", action="store_true", help="make that repository private, if it is new")
+    parser.add_argument(
+        "--put-back",
+        metavar="MODEL",
+        help="the reverse: make of OUTPUT a copy of SOURCE with the weights of this phi3-embed folder or Hub id in it",
+    )
+    parsed = parser.parse_args(arguments)
+    if parsed.put_back and (parsed.dtype or parsed.base or parsed.push_to_hub):
+        parser.error("--put-back goes with neither --dtype nor --base nor --push-to-hub")
+    if parsed.private and not parsed.push_to_hub:
+        parser.error("--private goes with --push-to-hub")
+    return parsed
+
+
+def run(arguments):
+    parsed = parse_arguments(arguments)
+    if parsed.put_back:
+        put_back(parsed.put_back, parsed.source, parsed.output, parsed.revision)
+        return
+    if parsed.push_to_hub:
+        check_token(parsed.push_to_hub)
+    dtype = getattr(torch, parsed.dtype) if parsed.dtype else None
+    said = [
+        *(["--dtype", parsed.dtype] if dtype else []),
+        *(["--revision", parsed.revision] if parsed.revision else []),
+    ]
+    source = parsed.source if not Path(parsed.source).is_dir() else Path(parsed.source).resolve().name
+    command = " ".join(["python", Path(__file__).name, source, parsed.output.name, *said])
+    name = parsed.push_to_hub or parsed.output.name
+    convert(parsed.source, parsed.output, dtype, parsed.revision, parsed.base, name, command)
+    if parsed.push_to_hub:
+        push(parsed.output, parsed.push_to_hub, parsed.private)
+
+
+def main():
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # tells that weights are on disk
+    try:
+        run(sys.argv[1:])
+    except ConversionError as error:
+        sys.exit(f"error: {error}")
+    except (OSError, httpx2.TransportError) as error:
+        is_full = getattr(error, "errno", None) == errno.ENOSPC
+        sys.exit(f"error: {error}{'. Free some space: the same command goes on from here.' if is_full else ''}")
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. The same command goes on from here.")
+
+
+if __name__ == "__main__":
+    main()
