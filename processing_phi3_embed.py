@@ -234,6 +234,12 @@ class Phi3EmbedImageProcessor(BaseImageProcessor):
         self._set_attributes(**kwargs)
         _check_geometry(self.num_crops, self.size, self.num_img_tokens)
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """As [`BaseImageProcessor.save_pretrained`]."""
+        # One that came out of a processor still names it: `AutoProcessor` would ask this folder for a tokenizer.
+        getattr(self, "auto_map", {}).pop("AutoProcessor", None)
+        return super().save_pretrained(save_directory, **kwargs)
+
     def fetch_images(self, images):
         """Images as they are: unlike other image processors this one never reaches for the network."""
         return images

@@ -29,6 +29,9 @@ def test_the_readmes_python_runs_as_printed():
         "757",
         "torch.Size([3, 630, 128])",
         "2 128",
+        "(2, 128) [0, 1]",
+        "(1366, 768)",
+        "(6144, 235200)",
         f"224 49 {done.stdout.split()[-1]}",
     ]
 

@@ -1,6 +1,7 @@
 """The repository in datasets, mteb and peft."""
 
 import dataclasses
+import shutil
 import sys
 
 import faiss
@@ -110,14 +111,32 @@ def test_the_evaluation_prints_a_row_and_goes_on_from_what_is_done(digits, vecto
     assert "The leaderboard's row" not in printed and score in printed and offline.metadata.name in printed
 
 
+def test_the_evaluation_names_the_tasks_that_failed(tmp_path, capsys, monkeypatch):
+    # No test reaches the network, so no task has its images.
+    monkeypatch.setattr(sys, "argv", ["mteb_eval.py", str(ROOT / "tiny"), "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match="mteb_eval: 49 tasks failed, so there is no row. Run again"):
+        mteb_eval.main()
+    assert capsys.readouterr().out.count("failed:") == 49
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [([str(ROOT / "tiny"), "--num-crops", "-1"], "`num_crops` is -1"), (["no/such/folder"], "no/such/folder")],
+)
+def test_the_evaluation_tells_a_users_mistake_in_a_line(arguments, said, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mteb_eval.py", *arguments])
+    with pytest.raises(SystemExit, match=f"mteb_eval: .*{said}"):
+        mteb_eval.main()
+
+
 def test_scores_of_other_weights_are_not_taken_over(repository, tmp_path):
-    encoder = mteb_eval.load(repository)
+    changed = shutil.copytree(repository, tmp_path / "repository")
     model = AutoModel.from_pretrained(repository, trust_remote_code=True)
     with torch.no_grad():
         model.vision_embed_tokens.projector.img_projection[2].bias[0] += 1
-    encoder.model[0].model.load_state_dict(model.state_dict())
-    assert mteb_eval.weights_digest(encoder.model) != encoder.mteb_model_meta.revision
-    assert mteb_eval.load(repository).mteb_model_meta.revision == encoder.mteb_model_meta.revision
+    model.save_pretrained(changed)
+    first, again, other = (mteb_eval.load(str(folder)).mteb_model_meta for folder in (repository, repository, changed))
+    assert first.revision == again.revision != other.revision
 
 
 # peft

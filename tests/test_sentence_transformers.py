@@ -21,13 +21,14 @@ from sentence_transformers import (
     util,
 )
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers.image_utils import load_image
 
 sys.path.insert(0, str(ROOT / "examples"))
 from digits import digits_split  # noqa: E402
 
 FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
-PICTURES = [Image.linear_gradient("L").resize(size).convert("RGB") for size in [(60, 60), (200, 50), (50, 200)]]
+PICTURES = [Image.linear_gradient("L").resize(size).convert("RGB") for size in [(60, 60), (200, 50), (50, 150)]]
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +118,9 @@ def test_trained_saved_and_loaded_in_a_fresh_process(small, repository, digits, 
     before = small.encode(digits[0])
     arguments = SentenceTransformerTrainingArguments(
         str(tmp_path / "training"),
-        num_train_epochs=20,
+        num_train_epochs=8,
         per_device_train_batch_size=10,
-        learning_rate=1e-2,
+        learning_rate=2e-2,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -138,6 +139,34 @@ def test_trained_saved_and_loaded_in_a_fresh_process(small, repository, digits, 
     np.testing.assert_allclose(untrained, before, atol=1e-6, rtol=0)
 
 
+PUSH = """
+import sys
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoProcessor
+SentenceTransformer(sys.argv[1], trust_remote_code=True).push_to_hub("someone/by-sentence-transformers")
+options = {"pretrained_model_name_or_path": sys.argv[1], "trust_remote_code": True}
+AutoProcessor.from_pretrained(**options).push_to_hub("someone/by-transformers")
+AutoModel.from_pretrained(**options).save_pretrained(sys.argv[2], push_to_hub=True, repo_id="someone/by-transformers")
+"""
+
+
+def test_pushed_by_either_library_it_is_loaded_by_name(small, repository, digits, hub, tmp_path):
+    run_python(PUSH, repository, tmp_path / "saved", **hub.environment(tmp_path / "here"))
+    names = ("someone/by-sentence-transformers", "someone/by-transformers")
+    assert all(set(FILES) <= set(hub.files(name, "main")) for name in names)
+    printed = run_python(ENCODE, json.dumps(digits[0]), *names, **hub.environment(tmp_path / "there", token=""))
+    for line in printed.splitlines():
+        np.testing.assert_allclose(json.loads(line), small.encode(digits[0]), atol=1e-6, rtol=0)
+
+
+def test_a_classifier_with_its_image_processor_gives_the_embedding_too(small, repository, tmp_path):
+    options = {"pretrained_model_name_or_path": repository, "trust_remote_code": True}
+    AutoModelForImageClassification.from_pretrained(**options, num_labels=3).save_pretrained(tmp_path)
+    AutoImageProcessor.from_pretrained(**options).save_pretrained(tmp_path)
+    classifier = SentenceTransformer(str(tmp_path), trust_remote_code=True)
+    np.testing.assert_allclose(classifier.encode(PICTURES), small.encode(PICTURES), atol=1e-6, rtol=0)
+
+
 def test_every_saved_folder_has_the_files_of_this_repository(repository):
     for name in FILES:
         wanted = (ROOT / name).read_text()
@@ -146,7 +175,7 @@ def test_every_saved_folder_has_the_files_of_this_repository(repository):
 
 def test_saving_leaves_a_modules_file_that_is_there(repository, tmp_path):
     (tmp_path / "modules.json").write_text("[]")
-    transformers.AutoConfig.from_pretrained(repository, trust_remote_code=True).save_pretrained(tmp_path)
+    AutoConfig.from_pretrained(repository, trust_remote_code=True).save_pretrained(tmp_path)
     assert (tmp_path / "modules.json").read_text() == "[]"
 
 
