@@ -10,7 +10,7 @@ IMAGES ?=
 demo: $(VENV)/ready
 	$(RUN) examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(IMAGES),--images "$(IMAGES)")
 
-test: $(VENV)/transformers-tests lint
+test: $(VENV)/transformers-tests $(VENV)/browser lint
 	$(RUN) -m pytest
 
 lint: $(VENV)/ready
@@ -38,6 +38,10 @@ $(VENV)/transformers-tests: $(VENV)/ready
 	$(VENV)/bin/pip download --quiet --no-deps --no-binary transformers -c requirements-dev.txt -d $@.part transformers
 	tar -xzf $@.part/transformers-*.tar.gz -C $@.part --strip-components=1 --wildcards '*/tests/*.py'
 	mv $@.part $@
+
+$(VENV)/browser: $(VENV)/ready
+	command -v chromium || $(RUN) -m playwright install chromium
+	touch $@
 
 clean:
 	rm -rf $(VENV)

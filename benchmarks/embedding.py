@@ -162,7 +162,7 @@ def measure_peak(case, name):
 
 
 def run(quick):
-    rounds = {"4 images, 17 real of 20 crops": 1 if quick else 5, "1 image of one crop": 2 if quick else 15}
+    rounds = {"4 images, 17 real of 20 crops": 1 if quick else 3, "1 image of one crop": 2 if quick else 9}
     return {
         case: figures(
             fresh(measure_seconds, case, rounds[case]), {name: fresh(measure_peak, case, name) for name in CONTENDERS}

@@ -267,7 +267,6 @@ def test_a_truncated_image_object_is_an_error_of_ours(image_processor):
         (Image.new("F", (5, 5), -1.0), "mode 'F' has values from -1.0"),
         (Image.new("RGB", (0, 5)), "has no pixels"),
     ],
-    ids=str,
 )
 def test_wrong_images_are_an_error_of_ours(image_processor, wrong, message):
     with pytest.raises(ValueError, match=message):

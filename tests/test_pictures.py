@@ -1,0 +1,87 @@
+"""Pictures of every kind of source, in one layout."""
+
+import sys
+
+import pytest
+from conftest import ROOT
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as PILImage
+
+sys.path.insert(0, str(ROOT / "examples"))
+from pictures import load_pictures, picture_hash, read_picture, readable  # noqa: E402
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of two pictures each."""
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        for number in range(2):
+            PILImage.new("L", (20, 10 + number), 50 * number).save(tmp_path / label / f"{number}.png")
+    return tmp_path
+
+
+def test_subfolders_are_classes(folder):
+    split = load_pictures(folder)["train"]
+    assert split.features["label"].names == ["cat", "dog"] and split["label"] == [0, 0, 1, 1]
+    assert split["name"] == ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"]
+    picture = read_picture(split[1]["image"])
+    assert picture.mode == "RGB" and picture.size == (20, 11)
+    assert picture_hash(split[0]["image"]) == picture_hash(split[2]["image"]) != picture_hash(split[1]["image"])
+
+
+def test_splits_and_a_stream_of_them(folder):
+    for split in ("train", "test"):
+        (folder / split).mkdir()
+        for label in ("cat", "dog"):
+            (folder / split / label).mkdir()
+            (folder / label / ("0.png" if split == "train" else "1.png")).rename(folder / split / label / "x.png")
+        for streaming in (False, True):
+            assert [row["name"] for row in load_pictures(folder, streaming=streaming)["train"]] == [
+                "cat/x.png",
+                "dog/x.png",
+            ]
+    assert set(load_pictures(folder)) == {"train", "test"}
+
+
+@pytest.mark.parametrize("labels, names", [(["b", "a"], ["a", "b"]), ([7, 5], ["5", "7"])])
+def test_metadata_with_words_or_numbers_as_labels_and_captions(folder, labels, names):
+    rows = "".join(f"cat/{number}.png,{label},a {label}\n" for number, label in enumerate(labels))
+    (folder / "metadata.csv").write_text(f"file_name,label,caption\n{rows}")
+    split = load_pictures(folder)["train"]
+    assert split.features["label"].names == names and split["label"] == [1, 0]
+    assert split["text"] == [f"a {label}" for label in labels]
+
+
+def test_a_parquet_file_with_columns_of_other_names(tmp_path):
+    rows = {"picture": [PILImage.new("RGB", (9, 9))] * 3, "score": [0.5, 1.5, 2.5]}
+    path = tmp_path / "data.parquet"
+    Dataset.from_dict(rows, Features({"picture": Image(), "score": Value("float32")})).to_parquet(path)
+    split = load_pictures(path, label_column="score")["train"]
+    assert split["label"] == [0.5, 1.5, 2.5] and split["name"] == ["row 0", "row 1", "row 2"]
+    with pytest.raises(ValueError, match="no column 'mark', but 'picture', 'score'"):
+        load_pictures(path, label_column="mark")
+    with pytest.raises(ValueError, match="'score' holds no images"):
+        load_pictures(path, image_column="score")
+
+
+def test_the_digits():
+    splits = load_pictures("digits")
+    assert {name: len(split) for name, split in splits.items()} == {"train": 1437, "test": 360}
+    assert read_picture(splits["test"][0]["image"]).size == (8, 8)
+
+
+@pytest.mark.parametrize("name, message", [("no/such/folder", "There is no"), ("empty", "cannot be read as pictures")])
+def test_a_source_without_pictures_is_an_error_that_says_what_is_accepted(tmp_path, name, message):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=f"{message}.*Give 'digits'"):
+        load_pictures(tmp_path / name)
+
+
+def test_broken_pictures_are_named_and_left_out_on_request_only(folder, capsys):
+    (folder / "dog" / "bad.jpg").write_bytes(b"no picture")
+    split = load_pictures(folder)["train"]
+    with pytest.raises(ValueError, match=r"(?s)1 of 5 pictures are broken.*--skip_broken.*dog/bad.jpg: "):
+        readable(split)
+    assert readable(split, skip_broken=True)["label"] == [0, 0, 1, 1]
+    assert "dog/bad.jpg" in capsys.readouterr().out
