@@ -391,7 +391,13 @@ class Phi3EmbedProcessor(ProcessorMixin):
                 f"The tokenizer has no token {image_token!r}. Add it, or say by `image_token` which one is for images."
             )
         # The original tokenizes the pieces between the images one by one, each with its own start of sequence.
-        self._after_image = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
+        start = tokenizer("").input_ids[:1]
+        if not set(start) <= set(tokenizer.all_special_ids):
+            raise ValueError(
+                f"The tokenizer begins a text with {tokenizer.convert_ids_to_tokens(start)[0]!r}, which is none of "
+                "its special tokens. Is its tokenizer_config.json missing?"
+            )
+        self._after_image = tokenizer.bos_token if start == [tokenizer.bos_token_id] else ""
 
     def __call__(
         self,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor, Phi3EmbedProcessor, hd_target_size, to_rgb
 from PIL import Image, ImageCms
-from transformers import AutoProcessor
+from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 RGB = golden.image(1, 50, 70)
 SMALL = {"size": {"height": 28, "width": 28}, "num_img_tokens": 4}
@@ -414,3 +414,10 @@ def test_save_and_reload_of_the_processor(processor, tmp_path):
 
 def test_to_rgb_keeps_rgb_as_it_is():
     assert np.array_equal(np.asarray(to_rgb(Image.fromarray(RGB))), RGB)
+
+
+def test_a_tokenizer_whose_own_config_is_lost_is_an_error(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="begins a text with '<s>', .* tokenizer_config.json missing"):
+        Phi3EmbedProcessor(Phi3EmbedImageProcessor(), PreTrainedTokenizerFast.from_pretrained(tmp_path))
