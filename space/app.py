@@ -12,6 +12,8 @@ import sys
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from uuid import uuid4
 
 import gradio as gr
 import matplotlib
@@ -25,9 +27,11 @@ from transformers import AutoImageProcessor, AutoModel
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 DIGITS_A_CLASS, NUM_NEIGHBOURS = 4, 6
+FIRST = 2  # a digit: what the small checkpoint knows
 MAX_FILE_MB, MAX_MEGAPIXELS, MAX_UPLOADS = 20, 25, 30
 CLIP, PHI3 = "CLIP's tower", "Phi-3"
 GAP, SMALL = 8, 160
+THUMBNAILS = TemporaryDirectory()
 # Fonts of the machine: a page of the small checkpoint needs no network.
 THEME = gr.themes.Soft(
     primary_hue="teal",
@@ -44,6 +48,11 @@ class Entry:
     picture: Image.Image
     name: str
     vectors: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        # A file: gradio writes the same picture again and again to one place, even while that is being sent.
+        self.thumbnail = Path(THUMBNAILS.name) / f"{uuid4()}.png"
+        enlarged(self.picture).save(self.thumbnail)
 
 
 def load(name, revision):
@@ -77,14 +86,14 @@ def read_picture(path):
 
 
 def first_pictures():
-    """Some digits of each class, and two photographs, all of which scikit-learn ships."""
+    """Two photographs, and some digits of each class, all of which scikit-learn ships."""
     digits, labels = load_digits(return_X_y=True)
     digits = (digits.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
     numbers = [number for label in range(10) for number in np.flatnonzero(labels == label)[:DIGITS_A_CLASS]]
     photographs = zip(("temple", "flower"), load_sample_images().images)
     return [
-        *(Entry(Image.fromarray(digits[number]).convert("RGB"), f"a {labels[number]}") for number in numbers),
         *(Entry(Image.fromarray(pixels), name) for name, pixels in photographs),
+        *(Entry(Image.fromarray(digits[number]).convert("RGB"), str(labels[number])) for number in numbers),
     ]
 
 
@@ -227,7 +236,7 @@ def inside(seen, shape):
 
 
 def show_collection(uploads):
-    return [(enlarged(item.picture), item.name) for item in collection + uploads]
+    return [(item.thumbnail, item.name) for item in collection + uploads]
 
 
 def upload(paths, uploads):
@@ -257,10 +266,8 @@ def show_neighbours(chosen, uploads, num_crops, progress=gr.Progress()):  # noqa
     for side in (CLIP, PHI3):
         cosines = np.stack([each[side] for each in vectors]) @ vectors[chosen][side]
         order = [each for each in np.argsort(-cosines, kind="stable") if each != chosen][:NUM_NEIGHBOURS]
-        galleries.append(
-            [(enlarged(items[each].picture), f"{cosines[each]:.3f}  {items[each].name}") for each in order]
-        )
-    return enlarged(items[chosen].picture), *galleries
+        galleries.append([(items[each].thumbnail, f"{cosines[each]:.2f} · {items[each].name}") for each in order])
+    return items[chosen].thumbnail, *galleries
 
 
 def show_crops(chosen, uploads, num_crops):
@@ -297,7 +304,8 @@ def follow_patch(chosen, other, uploads, num_crops, side, click: gr.SelectData):
     at = (click.index[1] + first["box"][1], click.index[0] + first["box"][0])
     place = tuple(int(each * count / pixels) for each, count, pixels in zip(at, shape, first["crops"].shape))
     cosines, mask = patches @ first["patches"][side][place], inside(second, patches.shape[:2])
-    said = f"The best match of the outlined patch has cosine {cosines[mask].max():.3f}, the worst {cosines[mask].min():.3f}."
+    best, worst = cosines[mask].max(), cosines[mask].min()
+    said = f"The best match of the outlined patch has cosine {best:.3f}, the worst {worst:.3f}."
     return said, outlined(first, place, shape), heat(second, cosines, mask)
 
 
@@ -308,9 +316,10 @@ def build(name):
         about = "of `tiny/`, a **test checkpoint that knows handwritten digits and nothing else**"
     crops = {"choices": [1, 4, 16], "label": "Crops of a picture, at most"}
     picture = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
-    gallery = {"interactive": False, "object_fit": "contain", "buttons": []}
+    gallery = {"interactive": False, "object_fit": "contain", "buttons": [], "show_label": False}
+    pick = {"value": show_collection([]), "allow_preview": False, **gallery}
     with gr.Blocks(title="Phi-3 and CLIP embeddings", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        uploads, chosen, other = gr.State([]), gr.State(0), gr.State(1)
+        uploads, chosen, other = gr.State([]), gr.State(FIRST), gr.State(FIRST + 1)
         gr.Markdown(
             "# Phi-3's image embeddings beside CLIP's\n"
             f"The image embedding {about}. *Phi-3* is the mean of a picture's image tokens; *CLIP's tower* is the "
@@ -318,46 +327,47 @@ def build(name):
         )
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=280):
-                pictures = gr.Gallery(
-                    show_collection([]), label="Pick a picture", columns=4, height=420, allow_preview=False,
-                    elem_id="pictures", **gallery,
-                )  # fmt: skip
-                sent = gr.UploadButton(
-                    f"Upload pictures (up to {MAX_FILE_MB} MB each)", file_count="multiple", file_types=["image"],
-                    variant="primary", elem_id="upload",
-                )  # fmt: skip
+                gr.Markdown("### Pick a picture, or upload your own")
+                pictures = gr.Gallery(columns=3, height=420, selected_index=FIRST, elem_id="pictures", **pick)
+                kinds = {"file_count": "multiple", "file_types": ["image"]}
+                sent = gr.UploadButton("Upload pictures", variant="primary", elem_id="upload", **kinds)
+                gr.Markdown(f"Up to {MAX_FILE_MB} MB and {MAX_MEGAPIXELS} megapixels each. They stay in this session.")
             with gr.Column(scale=3, min_width=320), gr.Tabs():
                 with gr.Tab("Neighbours"):
                     with gr.Row():
                         query = gr.Image(label="Your picture", height=200, elem_id="query", **picture)
                         few = gr.Radio(value=1, **crops)
                     with gr.Row():
-                        nearest = [
-                            gr.Gallery(label=side, columns=3, height=400, elem_id=each, **gallery)
-                            for side, each in ((CLIP, "clip"), (PHI3, "phi3"))
-                        ]
-                with gr.Tab("Crops and tokens"):
+                        nearest = []
+                        for side, each in ((CLIP, "clip"), (PHI3, "phi3")):
+                            with gr.Column():
+                                gr.Markdown(f"### {side}")
+                                nearest.append(gr.Gallery(columns=3, height="auto", elem_id=each, **gallery))
+                with gr.Tab("Crops"):
                     many = gr.Radio(value=16, **crops)
                     said = gr.Markdown(elem_id="tokens-said")
                     with gr.Row():
-                        sheets = [
-                            gr.Image(label="Crops, and the global view below", elem_id="crops", **picture),
-                            gr.Image(label="Their tokens: like colours, like tokens", elem_id="tokens", **picture),
-                        ]
-                with gr.Tab("Matching patches"):
+                        sheets = []
+                        for title, each in (
+                            ("Crops, global view below", "crops"),
+                            ("Tokens, like ones alike", "tokens"),
+                        ):
+                            with gr.Column():
+                                gr.Markdown(f"### {title}")
+                                sheets.append(gr.Image(show_label=False, elem_id=each, **picture))
+                with gr.Tab("Patches"):
                     with gr.Row():
                         side = gr.Radio([CLIP, PHI3], value=PHI3, label="Patches of")
                         some = gr.Radio(value=4, **crops)
                     match_said = gr.Markdown(elem_id="match-said")
                     with gr.Row():
-                        maps = [
-                            gr.Image(label="Your picture", elem_id="first", **picture),
-                            gr.Image(label="The other picture", elem_id="second", **picture),
-                        ]
-                    others = gr.Gallery(
-                        show_collection([]), label="Pick the other picture", columns=8, height=240,
-                        allow_preview=False, elem_id="others", **gallery,
-                    )  # fmt: skip
+                        maps = []
+                        for title, each in (("Your picture", "first"), ("The other picture", "second")):
+                            with gr.Column():
+                                gr.Markdown(f"### {title}")
+                                maps.append(gr.Image(show_label=False, elem_id=each, **picture))
+                    gr.Markdown("### Pick the other picture")
+                    others = gr.Gallery(columns=6, height=240, selected_index=FIRST + 1, elem_id="others", **pick)
 
         def picked(event: gr.SelectData):
             return event.index
