@@ -326,7 +326,7 @@ def build(name):
             "vision tower in the same checkpoint: the mean of its patches of the global view."
         )
         with gr.Row(equal_height=False):
-            with gr.Column(scale=1, min_width=280):
+            with gr.Column(scale=1, min_width=350):
                 gr.Markdown("### Pick a picture, or upload your own")
                 pictures = gr.Gallery(columns=3, height=420, selected_index=FIRST, elem_id="pictures", **pick)
                 kinds = {"file_count": "multiple", "file_types": ["image"]}
@@ -342,7 +342,7 @@ def build(name):
                         for side, each in ((CLIP, "clip"), (PHI3, "phi3")):
                             with gr.Column():
                                 gr.Markdown(f"### {side}")
-                                nearest.append(gr.Gallery(columns=3, height="auto", elem_id=each, **gallery))
+                                nearest.append(gr.Gallery(columns=3, height=300, elem_id=each, **gallery))
                 with gr.Tab("Crops"):
                     many = gr.Radio(value=16, **crops)
                     said = gr.Markdown(elem_id="tokens-said")
