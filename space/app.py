@@ -150,8 +150,11 @@ def without_separators(tokens, width):
 
 def picture_box(picture, width, height):
     """Where a picture lies in a grid of crops of these pixels: left, upper, right, lower."""
-    scale = min(width / picture.width, height / picture.height)
-    inner_width, inner_height = max(int(picture.width * scale), 1), max(int(picture.height * scale), 1)
+    # In the image processor's order of float operations, which can be a pixel less than without rounding.
+    if picture.width >= picture.height:
+        inner_width, inner_height = width, max(int(width / (picture.width / picture.height)), 1)
+    else:
+        inner_width, inner_height = max(int(height / (picture.height / picture.width)), 1), height
     left, upper = (width - inner_width) // 2, (height - inner_height) // 2
     return left, upper, left + inner_width, upper + inner_height
 

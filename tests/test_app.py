@@ -10,11 +10,13 @@ import time
 from contextlib import contextmanager
 
 import httpx
+import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
 from playwright.sync_api import expect
 from sklearn.datasets import load_digits
+from transformers import AutoImageProcessor, AutoModel
 
 SECONDS = 60
 
@@ -115,6 +117,28 @@ def test_a_patch_matches_itself(page, side):
     page.locator("#first img").click(position={"x": 120, "y": 90})
     expect(page.locator("#match-said")).to_contain_text("outlined patch has cosine 1.000")
     assert size(page, "#second img") == [672, 448]
+
+
+@pytest.mark.parametrize("order", ["sub_glb", "glb_sub"])
+def test_patches_lie_where_the_picture_shows_them(order, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "space"))
+    import app
+
+    where = {"pretrained_model_name_or_path": ROOT / "tiny", "trust_remote_code": True}
+    # Features before the first layer are of one patch alone: attention would spread what differs.
+    app.model = AutoModel.from_pretrained(**where, layer_idx=0, hd_transform_order=order).eval()
+    app.image_processor = AutoImageProcessor.from_pretrained(**where)
+    plain, marked = Image.new("RGB", (672, 500)), Image.new("RGB", (672, 500))
+    marked.paste("red", (504, 198, 532, 226))  # one token, of the upper right crop: 86 pixels of padding are above
+    without, seen = (app.look(app.Entry(picture, ""), 4) for picture in (plain, marked))
+    assert seen["grid"] == (2, 2) and seen["box"] == (0, 86, 672, 585) and seen["num_tokens"] == 757
+    assert not without["crops"][86:585].any() and (without["crops"][585:] == 255).all()
+    for side, place in ((app.PHI3, (10, 18)), (app.CLIP, (10, 18))):  # both have 24 x 24 here
+        moved = np.linalg.norm(seen["patches"][side] - without["patches"][side], axis=-1)
+        assert moved.shape == (24, 24) and np.unravel_index(moved.argmax(), moved.shape) == place
+    moved = np.linalg.norm(seen["overview_tokens"] - without["overview_tokens"], axis=-1)
+    assert moved.shape == (12, 12) and np.unravel_index(moved.argmax(), moved.shape) == (5, 9)
+    assert app.inside(seen, (24, 24)).sum(0).tolist() == [18] * 24
 
 
 def test_what_cannot_be_shown_is_told_in_a_message(page, address, tmp_path):
