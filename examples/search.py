@@ -82,7 +82,7 @@ def parse():
 def index(arguments):
     rows = find_pictures(arguments.pictures)
     check_writable(arguments.index)
-    model, image_processor, made_by = load_model(arguments, read_made_by(arguments.index, required=False))
+    model, image_processor, made_by = load_asked(arguments, read_made_by(arguments.index, required=False))
     table = make_index(arguments.index, model.config.hidden_size, made_by)
     found = add_pictures(table, rows, model, image_processor, made_by["num_crops"])
     follow_moves(table, found, Path(arguments.pictures).resolve())
@@ -93,7 +93,7 @@ def add(arguments):
     made_by = read_made_by(arguments.index)
     rows = [row for source in arguments.pictures for row in find_pictures(source)]
     check_writable(arguments.index)
-    model, image_processor, made_by = load_model(arguments, made_by)
+    model, image_processor, made_by = load_asked(arguments, made_by)
     table = make_index(arguments.index, model.config.hidden_size, made_by)
     add_pictures(table, rows, model, image_processor, made_by["num_crops"])
     finish(table, arguments.index)
@@ -125,7 +125,7 @@ def query(arguments):
     except ValueError as error:
         raise ValueError(f"{arguments.pictures}: {error}") from error
     check_output(arguments.output)
-    model, image_processor, made_by = load_model(arguments, made_by)
+    model, image_processor, made_by = load_asked(arguments, made_by)
     vector = embed_images(model, image_processor, [picture], made_by["num_crops"])[0]
     found = nearest(open_table(arguments.index), vector, arguments.count)
     if not found:
@@ -152,7 +152,7 @@ def find_pictures(source):
     return concatenate_datasets([split.select_columns([IMAGE, NAME]) for split in splits.values()])
 
 
-def load_model(arguments, made_by=None):
+def load_asked(arguments, made_by):
     """
     The model asked for, by default that of the index: model, image processor, and by what the index is made.
 
@@ -163,11 +163,9 @@ def load_model(arguments, made_by=None):
     name = arguments.model or wanted["model"]
     if Path(name).is_dir():
         name = str(Path(name).resolve())
-    revision = arguments.revision or (wanted["revision"] if name == wanted["model"] else None)
-    options = {"trust_remote_code": True} | ({"revision": revision, "code_revision": revision} if revision else {})
-    image_processor = AutoImageProcessor.from_pretrained(name, **options)
-    device = torch.accelerator.current_accelerator() or "cpu"
-    model = AutoModel.from_pretrained(name, device_map=device, **options).eval()
+    model, image_processor = load_model(
+        name, arguments.revision or (wanted["revision"] if name == wanted["model"] else None)
+    )
     num_crops = wanted["num_crops"] if arguments.num_crops is None else arguments.num_crops
     given = {
         "model": name,
@@ -181,6 +179,14 @@ def load_model(arguments, made_by=None):
             "be compared. Give the same model and number of crops, or make another index."
         )
     return model, image_processor, made_by or given
+
+
+def load_model(name, revision=None):
+    """Model and image processor of a folder or Hub id, on the machine's accelerator."""
+    options = {"trust_remote_code": True} | ({"revision": revision, "code_revision": revision} if revision else {})
+    image_processor = AutoImageProcessor.from_pretrained(name, **options)
+    device = torch.accelerator.current_accelerator() or "cpu"
+    return AutoModel.from_pretrained(name, device_map=device, **options).eval(), image_processor
 
 
 def checksum(model):
@@ -324,20 +330,29 @@ def thumbnail(picture):
 
 def draw(picture, found, output):
     """A picture and its neighbours as one PNG."""
-    shown = [(picture, "query")]
+    shown = [(picture, "query", "black")]
     for number, row in enumerate(found, start=1):
         title = f"{number}.  {row['cosine']:.3f}\n{Path(row['path']).name[-22:]}"
-        shown.append((Image.open(io.BytesIO(row["thumbnail"])), title))
-    columns = min(len(shown), PER_ROW)
-    lines = -(-len(shown) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(2 * columns, 2.5 * lines), squeeze=False, layout="constrained"
-    )
+        shown.append((Image.open(io.BytesIO(row["thumbnail"])), title, "black"))
+    lines = [shown[start : start + PER_ROW] for start in range(0, len(shown), PER_ROW)]
+    figure = plt.figure(figsize=(2 * len(lines[0]), 2.5 * len(lines)), layout="constrained")
+    draw_lines(figure, lines)
+    save(figure, output)
+
+
+def draw_lines(figure, lines):
+    """Lines of pictures, each `(picture, title, colour of the title)`; the first line is as long as any."""
+    axes = figure.subplots(len(lines), len(lines[0]), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, (each, title) in zip(axes.flat, shown):
-        axis.imshow(each)
-        axis.set_title(title, fontsize=9)
+    for line, row in zip(lines, axes):
+        for axis, (picture, title, colour) in zip(row, line):
+            axis.imshow(picture, cmap="gray_r" if np.ndim(picture) == 2 else None)
+            axis.set_title(title, fontsize=8, color=colour)
+
+
+def save(figure, output):
+    output.parent.mkdir(exist_ok=True)
     beside = output.with_name(f"{output.stem}.part.png")
     figure.savefig(beside, dpi=110)
     beside.replace(output)
