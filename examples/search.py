@@ -183,6 +183,8 @@ def load_asked(arguments, made_by):
 
 def load_model(name, revision=None):
     """Model and image processor of a folder or Hub id, on the machine's accelerator."""
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise ValueError(f"There is no folder {name}. Give one with a model, or a Hub id.")
     options = {"trust_remote_code": True} | ({"revision": revision, "code_revision": revision} if revision else {})
     image_processor = AutoImageProcessor.from_pretrained(name, **options)
     device = torch.accelerator.current_accelerator() or "cpu"

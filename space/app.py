@@ -57,6 +57,8 @@ class Entry:
 
 def load(name, revision):
     """Model and image processor of a folder or Hub id."""
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise ValueError(f"There is no folder {name}. Give one with a model, or a Hub id.")
     options = {"trust_remote_code": True} | ({"revision": revision, "code_revision": revision} if revision else {})
     image_processor = AutoImageProcessor.from_pretrained(name, **options)
     device = torch.accelerator.current_accelerator() or "cpu"
@@ -338,7 +340,9 @@ def build(name):
             with gr.Column(scale=3, min_width=320), gr.Tabs():
                 with gr.Tab("Neighbours"):
                     with gr.Row():
-                        query = gr.Image(label="Your picture", height=200, elem_id="query", **picture)
+                        query = gr.Image(
+                            label="Your picture", alt_text="Your picture", height=200, elem_id="query", **picture
+                        )
                         few = gr.Radio(value=1, **crops)
                     with gr.Row():
                         nearest = []
@@ -357,7 +361,7 @@ def build(name):
                         ):
                             with gr.Column():
                                 gr.Markdown(f"### {title}")
-                                sheets.append(gr.Image(show_label=False, elem_id=each, **picture))
+                                sheets.append(gr.Image(show_label=False, alt_text=title, elem_id=each, **picture))
                 with gr.Tab("Patches"):
                     with gr.Row():
                         side = gr.Radio([CLIP, PHI3], value=PHI3, label="Patches of")
@@ -368,7 +372,7 @@ def build(name):
                         for title, each in (("Your picture", "first"), ("The other picture", "second")):
                             with gr.Column():
                                 gr.Markdown(f"### {title}")
-                                maps.append(gr.Image(show_label=False, elem_id=each, **picture))
+                                maps.append(gr.Image(show_label=False, alt_text=title, elem_id=each, **picture))
                     gr.Markdown("### Pick the other picture")
                     others = gr.Gallery(columns=6, height=240, selected_index=FIRST + 1, elem_id="others", **pick)
 
@@ -398,7 +402,8 @@ if __name__ == "__main__":
         model, image_processor = load(name, os.environ.get("REVISION"))
         collection = first_pictures()
         for item in tqdm(collection, desc="Embedding", unit="picture"):
-            vectors_of(item, 1)
+            if not all(np.isfinite(vector).all() for vector in vectors_of(item, 1).values()):
+                raise ValueError(f"{name} gives vectors that are not finite. Are its weights whole?")
     except (OSError, ValueError) as error:
         sys.exit(f"app: {error}")
     build(name).launch(theme=THEME, max_file_size=f"{MAX_FILE_MB}mb", footer_links=[], show_error=True)
