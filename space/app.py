@@ -384,7 +384,11 @@ def build(name):
         pictures.select(picked, None, chosen, show_progress="hidden")
         others.select(picked, None, other, show_progress="hidden")
         gr.on(
-            [page.load, chosen.change, few.change], show_neighbours, [chosen, uploads, few], [query, *nearest], **shown
+            [page.load, chosen.change, few.change],
+            show_neighbours,
+            [chosen, uploads, few],
+            [query, *nearest],
+            show_progress_on=nearest,
         )
         gr.on([page.load, chosen.change, many.change], show_crops, [chosen, uploads, many], [said, *sheets], **shown)
         of_both = [chosen, other, uploads, some, side]

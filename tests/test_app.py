@@ -18,7 +18,7 @@ from playwright.sync_api import expect
 from sklearn.datasets import load_digits
 from transformers import AutoImageProcessor, AutoModel
 
-SECONDS = 60
+SECONDS = 120
 
 
 @contextmanager
