@@ -5,10 +5,13 @@ RUN = $(VENV)/bin/python
 MODEL ?=
 IMAGES ?=
 
-.PHONY: demo test lint format tiny benchmark clean
+.PHONY: demo app test lint format tiny benchmark clean
 
 demo: $(VENV)/ready
 	$(RUN) examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(IMAGES),--images "$(IMAGES)")
+
+app: $(VENV)/ready
+	GRADIO_ANALYTICS_ENABLED=False $(if $(MODEL),MODEL="$(MODEL)",HF_HUB_OFFLINE=1) $(RUN) space/app.py
 
 test: $(VENV)/transformers-tests $(VENV)/browser lint
 	$(RUN) -m pytest

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDatasetDict, load_dataset
 from digits import NAMES, digits_split
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 DIGITS = "digits"
@@ -142,6 +142,8 @@ def read_picture(image):
     """
     try:
         return ImageOps.exif_transpose(Image.open(io.BytesIO(picture_bytes(image)))).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError("it cannot be read as a picture: it is none, or of an unknown format") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"it cannot be read as a picture: {error}") from error
 
