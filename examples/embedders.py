@@ -11,6 +11,7 @@ A model is written `SOURCE[@REVISION][:POOLING]`. SOURCE is a folder or a Hub id
 or it is `pixels`, the picture itself at 32 x 32 pixels.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -20,7 +21,6 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +83,8 @@ class Loaded:
 @dataclass
 class Embedded:
     """
-    Vectors of pictures by one model, `(n, d)` float32 in the pictures' order; NaN where the model gave such.
+    Vectors of pictures by one model, `(n, d)` float32 in the pictures' order; NaN where the model gave such, or did not
+    take a picture: `refused` has the keys of these and why.
 
     `cost`: parameters, dimensions, tokens an image, milliseconds an image on the machine that embedded them, bytes a
     vector. `texts`: the same of texts, where there were some and the model has a text side.
@@ -94,6 +95,7 @@ class Embedded:
     vectors: np.ndarray
     cost: dict = field(default_factory=dict)
     texts: np.ndarray | None = None
+    refused: dict = field(default_factory=dict)
 
 
 def parse_spec(text) -> Spec:
@@ -194,7 +196,9 @@ def _load_phi3_embed(source, num_crops):
     model = AutoModel.from_pretrained(source.name, dtype=torch.float32, device_map="auto", **where).eval()
     image_processor = AutoImageProcessor.from_pretrained(source.name, **where)
     default, model.config.pooling_mode = model.config.pooling_mode, "mean"
-    return Loaded(partial(_encode_phi3_embed, model, image_processor, num_crops, default), model.num_parameters())
+    return Loaded(
+        functools.partial(_encode_phi3_embed, model, image_processor, num_crops, default), model.num_parameters()
+    )
 
 
 @torch.inference_mode()
@@ -298,7 +302,7 @@ def embed(specs, pictures, texts=(), num_crops=None, cache=CACHE, batch_size=BAT
         cache: a file.
 
     Raises:
-        ValueError: a model cannot be loaded or does not take a picture, or the cache cannot be used.
+        ValueError: a model cannot be loaded or takes none of the pictures, or the cache cannot be used.
     """
     specs = [parse_spec(spec) if isinstance(spec, str) else spec for spec in specs]
     groups = {}
@@ -323,71 +327,82 @@ def embed(specs, pictures, texts=(), num_crops=None, cache=CACHE, batch_size=BAT
 
 
 def _embed_group(database, source, poolings, pictures, texts, num_crops, batch_size):
+    """{pooling: (vectors, cost, vectors of texts or None, refused)}; the model is loaded only if something is new."""
     crops = f"{num_crops} crops" if source.kind == "phi3_embed" else ""
-    keys = {
-        pooling: f"{source.kind} {source.version} {pooling} {crops} transformers {transformers.__version__}"
-        for pooling in poolings
-    }
-    wanted = {picture.key: picture for picture in pictures}
-    wanted_texts = {hashlib.sha256(text.encode()).hexdigest(): text for text in texts}
-    costs = {pooling: _read_cost(database, key) for pooling, key in keys.items()}
-    missing = sorted(set().union(*(wanted.keys() - _known(database, key) for key in keys.values())))
-    missing = [wanted[key] for key in wanted if key in set(missing)]
-    has_texts = bool(texts) and source.kind in ("transformers", "sentence-transformers")
-    text_key = f"{keys.get(None)} texts"
-    missing_texts = [key for key in wanted_texts if has_texts and key not in _known(database, text_key)]
-    without_texts = has_texts and any(cost and not cost["has_texts"] for cost in costs.values())
-
-    if missing or not all(costs.values()) or (missing_texts and not without_texts):
-        loaded = load(source, num_crops)
-        for pooling, key in keys.items():
-            if costs[pooling] is None:
-                costs[pooling] = _measure_cost(
-                    loaded, source, [each.read() for each in pictures[:TIMED_PICTURES]], pooling
-                )
-                database.execute("INSERT OR REPLACE INTO costs VALUES (?, ?)", (key, json.dumps(costs[pooling])))
-        database.commit()
-        for start in tqdm(range(0, len(missing), batch_size), desc=f"Embedding by {source.name}", unit="batch"):
-            batch = missing[start : start + batch_size]
-            found = _encode(loaded, source, [picture.read() for picture in batch], poolings)
-            for pooling, (vectors, _) in found.items():
-                _store(database, keys[pooling], [picture.key for picture in batch], vectors)
-        if loaded.encode_texts:
-            for start in range(0, len(missing_texts), batch_size):
-                batch = missing_texts[start : start + batch_size]
-                _store(database, text_key, batch, loaded.encode_texts([wanted_texts[key] for key in batch]))
-        else:
-            has_texts = False
-
-    result = {}
+    version = f"{source.kind} {source.version} {crops} transformers {transformers.__version__}"
+    keys = {pooling: f"{version} {pooling}" for pooling in poolings}
+    loaded = functools.cache(lambda: load(source, num_crops))
+    costs, refused = {}, {}
     for pooling, key in keys.items():
-        found = _fetch(database, key, [picture.key for picture in pictures])
-        text_vectors = None
-        if has_texts and not without_texts:
-            text_vectors = _fetch(database, text_key, list(wanted_texts))[
-                [list(wanted_texts.values()).index(text) for text in texts]
-            ]
-        result[pooling] = (found, costs[pooling], text_vectors)
-    return result
+        costs[pooling] = _read_cost(database, key)
+        if costs[pooling] is None:
+            costs[pooling] = _measure_cost(loaded(), source, pictures, pooling)
+            database.execute("INSERT INTO costs VALUES (?, ?)", (key, json.dumps(costs[pooling])))
+            database.commit()
+
+    wanted = {picture.key: picture for picture in pictures}
+    missing = set().union(*(wanted.keys() - _known(database, key) for key in keys.values()))
+    missing = [picture for key, picture in wanted.items() if key in missing]
+    for batch in _batches(missing, batch_size, f"Embedding by {source.name}"):
+        accepted, found = _encode_accepted(loaded(), source, batch, poolings, refused)
+        for pooling, (vectors, _) in found.items():
+            _store(database, keys[pooling], [picture.key for picture in accepted], vectors)
+
+    text_keys = {text: hashlib.sha256(text.encode()).hexdigest() for text in texts}
+    if has_texts := texts and all(cost["has_texts"] for cost in costs.values()):
+        known = _known(database, f"{version} texts")
+        missing = [text for text, key in text_keys.items() if key not in known]
+        for batch in _batches(missing, batch_size, f"Texts by {source.name}"):
+            _store(database, f"{version} texts", [text_keys[text] for text in batch], loaded().encode_texts(batch))
+    return {
+        pooling: (
+            _fetch(database, key, [picture.key for picture in pictures]),
+            costs[pooling],
+            _fetch(database, f"{version} texts", [text_keys[text] for text in texts]) if has_texts else None,
+            refused,
+        )
+        for pooling, key in keys.items()
+    }
 
 
-def _encode(loaded, source, images, poolings):
+def _batches(items, batch_size, description):
+    if items:
+        for start in tqdm(range(0, len(items), batch_size), desc=description, unit="batch"):
+            yield items[start : start + batch_size]
+
+
+def _encode_accepted(loaded, source, batch, poolings, refused):
+    """The pictures of a batch that the model takes, and their vectors; `refused` gets the others' keys and why."""
     try:
-        return loaded.encode(images, poolings)
+        return batch, _encode(loaded, source, batch, poolings)
+    except ValueError as error:
+        if len(batch) == 1:
+            refused[batch[0].key] = str(error)
+            return [], {}
+    accepted = [each for each in batch if _encode_accepted(loaded, source, [each], poolings, refused)[0]]
+    return accepted, _encode(loaded, source, accepted, poolings) if accepted else {}
+
+
+def _encode(loaded, source, pictures, poolings):
+    try:
+        return loaded.encode([picture.read() for picture in pictures], poolings)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{source.name} does not take these pictures: {_one_line(error)}") from error
+        raise ValueError(f"{source.name} does not take it: {_one_line(error)}") from error
 
 
-def _measure_cost(loaded, source, images, pooling):
-    _encode(loaded, source, images[:1], [pooling])  # the first time is slower
+def _measure_cost(loaded, source, pictures, pooling):
+    timed, _ = _encode_accepted(loaded, source, pictures[:TIMED_PICTURES], [pooling], refused := {})
+    if not timed:
+        raise ValueError(next(iter(refused.values())))
+    _encode(loaded, source, timed[:1], [pooling])  # the first time is slower
     start = time.perf_counter()
-    vectors, tokens = _encode(loaded, source, images, [pooling])[pooling]
+    vectors, tokens = _encode(loaded, source, timed, [pooling])[pooling]
     seconds = time.perf_counter() - start
     return {
         "parameters": loaded.parameters,
         "dimensions": vectors.shape[1],
         "tokens": None if tokens is None else float(np.mean(tokens)),
-        "milliseconds": 1000 * seconds / len(images),
+        "milliseconds": 1000 * seconds / len(timed),
         "bytes": vectors.shape[1] * 4,
         "has_texts": loaded.encode_texts is not None,
     }
@@ -428,8 +443,10 @@ def _store(database, model, keys, vectors):
 
 
 def _fetch(database, model, keys):
+    """`(n, d)`, with NaN for keys that are not there."""
     found = dict(database.execute("SELECT key, vector FROM vectors WHERE model = ?", (model,)))
-    return np.stack([np.frombuffer(found[key], np.float32) for key in keys])
+    nothing = np.full(len(next(iter(found.values()), b"")) // 4, np.nan, np.float32)
+    return np.stack([np.frombuffer(found[key], np.float32) if key in found else nothing for key in keys])
 
 
 # The cookbook's comparison calls these two: https://github.com/microsoft/PhiCookBook

@@ -25,6 +25,8 @@ NUM_NEIGHBOURS = 10
 FOLDS = 5
 SIGNIFICANCE = 0.05
 UNLABELLED = -1
+# Resamples of a statistic that is slower than a mean.
+FEW_RESAMPLES = 200
 
 
 @dataclass
@@ -235,6 +237,8 @@ def _summarise(figure, num_resamples, seed):
     differences = []
     if names:
         samples = [figure.samples[name] for name in names]
+        if figure.statistic is not np.mean:
+            num_resamples = min(num_resamples, FEW_RESAMPLES)
         observed, resampled = bootstrap(samples, figure.statistic, num_resamples, seed)
         for name, value, each in zip(names, observed, resampled):
             low, high = np.quantile(each, (0.025, 0.975))
