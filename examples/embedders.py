@@ -83,8 +83,8 @@ class Loaded:
 @dataclass
 class Embedded:
     """
-    Vectors of pictures by one model, `(n, d)` float32 in the pictures' order; NaN where the model gave such, or did not
-    take a picture: `refused` has the keys of these and why.
+    Vectors of pictures by one model, `(n, d)` float32 in the pictures' order; NaN where the model gave such, or did
+    not take a picture: `refused` has the keys of these and why.
 
     `cost`: parameters, dimensions, tokens an image, milliseconds an image on the machine that embedded them, bytes a
     vector. `texts`: the same of texts, where there were some and the model has a text side.
