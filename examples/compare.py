@@ -3,10 +3,10 @@ Embeddings of several models side by side: figures, and a report to look at.
 
     python examples/compare.py --models A B [C ...] --images DATA [--output report]
 
-A model is `SOURCE[@REVISION][:POOLING]` or `pixels`: see examples/embedders.py. DATA is a folder of pictures (subfolders
-are classes), a parquet file, the id of a dataset on the Hub, or `digits`. The output folder gets `report.html`, which
-opens without a network, `results.json`, and `embeddings.safetensors`. Vectors are kept: a second run does not embed
-again, and an interrupted one goes on.
+A model is `SOURCE[@REVISION][:POOLING]` or `pixels`: see examples/embedders.py. DATA is a folder of pictures
+(subfolders are classes), a parquet file, the id of a dataset on the Hub, or `digits`. The output folder gets
+`report.html`, which opens without a network, `results.json`, and `embeddings.safetensors`. Vectors are kept: a second
+run does not embed again, and an interrupted one goes on.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from figures import (
     why_undefined,
 )
 from pictures import IMAGE, LABEL, MAX_NAMED, NAME, TEXT, load_pictures, picture_hash, read_picture, readable
-from report import format_value, write_report
+from report import format_cost, format_value, write_report
 from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
@@ -56,12 +56,14 @@ from tqdm import tqdm
 PACKAGES = ("torch", "transformers", "sentence-transformers", "scikit-learn", "scipy", "faiss-cpu", "numpy", "pillow")
 RETRIEVAL, HELD_OUT, CLUSTERING = "Same-class retrieval", "Classification of held-out pictures", "Clustering"
 ROBUSTNESS, DETAIL, TEXTS = "Robustness", "Fine detail", "Text to image"
+ALL_CHANGES = "mean of all changes"
+LOWER_IS_BETTER = ("moved", "fall of recall@1")
 console = Console()
 
 
 @dataclass
 class Data:
-    """Pictures that differ; `labels` `(n,)` are classes of `classes`, or `UNLABELLED`; `captions` are texts or None."""
+    """Pictures that differ; `labels` `(n,)` index `classes`, or are `UNLABELLED`; `captions` are texts, or None."""
 
     names: list[str]
     pictures: list[Picture]
@@ -205,7 +207,7 @@ def changed_pictures(data, probe):
 
 
 def all_changes():
-    return CHANGES | {f"1/{factor}": functools.partial(shrink, factor=factor) for factor in SHRINKS}
+    return CHANGES | {name: functools.partial(shrink, factor=factor) for name, factor in SHRINKS.items()}
 
 
 def leave_out_refused(data, probe, embedded, left_out):
@@ -258,13 +260,13 @@ def measure(data, probe, embedded, spaces, labels, seed):
     without = undefined | dict.fromkeys(units, why_without_classes(classes, counts))
     figures = []
 
-    def add(group, found, without, **kwargs):
-        """`found`: {model: {figure: samples}}; `without`: {model: why undefined}, of figures by name in `kwargs`."""
+    def add(group, found, without):
+        """`found`: {model: {figure: samples}}; `without`: {model: why it has none}."""
         for name in dict.fromkeys(name for each in found.values() for name in each):
             samples = {label: each[name] for label, each in found.items()}
-            figures.append(Figure(group, name, samples, without, **kwargs.get(name, {})))
+            figures.append(Figure(group, name, samples, without, higher_is_better=not name.endswith(LOWER_IS_BETTER)))
 
-    def add_undefined(group, names):
+    def add_undefined(group, names, without=without):
         figures.extend(Figure(group, name, {}, without) for name in names)
 
     if len(classes) > 1 and counts.max() > 1 and units:
@@ -283,17 +285,27 @@ def measure(data, probe, embedded, spaces, labels, seed):
         add_undefined(HELD_OUT, ("k-NN accuracy", "linear-probe accuracy"))
         add_undefined(CLUSTERING, ("NMI", "ARI"))
 
+    changes = {label: {} for label in units}
     for change in all_changes():
-        found, reasons = {}, dict(undefined)
+        group, reasons = DETAIL if change in SHRINKS else ROBUSTNESS, dict(undefined)
         for label, space in units.items():
             if np.isfinite(space[change]).all():
-                found[label] = after_change(space["all"], space[change], probe, data.labels)
+                changes[label][change] = after_change(space["all"], space[change], probe, data.labels)
             else:
                 reasons[label] = "it gives NaN or infinite values after this change"
-        found = {label: {f"{change}: {name}": v for name, v in each.items()} for label, each in found.items()}
-        lower = {"higher_is_better": False}
-        kinds = {f"{change}: {name}": lower for name in ("moved", "fall of recall@1")}
-        add(DETAIL if change.startswith("1/") else ROBUSTNESS, found, reasons, **kinds)
+        found = {label: each[change] for label, each in changes.items() if change in each}
+        add(group, {label: {f"{change}: {k}": v for k, v in each.items()} for label, each in found.items()}, reasons)
+        if not found:
+            add_undefined(group, [f"{change}: finds itself"], reasons)
+    whole = {label: each for label, each in changes.items() if CHANGES.keys() <= each.keys()}
+    names = next(iter(whole.values()))["blur"] if whole else {}
+    means = {
+        label: {
+            f"{ALL_CHANGES}: {name}": np.mean([each[change][name] for change in CHANGES], axis=0) for name in names
+        }
+        for label, each in whole.items()
+    }
+    add(ROBUSTNESS, means, undefined | dict.fromkeys(units.keys() - whole.keys(), "see above"))
 
     if data.captions is not None:
         texts = {label: each.texts for label, each in zip(labels, embedded) if label in units}
@@ -363,7 +375,7 @@ def write_beside(path, write):
 
 def show(results):
     labels = [model["label"] for model in results["models"]]
-    table = Table(title="Figures, with 95 % intervals over pictures; all of them in report.html")
+    table = Table(title="Figures, with their 95 % intervals. All of them are in report.html")
     table.add_column("")
     for label in labels:
         table.add_column(label, justify="right")
@@ -372,10 +384,7 @@ def show(results):
             continue
         table.add_row(figure["name"], *(format_value(figure["values"].get(label), figure) for label in labels))
     for name in ("parameters", "dimensions", "tokens", "milliseconds", "bytes"):
-        costs = [model["cost"][name] for model in results["models"]]
-        table.add_row(
-            name, *("–" if cost is None else f"{cost:,.4g}" if cost < 1e4 else f"{cost:,}" for cost in costs)
-        )
+        table.add_row(name, *(format_cost(model["cost"][name]) for model in results["models"]))
     console.print(table)
     for model in results["models"]:
         if model["undefined"]:

@@ -158,8 +158,8 @@ def text_to_image(texts, vectors, captions):
 
 def _crop(image):
     width, height = image.size
-    margins = (width // 10, height // 10)
-    return image.crop((*margins, max(width - margins[0], 1), max(height - margins[1], 1)))
+    x, y = (-(-side // 10) if side > 2 else 0 for side in image.size)
+    return image.crop((x, y, width - x, height - y))
 
 
 def _blur(image):
@@ -184,7 +184,8 @@ CHANGES = {
     "brightness": lambda image: ImageEnhance.Brightness(image).enhance(1.5),
     "downscaling": lambda image: shrink(image, 2).resize(image.size, Image.Resampling.BILINEAR),
 }
-SHRINKS = (2, 4, 8)
+# Pictures at a share of their resolution.
+SHRINKS = {"1/2 size": 2, "1/4 size": 4, "1/8 size": 8}
 
 
 def after_change(gallery, changed, own, labels):
