@@ -4,8 +4,8 @@ Fine-tunes phi3-embed on your pictures, as a classifier or as an embedding for s
     python examples/finetune.py --model tiny --data digits --train head --output_dir finetuned
     accelerate launch --num_processes 4 examples/finetune.py --model FOLDER_OR_HUB_ID --data FOLDER --bf16
 
-Beside the options below it takes all of transformers' TrainingArguments. Killed, the same command goes on from the last
-checkpoint. OUTPUT_DIR gets the best checkpoint, metrics.json, pictures of the curves and of the confusions, and a card.
+Beside the options below it takes all of transformers' TrainingArguments. Killed, the same command goes on from the
+last checkpoint. OUTPUT_DIR gets the best checkpoint, metrics.json, pictures of curves and confusions, and a card.
 """
 
 import errno
@@ -59,6 +59,8 @@ VALIDATION, TEST = ("validation", "valid", "val", "dev"), ("test", "held_out")
 PROBE = 5000
 SHUFFLE_BUFFER = 1000
 MAX_CONFUSED = 40  # classes that a picture of confusions can show
+# Of transformers' arguments those that a training must keep to the end.
+KEPT = ("num_train_epochs", "max_steps", "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "seed")
 ARGUMENTS, METRICS, CURVES, CONFUSION = "arguments.json", "metrics.json", "curves.png", "confusion.png"
 
 
@@ -164,7 +166,8 @@ def load_splits(options, seed):
         raise ValueError(f"{options.data} has the splits {', '.join(found)}, but none of the name 'train'.")
     splits = {"train": train}
     for ours, theirs in (("validation", VALIDATION), ("test", TEST)):
-        splits |= {ours: found[name] for name in theirs if name in found}
+        if name := next((name for name in theirs if name in found), None):
+            splits[ours] = found[name]
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
     if options.streaming:
@@ -191,9 +194,7 @@ def load_splits(options, seed):
 def _check_labels(splits, task, names):
     sets = {name: set(split[LABEL][:]) for name, split in splits.items()}
     if len(set.union(*sets.values())) < 2:
-        raise ValueError(
-            f"All pictures have the label {names[next(iter(sets['train']))]!r}. Give two classes or more."
-        )
+        raise ValueError("All pictures have one and the same label. Give two classes or more.")
     for name in sets if task == "classification" else ():
         if unknown := sets[name] - sets["train"]:
             listed = ", ".join(sorted(names[label] for label in unknown))
@@ -433,11 +434,9 @@ def choose_trained(model, options):
         if isinstance(module, nn.Linear) and (".img_processor." in name or ".img_projection" in name)
     ]
     saved = ["classifier"] if options.task == "classification" else None
+    rank = options.lora_rank
     return get_peft_model(
-        model,
-        LoraConfig(
-            r=options.lora_rank, lora_alpha=2 * options.lora_rank, target_modules=targets, modules_to_save=saved
-        ),
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=saved)
     )
 
 
@@ -500,9 +499,8 @@ class FineTuning(Trainer):
             labels = self.accelerator.gather(labels)
         words = None
         if self.ids is not None:
-            words = word_vectors(
-                self.accelerator.unwrap_model(model).get_input_embeddings(), self.ids.to(labels.device)
-            )
+            table = self.accelerator.unwrap_model(model).get_input_embeddings()
+            words = word_vectors(table, self.ids.to(labels.device))
         sizes = [everywhere.shape[1], *self.options.matryoshka]
         losses = [
             contrastive_loss(
@@ -548,25 +546,13 @@ def of_classes(predicted, labels):
 
 def last_checkpoint(folder):
     """The last whole checkpoint: the trainer's state is what it writes last."""
-    found = {
-        int(path.parent.name.rpartition("-")[2]): path.parent
-        for path in folder.glob("checkpoint-*/trainer_state.json")
-    }
-    return found[max(found)] if found else None
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def check_same_run(options, arguments, splits):
     """Writes down what is trained with what, or says how that differs from what OUTPUT_DIR was begun with."""
-    kept = (
-        "num_train_epochs",
-        "max_steps",
-        "learning_rate",
-        "weight_decay",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "seed",
-    )
-    now = asdict(options) | {name: getattr(arguments, name) for name in kept}
+    now = asdict(options) | {name: getattr(arguments, name) for name in KEPT}
     now["pictures"] = None if options.streaming else {name: len(split) for name, split in splits.items()}
     now = json.loads(json.dumps(now, default=str))
     path = Path(arguments.output_dir) / ARGUMENTS
@@ -700,21 +686,19 @@ def evaluate(options, arguments, splits, names):
             confusion = labels, predicted
         rows[row] |= recalls(vectors, labels)
         for size in options.matryoshka:
-            rows[row] |= {
-                f"{name}, {size} dimensions": value for name, value in recalls(vectors[:, :size], labels).items()
-            }
+            cut = recalls(vectors[:, :size], labels)
+            rows[row] |= {f"{name}, {size} dimensions": value for name, value in cut.items()}
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
         probe.fit(F.normalize(fitted[0], dim=-1), fitted[1])
         rows[row]["linear probe"] = accuracy_score(labels, probe.predict(F.normalize(vectors, dim=-1)))
-    return rows, confusion
+    return rows, len(labels), confusion
 
 
 def draw_curves(history, path):
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, wanted in zip(
-        axes, (("loss", "eval_loss"), ("eval_accuracy", "eval_macro F1", "eval_recall@1", "eval_recall@5"))
-    ):
-        for key in wanted:
+    figures = [f"eval_{name}" for name in ("accuracy", "macro F1", "recall@1", "recall@5")]
+    for axis, keys in zip(axes, (("loss", "eval_loss"), figures)):
+        for key in keys:
             if points := [(entry["step"], entry[key]) for entry in history if key in entry]:
                 axis.plot(*zip(*points), marker=".", label=key.replace("eval_", "validation: "))
         axis.set_xlabel("step")
@@ -798,13 +782,12 @@ print(embedder.similarity(vectors, vectors))""",
 def table_of(rows):
     columns = list(rows["fine-tuned"])
     lines = [f"| | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
-    return "\n".join(
-        lines
-        + [f"| {name} | {' | '.join(f'{row[column]:.1%}' for column in columns)} |" for name, row in rows.items()]
-    )
+    for name, row in rows.items():
+        lines.append(f"| {name} | {' | '.join(f'{row[column]:.1%}' for column in columns)} |")
+    return "\n".join(lines)
 
 
-def write_card(options, arguments, splits, names, rows, about, path):
+def write_card(options, arguments, splits, names, rows, num_held_out, about, path):
     title = arguments.hub_model_id or path.parent.resolve().name
     is_classifier = options.task == "classification"
     is_local = Path(options.model).exists()
@@ -815,6 +798,7 @@ def write_card(options, arguments, splits, names, rows, about, path):
         datasets=None if Path(options.data).exists() or options.data == DIGITS else [options.data],
         tags=["custom_code", "phi3_embed"] + ([] if is_classifier else ["sentence-transformers"]),
     )
+    has_confusion = (path.parent / CONFUSION).exists()
     counts = "" if options.streaming else ": " + ", ".join(f"{len(split)} in {name}" for name, split in splits.items())
     text = CARD.format(
         data=data.to_yaml(),
@@ -822,11 +806,9 @@ def write_card(options, arguments, splits, names, rows, about, path):
         base=Path(options.model).resolve().name if is_local else options.model,
         task=options.task,
         source=without_path(options.data),
-        num_held_out=rows.pop("pictures"),
+        num_held_out=num_held_out,
         table=table_of(rows),
-        confusion=f"\n![which classes are taken for which]({CONFUSION})\n"
-        if (path.parent / CONFUSION).exists()
-        else "",
+        confusion="\n![which class is taken for which](confusion.png)\n" if has_confusion else "",
         about=f"{without_path(options.data)}{counts}. Labels: {', '.join(names[:MAX_CONFUSED])}"
         f"{', ...' if len(names) > MAX_CONFUSED else ''}.",
         arguments=json.dumps(about | {name: without_path(about[name]) for name in ("model", "data")}, indent=2),
@@ -914,24 +896,28 @@ def run(arguments=None):
         torch.distributed.destroy_process_group()
     if not is_main:
         return
-    rows, confusion = evaluate(options, arguments, splits, names)
+    rows, num_held_out, confusion = evaluate(options, arguments, splits, names)
     draw_curves(history, output / CURVES)
     if confusion and len(names) <= MAX_CONFUSED:
         draw_confusion(confusion, names, output / CONFUSION)
-    write(output / METRICS, json.dumps({"held out": rows, "history": history}, indent=2) + "\n")
-    write_card(options, arguments, splits, names, rows, about, output / "README.md")
+    write(
+        output / METRICS,
+        json.dumps({"held out": rows, "held-out pictures": num_held_out, "history": history}, indent=2) + "\n",
+    )
+    write_card(options, arguments, splits, names, rows, num_held_out, about, output / "README.md")
     print(table_of(rows))
     if pushes:
         push(arguments)
 
 
-def say(error, arguments=sys.argv):
+def say(error):
     """What went wrong, and how to mend it, in words."""
     text = str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in text:
         return (
             "A batch does not fit in memory. Give a smaller --per_device_train_batch_size (and as much more "
-            "--gradient_accumulation_steps), --gradient_checkpointing, --bf16, or fewer --num_crops. Checkpoints are kept."
+            "--gradient_accumulation_steps), --gradient_checkpointing, --bf16, or fewer --num_crops. Checkpoints are "
+            "kept."
         )
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or re.search(
         "No space left|File too large|[Qq]uota|unexpected pos|file write failed", text
