@@ -602,9 +602,14 @@ def fine_tune(options, arguments, splits, names):
     callbacks = [EpochOfPictures(pictures["train"])]
     if options.early_stopping:
         callbacks.append(EarlyStoppingCallback(options.early_stopping))
-    has_validation = "validation" in splits
+    has_validation = "validation" in splits and arguments.eval_strategy != "no"
     if not has_validation:
-        arguments.eval_strategy, arguments.load_best_model_at_end = "no", False
+        arguments.eval_strategy = "no"
+    elif arguments.eval_strategy != arguments.save_strategy or arguments.eval_steps != arguments.save_steps:
+        raise ValueError(
+            "The best checkpoint is kept, so --save_strategy and --save_steps must be those of --eval_..."
+        )
+    arguments.load_best_model_at_end = has_validation
     arguments.metric_for_best_model, arguments.greater_is_better = metric, True
     trainer = FineTuning(
         model,
@@ -863,7 +868,6 @@ def parse_arguments(arguments=None):
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=2,
-        load_best_model_at_end=True,
         logging_steps=10,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=16,
