@@ -144,7 +144,7 @@ def library_errors(what):
     except Exception as error:
         if isinstance(error, ConversionError) or getattr(error, "errno", None):  # a full disk is no fault of the file
             raise
-        raise ConversionError(f"{what}: {first_line(error)}") from error
+        raise ConversionError(f"{what}: {' '.join(str(error).split())}") from error
 
 
 def published_names(name: str) -> list[str]:

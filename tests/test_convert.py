@@ -257,7 +257,7 @@ def truncate(folder):
         (write("config.json", "null"), "config.json must hold a JSON object, but holds 'None'"),
         (rewrite("config.json", img_processor="clip"), "config.json: `img_processor` is 'clip', but must be a dict"),
         (rewrite("config.json", vision_config="clip"), "config.json: `vision_config` is 'clip', but must be a dict"),
-        (rewrite("config.json", vision_config=SEVEN_HEADS), "config.json: .*divisible by"),
+        (rewrite("config.json", vision_config=SEVEN_HEADS), "config.json: .*not a multiple of the number of"),
         (write("preprocessor_config.json", "[]"), "preprocessor_config.json must hold a JSON object"),
         (rewrite("preprocessor_config.json", num_crops="16"), "preprocessor_config.json: `num_crops` is '16'"),
         (rewrite("preprocessor_config.json", num_crops=1000), "preprocessor_config.json: `num_crops` is 1000"),
