@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from measure import ROOT, figures, interleaved_seconds, peak_bytes, status, timed
+from tqdm import tqdm
 
 sys.path[:0] = [str(ROOT / "tests")]
 
@@ -97,9 +98,12 @@ def run(quick):
     pools = {name: ProcessPoolExecutor(1, mp_context=get_context("spawn")) for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as folder:
         pools["limit"].submit(save_model, Path(folder)).result()
-        loaded = {name: pool.submit(load, name, folder).result() for name, pool in pools.items()}
+        loaded = {}
+        for name in tqdm(CONTENDERS, desc="Loading"):
+            loaded[name] = pools[name].submit(load, name, folder).result()
+            tqdm.write(f"{name}: {loaded[name]}")
     calls = {name: lambda pool=pool: (pool.submit(measure).result(), None) for name, pool in pools.items()}
-    seconds = interleaved_seconds(calls, 1 if quick else 5, CASE)
+    seconds = interleaved_seconds(calls, 1 if quick else 3, CASE)
     for pool in pools.values():
         pool.shutdown()
     measured = figures(seconds, {name: peak for name, (_, _, peak) in loaded.items()})
