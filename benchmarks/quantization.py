@@ -1,7 +1,7 @@
 """
 One image of one crop at full size, with the golden data's rule-made weights, in lower precision.
 
-`limit` is float32. The name of a contender says its least cosine to the golden tokens, over two of the golden images,
+`limit` is float32. The name of a contender says the least cosine of its tokens to those of the golden image,
 and the resident memory that it takes with its weights loaded and used once. Contenders live in processes of their own,
 and take turns.
 """
@@ -29,9 +29,8 @@ CONTENDERS = (
     "torch.ao int8 dynamic, MLP alone",
     "torchao int8 dynamic",
 )
-IMAGES = ("wide_nc1", "tall_nc1")
-# Of a contender's process: its model, and the inputs and golden tokens of each image.
-model, images = None, []
+# Of a contender's process.
+model = inputs = None
 
 
 def save_model(folder):
@@ -43,23 +42,20 @@ def save_model(folder):
 
 
 def load(name, folder):
-    """Loads a contender -> the least cosine, the resident bytes of its weights, and the peak of one image above."""
-    global model, images
+    """Loads a contender -> its least cosine to golden tokens, the resident bytes of its weights, the peak above."""
+    global model, inputs
     import golden
     from test_golden import preprocess
 
-    for image in IMAGES:
-        arrays, note = golden.load(f"embedding_{image}")
-        images.append((preprocess(note), arrays))
+    arrays, note = golden.load("embedding_wide_nc1")
+    inputs = preprocess(note)
     before = status("VmRSS")
     model = load_model(name, folder)
-    tokens = [embed(number).pooler_output[0].float() for number in range(len(images))]
-    cosines = [
-        torch.cosine_similarity(each[arrays["token_index"]], torch.from_numpy(arrays["tokens"]), dim=-1).min().item()
-        for each, (_, arrays) in zip(tokens, images)
-    ]
-    peak = peak_bytes(lambda: embed(0))
-    return min(cosines), status("VmRSS") - before, peak
+    outputs = []
+    peak = peak_bytes(lambda: outputs.append(embed()))
+    tokens = outputs.pop().pooler_output[0][arrays["token_index"]].float()
+    cosine = torch.cosine_similarity(tokens, torch.from_numpy(arrays["tokens"]), dim=-1).min().item()
+    return cosine, status("VmRSS") - before, peak
 
 
 def load_model(name, folder):
@@ -81,13 +77,12 @@ def load_model(name, folder):
 
 
 @torch.inference_mode()
-def embed(number):
-    inputs, _ = images[number]
+def embed():
     return model.get_image_features(inputs["pixel_values"].to(model.dtype), inputs["image_sizes"])
 
 
 def measure():
-    return timed(lambda: embed(0))[0]
+    return timed(embed)[0]
 
 
 def run(quick):
