@@ -27,6 +27,7 @@ import torch
 from embedders import BATCH_SIZE, CACHE, Picture, embed, open_cache, parse_spec
 from figures import (
     CHANGES,
+    FEW_RESAMPLES,
     NUM_NEIGHBOURS,
     SHRINKS,
     UNLABELLED,
@@ -339,8 +340,9 @@ def compare_spaces(spaces, labels, undefined, probe, arguments):
         entry = {"models": [left, right], "overlap": {"value": float(observed[0]), "low": float(low)}}
         entry["overlap"]["high"] = float(high)
         cka = linear_cka(a[probe], b[probe])
-        numbers = np.random.default_rng(arguments.seed).integers(len(probe), size=(200, len(probe)))
-        values = [linear_cka(a[probe[each]], b[probe[each]]) for each in numbers]
+        numbers = np.random.default_rng(arguments.seed).integers(len(probe), size=(FEW_RESAMPLES, len(probe)))
+        # The basic bootstrap, as pictures drawn twice make spaces alike.
+        values = [2 * cka - linear_cka(a[probe[each]], b[probe[each]]) for each in numbers]
         low, high = np.quantile(values, (0.025, 0.975))
         entry["cka"] = {"value": cka, "low": float(low), "high": float(high)}
         found.append(entry)
@@ -353,7 +355,7 @@ def about(arguments, data, started, left_out):
         "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in vars(arguments).items()},
         "started": started,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, threads: {torch.get_num_threads()}"
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
         "pictures": len(data.names),
         "classes": len(np.unique(data.labels[data.labels != UNLABELLED])),
@@ -375,7 +377,7 @@ def write_beside(path, write):
 
 def show(results):
     labels = [model["label"] for model in results["models"]]
-    table = Table(title="Figures, with their 95 % intervals. All of them are in report.html")
+    table = Table(title="Figures, with their 95% intervals. All of them are in report.html")
     table.add_column("")
     for label in labels:
         table.add_column(label, justify="right")
