@@ -27,6 +27,7 @@ import torch
 from embedders import BATCH_SIZE, CACHE, Picture, embed, open_cache, parse_spec
 from figures import (
     CHANGES,
+    CHANGES_VERSION,
     FEW_RESAMPLES,
     NUM_NEIGHBOURS,
     SHRINKS,
@@ -202,7 +203,7 @@ def changed_pictures(data, probe):
 
     def changed(number, name, change):
         picture = data.pictures[number]
-        return Picture(f"{picture.key} {name}", lambda: change(picture.read()))
+        return Picture(f"{picture.key} {name} {CHANGES_VERSION}", lambda: change(picture.read()))
 
     return [changed(number, name, change) for name, change in all_changes().items() for number in probe]
 
@@ -382,7 +383,7 @@ def show(results):
     for label in labels:
         table.add_column(label, justify="right")
     for figure in results["figures"]:
-        if figure["group"] in (ROBUSTNESS, DETAIL) and not figure["name"].endswith(("finds itself", ": recall@1")):
+        if ":" in figure["name"] and not figure["name"].startswith(ALL_CHANGES):
             continue
         table.add_row(figure["name"], *(format_value(figure["values"].get(label), figure) for label in labels))
     for name in ("parameters", "dimensions", "tokens", "milliseconds", "bytes"):

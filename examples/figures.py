@@ -184,6 +184,8 @@ CHANGES = {
     "brightness": lambda image: ImageEnhance.Brightness(image).enhance(1.5),
     "downscaling": lambda image: shrink(image, 2).resize(image.size, Image.Resampling.BILINEAR),
 }
+# To be raised when a change becomes another one: kept vectors of changed pictures are then not taken.
+CHANGES_VERSION = 1
 # Pictures at a share of their resolution.
 SHRINKS = {"1/2 size": 2, "1/4 size": 4, "1/8 size": 8}
 

@@ -39,8 +39,9 @@ def format_number(number, figure):
 def format_value(value, figure):
     if value is None or "undefined" in value:
         return "undefined"
-    value, low, high = (format_number(value[key], figure).rstrip("%") for key in ("value", "low", "high"))
-    return f"{value}{'' if figure['name'].endswith(DECIMALS) else '%'} ({low} to {high})"
+    if figure["name"].endswith(DECIMALS):
+        return f"{value['value']:.2f} ({value['low']:.2f}–{value['high']:.2f})"
+    return f"{value['value']:.1%} ({100 * value['low']:.0f}–{100 * value['high']:.0f})"
 
 
 def format_cost(cost):
@@ -142,7 +143,7 @@ def level_with_best(figure):
 
 
 def tables(results):
-    """{group: its figures, each with the set of models that are level with the best, and whether it is a minor one}."""
+    """{group: its figures, each with the models that are level with the best, and whether it is a minor one}."""
     groups = {}
     for figure in results["figures"]:
         is_minor = ":" in figure["name"] and not figure["name"].endswith(("finds itself", ": recall@1"))
