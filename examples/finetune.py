@@ -874,6 +874,7 @@ def parse_arguments(arguments=None):
         learning_rate=1e-4,
         warmup_steps=0.1,
         report_to=["none"],
+        ddp_find_unused_parameters=False,
     )
     options, arguments = parser.parse_args_into_dataclasses(arguments)
     if options.streaming and (arguments.max_steps <= 0 or arguments.dataloader_num_workers):
