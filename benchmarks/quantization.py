@@ -8,7 +8,6 @@ and take turns.
 
 import ctypes
 import gc
-import os
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -92,7 +91,7 @@ def run(quick):
     torchao = ROOT / ".venv" / "torchao"
     if not torchao.exists():
         sys.exit(f"quantization: there is no {torchao}. Run `make .venv/torchao` first.")
-    os.environ["PYTHONPATH"] = str(torchao)
+    sys.path.append(str(torchao))  # which processes take over
     pools = {name: ProcessPoolExecutor(1, mp_context=get_context("spawn")) for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as folder:
         pools["limit"].submit(save_model, Path(folder)).result()
