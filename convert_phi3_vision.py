@@ -310,9 +310,8 @@ def hub_errors(name):
         hint = "Your token does not allow this." if status in (401, 403) else "The same command goes on from here."
         raise ConversionError(f"{name}: the Hub answers {status} ({error.server_message}). {hint}") from error
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, httpx2.TransportError) as error:
-        raise ConversionError(
-            f"There is no folder {name}, and the Hub cannot be reached for it: {first_line(error)}"
-        ) from error
+        no_folder = f"There is no folder {name}. " if isinstance(error, LocalEntryNotFoundError) else ""
+        raise ConversionError(f"{no_folder}The Hub cannot be reached for {name}: {first_line(error)}") from error
 
 
 # Which weights they are

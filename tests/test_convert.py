@@ -300,7 +300,7 @@ def test_what_is_no_checkpoint_of_the_layout_is_refused(change, said, source, tm
         (["{source}", "{output}", "--push-to-hub", "someone/model"], "needs a valid token"),
         (["{source}", "{output}", "--push-to-hub", "a b/c"], "`--push-to-hub a b/c` names no repository"),
         (["{source}", "{output}/.."], "does not end in a name"),
-        (["{source}", "{output}", "--put-back", "nope"], "There is no folder nope, and the Hub cannot be reached"),
+        (["{source}", "{output}", "--put-back", "nope"], "There is no folder nope. The Hub cannot be reached"),
         (["{source}", "{output}", "--put-back", "no/such/folder"], "no Hub id"),
         (["{source}", "{output}", "--put-back", "{source}"], "is no phi3-embed model"),
         (["{source}", "{source}/back", "--put-back", "{source}"], "is inside .*. Give a folder outside"),
