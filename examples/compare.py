@@ -259,7 +259,7 @@ def measure(data, probe, embedded, spaces, labels, seed):
         else:
             units[label] = {name: unit(vectors) for name, vectors in space.items()}
     classes, counts = np.unique(data.labels[data.labels != UNLABELLED], return_counts=True)
-    without = undefined | dict.fromkeys(units, why_without_classes(classes, counts))
+    without = undefined | dict.fromkeys(units, why_without_classes(classes))
     figures = []
 
     def add(group, found, without):
@@ -278,7 +278,8 @@ def measure(data, probe, embedded, spaces, labels, seed):
             progress = tqdm(all_of.items(), desc="Classifying", unit="model")
             add(HELD_OUT, {label: held_out_accuracy(each, data.labels, seed) for label, each in progress}, undefined)
         else:
-            add_undefined(HELD_OUT, ("k-NN accuracy", "linear-probe accuracy"))
+            reason = undefined | dict.fromkeys(units, "fewer than two classes have two pictures")
+            add_undefined(HELD_OUT, ("k-NN accuracy", "linear-probe accuracy"), reason)
         found = {label: clusters(each, data.labels, seed) for label, each in all_of.items()}
         for name, statistic in (("NMI", nmi), ("ARI", ari)):
             figures.append(Figure(CLUSTERING, name, found, undefined, statistic))
@@ -321,12 +322,8 @@ def measure(data, probe, embedded, spaces, labels, seed):
     return figures, undefined
 
 
-def why_without_classes(classes, counts):
-    if not len(classes):
-        return "the pictures have no classes"
-    if len(classes) == 1:
-        return "there is one class only"
-    return "fewer than two classes have two pictures"
+def why_without_classes(classes):
+    return "there are no two classes" if len(classes) < 2 else "no class has two pictures"
 
 
 def compare_spaces(spaces, labels, undefined, probe, arguments):

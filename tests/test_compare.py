@@ -211,8 +211,8 @@ def save_all(folder, classes):
 
 FEW = {
     "one picture": ({"a": [noise()]}, "there is one picture only"),
-    "one class": ({"a": [noise(0), noise(1), noise(2)]}, "there is one class only"),
-    "one picture a class": ({f"c{n}": [noise(n)] for n in range(12)}, "fewer than two classes have two pictures"),
+    "one class": ({"a": [noise(0), noise(1), noise(2)]}, "there are no two classes"),
+    "one picture a class": ({f"c{n}": [noise(n)] for n in range(12)}, "no class has two pictures"),
     "equal pictures": ({"a": [noise()] * 3, "b": [noise()] * 2}, "there is one picture only"),
 }
 
@@ -353,7 +353,7 @@ def test_captions_add_text_to_image_retrieval_for_models_with_a_text_side(folder
     results = compare_here(monkeypatch, folder, "--models", clip, "pixels", "--images", folder / "pictures")
     values = [each for each in results["figures"] if each["group"] == "Text to image"][1]["values"]
     assert values["clip"]["value"] == 1 and values["pixels"]["undefined"] == "it has no text side"
-    assert figure(results, "recall@1")["values"]["pixels"]["undefined"] == "the pictures have no classes"
+    assert figure(results, "recall@1")["values"]["pixels"]["undefined"] == "there are no two classes"
     texts = np.eye(3, dtype=np.float32)
     assert text_to_image(texts, texts[[0, 2, 1]], ["a", "b", "c"])["recall@1"].tolist() == [1, 0, 0]
 
