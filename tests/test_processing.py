@@ -12,7 +12,7 @@ import pytest
 import torch
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor, Phi3EmbedProcessor, hd_target_size, to_rgb
 from PIL import Image, ImageCms
-from transformers import AutoProcessor
+from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 RGB = golden.image(1, 50, 70)
 SMALL = {"size": {"height": 28, "width": 28}, "num_img_tokens": 4}
@@ -181,6 +181,9 @@ def test_rescaling_and_normalising_follow_their_arguments():
 def test_a_mean_of_wrong_length_is_an_error_of_ours(image_processor):
     with pytest.raises(ValueError, match="`image_mean` has 2 values, but must have 3"):
         image_processor(RGB, image_mean=[0.5, 0.5])
+    for value in (0, [0.5, 0.5, -1], None, "half"):
+        with pytest.raises(ValueError, match="`image_std` is .*, but must be "):
+            Phi3EmbedImageProcessor(image_std=value)
 
 
 def test_json_round_trip(tmp_path):
@@ -265,7 +268,12 @@ def test_a_truncated_image_object_is_an_error_of_ours(image_processor):
         (torch.full((3, 9, 9), torch.inf), "values from inf"),
         (Image.new("I", (5, 5), 70000), "mode 'I' has values from 70000 to 70000, but must be in 0..255"),
         (Image.new("F", (5, 5), -1.0), "mode 'F' has values from -1.0"),
+        (
+            Image.new("F", (5, 5), 0.5),
+            r"mode 'F' has values from 0.5 to 0.5, .* Values in \[0, 1\] are taken as an array",
+        ),
         (Image.new("RGB", (0, 5)), "has no pixels"),
+        ([[[0.5] * 3] * 4] * 5, "of type float"),
     ],
 )
 def test_wrong_images_are_an_error_of_ours(image_processor, wrong, message):
@@ -302,9 +310,17 @@ def test_wrong_settings(wrong, message):
         Phi3EmbedImageProcessor(**wrong)
 
 
-def test_token_counts_of_no_size():
-    with pytest.raises(ValueError, match="`height` is 0"):
-        Phi3EmbedImageProcessor().num_image_tokens(10, 0)
+@pytest.mark.parametrize("height", [0, 1.5, float("inf"), "2", None])
+def test_token_counts_of_no_size(height):
+    with pytest.raises(ValueError, match=f"`height` is {height!r}, but must be a positive whole number"):
+        Phi3EmbedImageProcessor().num_image_tokens(10, height)
+
+
+def test_float_arrays_are_not_left_unscaled(image_processor):
+    with pytest.raises(ValueError, match="already and `do_rescale` is False"):
+        image_processor(np.full((9, 9, 3), 0.5), do_rescale=False)
+    # 8-bit images stay 0..255, as everywhere
+    assert views(image_processor, RGB, do_rescale=False, do_normalize=False).max() > 1
 
 
 # Texts with images
@@ -385,7 +401,10 @@ def test_token_counts_without_pixels(processor):
         ([WIDE, TALL], "<|image_1|> <|image|>", "both numbered tags and"),
         ([[WIDE, TALL], []], ["<|image_1|>", "<|image_1|>"], "Text 0 has 1 image tags, but 2 images"),
         ([[WIDE]], ["<|image_1|>", "a"], "2 texts, but 1 lists of images"),
-        ([WIDE], [3], "`text` must be a string or a list of strings"),
+        ([WIDE], [3], r"`text` is \[3\], but must be a string or a list of strings"),
+        ([WIDE], [], r"`text` is \[\], but must be a string or a list of strings, and not empty"),
+        (None, 5, "`text` is 5, but must be"),
+        ("a text", WIDE, "Images are the first argument"),
     ],
 )
 def test_tags_that_do_not_match_the_images_are_an_error(processor, images, text, message):
@@ -414,3 +433,10 @@ def test_save_and_reload_of_the_processor(processor, tmp_path):
 
 def test_to_rgb_keeps_rgb_as_it_is():
     assert np.array_equal(np.asarray(to_rgb(Image.fromarray(RGB))), RGB)
+
+
+def test_a_tokenizer_whose_own_config_is_lost_is_an_error(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="begins a text with '<s>', .* tokenizer_config.json missing"):
+        Phi3EmbedProcessor(Phi3EmbedImageProcessor(), PreTrainedTokenizerFast.from_pretrained(tmp_path))

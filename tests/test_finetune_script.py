@@ -1,0 +1,364 @@
+"""examples/finetune.py, on small pictures and a small model."""
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_python
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoModel, AutoModelForImageClassification
+
+sys.path.insert(0, str(ROOT / "examples"))
+import finetune  # noqa: E402
+from digits import NAMES  # noqa: E402
+
+SCRIPT = ROOT / "examples" / "finetune.py"
+COLORS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
+# 3 classes of 10 pictures: 24 to train with, 6 held out; so 3 steps an epoch with batches of 8.
+PER_CLASS = 10
+ONE = (
+    "--num_train_epochs 3 --learning_rate 3e-3 --num_crops 1 --validation 0 --logging_steps 1 --save_strategy steps "
+    "--save_steps 2 --per_device_train_batch_size 8 --shift 0.1 --flip --color 0.1 --use_cpu --disable_tqdm true"
+)
+
+
+def make_pictures(folder, colors=COLORS, per_class=PER_CLASS, seed=0):
+    rng = np.random.default_rng(seed)
+    for name, color in colors.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(per_class):
+            pixels = np.clip(rng.normal(color, 40, (20 + number, 30, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("pictures") / "colours")
+
+
+def command(model, data, output, arguments=ONE):
+    return ["--model", str(model), "--data", str(data), "--output_dir", str(output), *arguments.split()]
+
+
+def script(*arguments, launcher=(), timeout=200, **environment):
+    return subprocess.run(
+        [sys.executable, *launcher, str(SCRIPT), *arguments],
+        cwd="/",
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def read_metrics(folder):
+    return json.loads((Path(folder) / "metrics.json").read_text())
+
+
+def losses(folder):
+    return {entry["step"]: entry["loss"] for entry in read_metrics(folder)["history"] if "loss" in entry}
+
+
+@pytest.fixture(scope="module")
+def trained(repository, pictures, tmp_path_factory):
+    """A classifier of colours, trained without interruption by one process."""
+    output = tmp_path_factory.mktemp("trained") / "colours-classifier"
+    done = script(*command(repository, pictures, output))
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_a_folder_of_classes_becomes_a_classifier_with_figures_pictures_and_card(trained):
+    rows = read_metrics(trained)["held out"]
+    assert rows["fine-tuned"]["accuracy"] == 1 > rows["untrained"]["accuracy"]
+    assert set(rows["untrained"]) == {"accuracy", "macro F1", "recall@1", "recall@5", "linear probe"}
+    assert losses(trained)[9] < 0.5 * losses(trained)[1]
+    for name in ("curves.png", "confusion.png"):
+        Image.open(trained / name).load()
+    card = (trained / "README.md").read_text()
+    assert "| fine-tuned | 100.0% |" in card and '"learning_rate": 0.003' in card and "24 in train, 6 in test" in card
+    assert str(trained.parent) not in card
+    assert not list(trained.glob("*.bin")) and (trained / "modeling_phi3_embed.py").exists()
+
+
+def test_a_killed_training_goes_on_as_if_it_had_not_been(trained, repository, pictures, tmp_path):
+    output = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *command(repository, pictures, output)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not finetune.last_checkpoint(output):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "metrics.json").exists()
+    finetune.run(command(repository, pictures, output))
+    assert losses(output) == pytest.approx(losses(trained), abs=2e-4)
+
+
+def test_two_processes_train_as_one_does(trained, repository, pictures, tmp_path):
+    arguments = ONE.replace("batch_size 8", "batch_size 4")
+    # accelerate starts several processes on one machine by this switch alone; --use_cpu is what they run on.
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
+    launcher += ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
+    done = script(*command(repository, pictures, tmp_path / "two", arguments), launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(trained), abs=1e-3)
+
+
+def test_pushed_it_is_a_pipeline_in_a_fresh_process(trained, repository, pictures, hub, tmp_path):
+    folder = tmp_path / "colours-classifier"
+    shutil.copytree(trained, folder)
+    name = "someone/colours"
+    arguments = [*command(repository, pictures, folder), "--push_to_hub", "--hub_model_id", name]
+    done = script(*arguments, **hub.environment(tmp_path / "here"))
+    assert done.returncode == 0, done.stderr
+    assert not any("checkpoint-" in path for path in hub.files(name, "main"))
+    code = """
+import sys
+from transformers import pipeline
+classify = pipeline("image-classification", model=sys.argv[1], trust_remote_code=True)
+print([scores[0]["label"] for scores in classify(sys.argv[2:], batch_size=2)])
+"""
+    paths = [pictures / color / "3.png" for color in COLORS]
+    assert run_python(code, name, *paths, **hub.environment(tmp_path / "there", token="")).strip() == str([*COLORS])
+
+
+def test_only_a_valid_token_may_push_and_that_is_said_before_the_work(repository, pictures, hub, tmp_path):
+    arguments = [*command(repository, pictures, tmp_path / "out"), "--push_to_hub"]
+    done = script(*arguments, **hub.environment(tmp_path / "home", token=""))
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("finetune: --push_to_hub to out needs")
+    assert not (tmp_path / "out").exists()
+
+
+# Data and ways of training, in this process
+
+
+SHORT = (
+    "--max_steps 4 --per_device_train_batch_size 8 --learning_rate 1e-3 --num_crops 0 --use_cpu --disable_tqdm true"
+)
+BY_EPOCH = f"{SHORT} --eval_strategy steps --eval_steps 2 --save_strategy steps --save_steps 2"
+
+
+def test_metadata_and_parquet_and_digits_are_trained_on_as_well(repository, pictures, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    lines, rows = ["file_name,colour"], {"picture": [], "colour": []}
+    for path in sorted(pictures.glob("*/*.png")):
+        shutil.copy(path, flat / f"{path.parent.name}-{path.name}")
+        lines.append(f"{path.parent.name}-{path.name},{path.parent.name}")
+        rows["picture"].append(Image.open(path))
+        rows["colour"].append(path.parent.name)
+    (flat / "metadata.csv").write_text("\n".join(lines) + "\n")
+    parquet = tmp_path / "colours.parquet"
+    Dataset.from_dict(rows, Features({"picture": ImageFeature(), "colour": Value("string")})).to_parquet(parquet)
+    for data, classes in ((flat, [*COLORS]), (parquet, [*COLORS]), ("digits", [*NAMES])):
+        column = "" if data == "digits" else " --label_column colour"
+        finetune.run(command(repository, data, tmp_path / Path(data).name / "out", BY_EPOCH + column))
+        config = json.loads((tmp_path / Path(data).name / "out" / "config.json").read_text())
+        assert list(config["id2label"].values()) == classes
+
+
+def test_a_stream_is_trained_on(repository, pictures, tmp_path):
+    for number, path in enumerate(sorted(pictures.glob("*/*.png"))):
+        folder = tmp_path / "data" / ("test" if number % 5 == 0 else "train") / path.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder)
+    (tmp_path / "data" / "train" / "red" / "bad.png").write_bytes(b"no picture")
+    arguments = command(repository, tmp_path / "data", tmp_path / "out", f"{SHORT} --streaming --skip_broken --flip")
+    finetune.run([*arguments, "--eval_strategy", "no", "--load_best_model_at_end", "false"])
+    assert read_metrics(tmp_path / "out")["held-out pictures"] == 6
+
+
+def test_lora_leaves_an_adapter_and_the_merged_model_which_say_the_same(repository, pictures, tmp_path):
+    finetune.run(command(repository, pictures, tmp_path, f"{BY_EPOCH} --train lora --learning_rate 1e-2"))
+    merged = AutoModelForImageClassification.from_pretrained(tmp_path, trust_remote_code=True)
+    base = AutoModelForImageClassification.from_pretrained(repository, trust_remote_code=True, num_labels=3)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    untouched = AutoModel.from_pretrained(repository, trust_remote_code=True).state_dict()
+    weights = adapted.state_dict()
+    moved = 0
+    for name, weight in merged.state_dict().items():
+        np.testing.assert_allclose(weight.numpy(), weights[name].numpy(), atol=1e-6)
+        before = untouched.get(name.removeprefix("model."))
+        moved += before is not None and not np.array_equal(weight.numpy(), before.numpy())
+    assert moved >= 6
+
+
+def test_a_head_learns_from_features_that_are_computed_once(repository, pictures, tmp_path, capfd):
+    arguments = command(repository, pictures, tmp_path, f"{BY_EPOCH} --train head --num_crops 4")
+    finetune.run(arguments)
+    merged = AutoModelForImageClassification.from_pretrained(tmp_path, trust_remote_code=True).state_dict()
+    before = AutoModel.from_pretrained(repository, trust_remote_code=True).state_dict()
+    same = {name for name, weight in before.items() if weight.equal(merged[f"model.{name}"])}
+    assert {name for name in before if ".img_projection." in name} == set(before) - same
+    features = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").glob("*.arrow")}
+    assert len(features) == 2
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    finetune.run(arguments)
+    assert features == {path: path.stat().st_mtime_ns for path in (tmp_path / "features").glob("*.arrow")}
+
+
+def test_cached_features_give_what_pictures_give(repository, pictures, tmp_path):
+    options, arguments = finetune.parse_arguments(command(repository, pictures, tmp_path, "--num_crops 4 --use_cpu"))
+    splits, names = finetune.load_splits(options, seed=0)
+    model = finetune.load_model(options, names).eval()
+    collate = finetune.Collator(finetune.load_image_processor(options), options.num_crops)
+    rows = finetune.Pictures(splits["train"], options, 0, model.config.crop_size)
+    cached = finetune.with_features(splits["train"], model.base_model, collate, tmp_path, batch_size=5)
+    wanted = model(**collate([rows[number] for number in (0, 9, 20)])).logits
+    got = model(**collate([cached[number] for number in (0, 9, 20)])).logits
+    np.testing.assert_allclose(got.detach(), wanted.detach(), atol=1e-5)
+
+
+def test_an_embedding_is_drawn_together_by_label_and_serves_when_cut(repository, pictures, tmp_path):
+    arguments = f"{BY_EPOCH} --task embedding --words --matryoshka 16 8 --early_stopping 3"
+    with pytest.raises(ValueError, match="the tokenizer does not know the names"):
+        finetune.run(command(repository, "digits", tmp_path / "no", arguments.replace("--early_stopping 3", "")))
+    finetune.run(command(repository, pictures, tmp_path, arguments.replace("--words ", "").replace("1e-3", "1e-2")))
+    rows = read_metrics(tmp_path)["held out"]
+    assert rows["fine-tuned"]["recall@1, 8 dimensions"] >= rows["untrained"]["recall@1, 8 dimensions"]
+    assert type(AutoModel.from_pretrained(tmp_path, trust_remote_code=True)).__name__ == "Phi3EmbedModel"
+
+
+def test_the_loss_is_that_of_the_paper_and_reaches_its_floor():
+    vectors, labels = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 1, 1, 1, 2])
+    unit = torch.nn.functional.normalize(vectors, dim=-1)
+    terms = []
+    for one in range(5):
+        others = [other for other in range(6) if other != one]
+        total = sum(torch.exp(unit[one] @ unit[other] / 0.5) for other in others)
+        alike = [other for other in others if labels[other] == labels[one]]
+        terms.append(-sum(torch.log(torch.exp(unit[one] @ unit[other] / 0.5) / total) for other in alike) / len(alike))
+    torch.testing.assert_close(finetune.contrastive_loss(vectors, labels, 0.5), sum(terms) / 5)
+
+
+def test_a_changed_picture_keeps_its_proportions_and_follows_from_its_seed():
+    options = finetune.Options("m", "d", flip=True, zoom=0.2, shift=0.1, rotate=10, color=0.3)
+    for size in ((40, 20), (600, 300)):
+        picture = Image.linear_gradient("L").resize(size).convert("RGB")
+        changed = [finetune.augment(picture, np.random.default_rng(seed), options, 56) for seed in (1, 1, 2)]
+        assert all(each.width == 2 * each.height for each in changed)
+        assert changed[0] == changed[1] != changed[2]
+    still = finetune.Options("m", "d", zoom=1e-9)
+    assert np.abs(np.array(finetune.augment(picture, np.random.default_rng(0), still, 56), int) - picture).max() <= 1
+
+
+# What is wrong with data or machine
+
+
+def one_class_of_one(folder):
+    make_pictures(folder)
+    for path in sorted((folder / "red").iterdir())[1:]:
+        path.unlink()
+
+
+def unknown_label_in_test(folder):
+    make_pictures(folder / "train", {name: COLORS[name] for name in ("blue", "red")}, 3)
+    make_pictures(folder / "test", COLORS, 2)
+
+
+def empty_split(folder):
+    make_pictures(folder / "train", per_class=3)
+    (folder / "test" / "red").mkdir(parents=True)
+    (folder / "test" / "red" / "bad.png").write_bytes(b"")
+
+
+def unreadable(folder):
+    make_pictures(folder, per_class=3)
+    (folder / "red" / "bad.png").write_bytes(b"no picture")
+
+
+def one_class(folder):
+    make_pictures(folder, {"red": COLORS["red"]}, 3)
+
+
+BAD_DATA = {
+    "a class with one picture": (one_class_of_one, "", "The class 'red' has one picture left"),
+    "labels that differ": (unknown_label_in_test, "", "labels differ between splits: 'test' has green, which 'train'"),
+    "an empty split": (empty_split, "--skip_broken", "The split 'test' of .* is empty"),
+    "a missing column": (unreadable, "--label_column kind", "no column 'kind', but 'image', 'label'"),
+    "unreadable pictures": (unreadable, "", r"(?s)1 of 10 pictures are broken.*--skip_broken.*red/bad.png"),
+    "no classes": (one_class, "", "has no column of labels. Name it by --label_column"),
+    "a stream without end": (one_class, "--streaming --max_steps 0", "--streaming needs --max_steps"),
+    "flips of cached features": (one_class, "--train head --flip", "--train head computes"),
+    "a share above one": (one_class, "--held_out 1.5", "--held_out is 1.5, but must be a share"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_is_an_error_that_says_how_to_mend_it(case, repository, tmp_path):
+    make, arguments, message = BAD_DATA[case]
+    make(tmp_path / "data")
+    before = digest(tmp_path / "data")
+    with pytest.raises(ValueError, match=message):
+        finetune.run(command(repository, tmp_path / "data", tmp_path / "out", f"{BY_EPOCH} {arguments}"))
+    assert digest(tmp_path / "data") == before and not (tmp_path / "out").exists()
+
+
+def digest(folder):
+    return {
+        path: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def test_another_training_in_the_same_folder_is_refused(trained, repository, pictures):
+    with pytest.raises(ValueError, match="began otherwise: learning_rate was 0.003 and is 0.5. Give another --output"):
+        finetune.run([*command(repository, pictures, trained), "--learning_rate", "0.5"])
+
+
+def test_a_full_disk_at_a_checkpoint_is_said_and_earlier_checkpoints_stay(
+    trained, repository, pictures, tmp_path, monkeypatch
+):
+    output = tmp_path / "out"
+    shutil.copytree(trained, output)
+    shutil.rmtree(output / "checkpoint-9", ignore_errors=True)
+    kept = finetune.last_checkpoint(output)
+    before = digest(kept)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command(repository, pictures, output)])
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+    try:
+        with pytest.raises(SystemExit) as error:
+            finetune.main()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert str(error.value).startswith("finetune: The disk is full: ") and "\n" not in str(error.value)
+    assert digest(kept) == before and finetune.last_checkpoint(output) == kept
+
+
+def test_a_batch_that_memory_cannot_hold_is_said_in_a_line(repository, tmp_path):
+    code = """
+import resource, sys
+sys.path.insert(0, sys.argv.pop(1))
+import finetune
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 600_000_000,) * 2)
+finetune.main()
+"""
+    arguments = command(repository, "digits", tmp_path, SHORT.replace("batch_size 8", "batch_size 1024"))
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "examples"), *arguments, "--num_crops", "40"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("finetune: A batch does not fit in memory. Give a smaller --per_")

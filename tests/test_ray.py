@@ -1,0 +1,179 @@
+"""examples/embed_ray.py on a local Ray of two nodes, with a worker and a driver killed."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
+from ray.cluster_utils import Cluster
+from transformers import AutoImageProcessor, AutoModel
+
+sys.path.insert(0, str(ROOT / "examples"))
+import embed_ray  # noqa: E402
+
+SCRIPT = ROOT / "examples" / "embed_ray.py"
+NUM_IMAGES, SHARD_SIZE, BROKEN = 80, 2, 50
+TIMEOUT = 240  # seconds; processes of Ray start slowly
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 2**28})
+    for _ in range(2):
+        cluster.add_node(num_cpus=2, object_store_memory=2**28)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def files():
+    """Picture files of unequal sizes by name, one of them broken."""
+    generator, files = np.random.default_rng(0), {}
+    for number in range(NUM_IMAGES):
+        buffer = io.BytesIO()
+        pixels = generator.integers(0, 256, (20 + number, 140 - number, 3), np.uint8)
+        Image.fromarray(pixels).save(buffer, "png")
+        files[f"{number:03}.png"] = b"no picture" if number == BROKEN else buffer.getvalue()
+    return files
+
+
+@pytest.fixture(scope="module")
+def vectors(files):
+    """What the model gives without Ray."""
+    where = {"pretrained_model_name_or_path": ROOT / "tiny", "trust_remote_code": True}
+    pictures = [Image.open(io.BytesIO(file)) for file in files.values() if file != b"no picture"]
+    inputs = AutoImageProcessor.from_pretrained(**where, num_crops=1)(pictures, return_tensors="pt")
+    with torch.inference_mode():
+        return AutoModel.from_pretrained(**where)(**inputs).pooler_output.numpy()
+
+
+def begin(cluster, source, folder, *more):
+    command = [sys.executable, SCRIPT, source, folder, "--num-crops", "1", "--shard-size", SHARD_SIZE, "--copies", "1"]
+    environment = os.environ | {"RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*map(str, command), *more], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def workers(cluster, stage):
+    """The cluster's processes of a stage."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if f"MapWorker(Map({stage}))" in " ".join(process.info["cmdline"] or ()):
+            raylet = process.parent()
+            if raylet and any(cluster.address in each for each in raylet.cmdline()):
+                found.append(process)
+    return found
+
+
+def wait_for_files(folder, count):
+    stop = time.monotonic() + TIMEOUT
+    while len(list(folder.glob("*.parquet"))) < count:
+        assert time.monotonic() < stop, "Nothing was written."
+        time.sleep(0.02)
+
+
+def assert_equal_rows(folder, names, vectors):
+    rows = pq.read_table(folder).to_pylist()
+    assert [row["name"] for row in rows] == names
+    assert [row["name"] for row in rows if row["error"]] == [names[BROKEN]]
+    assert rows[BROKEN]["embedding"] is None
+    given = np.array([row["embedding"] for row in rows if row["embedding"] is not None])
+    np.testing.assert_allclose(given, vectors, atol=1e-5, rtol=1e-5)
+    assert not list(folder.glob("*.part"))
+
+
+def test_a_killed_driver_and_a_killed_worker_lose_and_double_no_row(cluster, files, vectors, tmp_path):
+    pictures, folder = tmp_path / "pictures", tmp_path / "vectors"
+    pictures.mkdir()
+    for name, file in files.items():
+        (pictures / name).write_bytes(file)
+
+    driver = begin(cluster, pictures, folder)
+    wait_for_files(folder, 3)
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate()
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
+    assert 3 <= len(before) < NUM_IMAGES // SHARD_SIZE
+    while workers(cluster, "Embed"):  # those of the dead driver may still finish a shard
+        time.sleep(0.1)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
+
+    driver = begin(cluster, pictures, folder)
+    wait_for_files(folder, len(before) + 3)
+    (model,) = workers(cluster, "Embed")
+    assert workers(cluster, "Preprocess")  # in processes of their own, so that they overlap
+    model.kill()
+    said, errors = driver.communicate(timeout=TIMEOUT)
+    assert driver.returncode == 0, errors
+    assert f"{NUM_IMAGES} images in {NUM_IMAGES // SHARD_SIZE} shards, of which {len(before)} are done." in said
+    assert "a second; the model was busy" in said
+    assert (
+        f"1 of {NUM_IMAGES} images are broken and have no vector (column `error`):\n{pictures}/050.png: it is no"
+        in said
+    )
+    assert_equal_rows(folder, [str(pictures / name) for name in files], vectors)
+    after = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
+    assert before.items() <= after.items()  # what was done was not done again
+
+
+def test_parquet_and_webdataset_give_the_same_vectors(cluster, files, vectors, tmp_path):
+    source = tmp_path / "pictures"
+    source.mkdir()
+    half = NUM_IMAGES // 2
+    images = [{"bytes": file, "path": name} for name, file in files.items()]
+    data = Dataset.from_dict({"image": images[:half]}).cast_column("image", ImageFeature(decode=False))
+    data.to_parquet(source / "a.parquet", batch_size=25)
+    with tarfile.open(source / "b.tar", "w") as archive:
+        for name in list(files)[half:]:
+            for member, content in ((name, files[name]), (name.replace("png", "txt"), b"a text")):
+                about = tarfile.TarInfo(member)
+                about.size = len(content)
+                archive.addfile(about, io.BytesIO(content))
+
+    driver = begin(cluster, source, tmp_path / "vectors", "--shard-size", "20")
+    errors = driver.communicate(timeout=TIMEOUT)[1]
+    assert driver.returncode == 0, errors
+    names = [f"{source}/a.parquet#{row}" for row in range(half)]
+    names += [f"{source}/b.tar#{name}" for name in list(files)[half:]]
+    assert_equal_rows(tmp_path / "vectors", names, vectors)
+
+
+@pytest.mark.parametrize(
+    ("source", "folder", "told"),
+    [
+        ("none", "out", "There is no "),
+        ("empty", "out", "holds no images"),
+        ("one.png", "taken", "are not of this command"),
+        ("other.parquet", "out", "has no column 'image', but"),
+    ],
+)
+def test_a_users_mistake_is_told_in_a_line(source, folder, told, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.parquet").write_bytes(b"")
+    Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
+    Dataset.from_dict({"picture": ["a"]}).to_parquet(tmp_path / "other.parquet")
+    monkeypatch.setattr(sys, "argv", ["embed_ray.py", str(tmp_path / source), str(tmp_path / folder)])
+    with pytest.raises(SystemExit, match=f"embed_ray: .*{told}"):
+        embed_ray.main()
+
+
+def test_other_pictures_are_not_mixed_into_a_folder(tmp_path):
+    shards = [{"names": ["a.png"], "number": 0}]
+    embed_ray.begin(tmp_path, shards, {"num_crops": 1})
+    embed_ray.begin(tmp_path, shards, {"num_crops": 1})
+    with pytest.raises(ValueError, match="was begun with other num_crops, names"):
+        embed_ray.begin(tmp_path, [{"names": ["b.png"], "number": 0}], {"num_crops": 2})
