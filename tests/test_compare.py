@@ -196,6 +196,14 @@ def test_the_report_links_its_maps_by_mouse_list_and_keyboard(report, browser, s
 def test_the_summary_says_what_is_within_noise(report):
     summary = (report[0] / "report.html").read_text().split('id="figures"')[0]
     assert "Telling classes by a linear probe" in summary and "within noise" in summary
+    results = json.loads((report[0] / "results.json").read_text())
+    for name, words in (("recall@1", "Nearest picture"), ("mAP", "All pictures"), ("NMI", "Clusters")):
+        found = figure(results, name)
+        sentence = next(line for line in summary.splitlines() if f"<strong>{words}" in line)
+        is_noise = not any(each["beyond_noise"] for each in found["differences"])
+        assert ("the differences are within noise" in sentence) or not is_noise
+        best = max(found["values"], key=lambda label: found["values"][label]["value"])
+        assert sentence.split("</strong>")[1].split(best)[0].count("(") == 0  # the best comes first
 
 
 @pytest.fixture
