@@ -58,6 +58,7 @@ from tqdm import tqdm
 PACKAGES = ("torch", "transformers", "sentence-transformers", "scikit-learn", "scipy", "faiss-cpu", "numpy", "pillow")
 RETRIEVAL, HELD_OUT, CLUSTERING = "Same-class retrieval", "Classification of held-out pictures", "Clustering"
 ROBUSTNESS, DETAIL, TEXTS = "Robustness", "Fine detail", "Text to image"
+CKA_PICTURES = 200
 ALL_CHANGES = "mean of all changes"
 LOWER_IS_BETTER = ("moved", "fall of recall@1")
 console = Console()
@@ -136,7 +137,7 @@ def run(arguments):
                 for label, each in zip(labels, embedded)
             ],
             "figures": summarise(figures, arguments.resamples, arguments.seed),
-            "spaces": compare_spaces(spaces, labels, undefined, probe, arguments),
+            "spaces": compare_spaces(spaces, labels, undefined, arguments),
         }
     vectors = {label: np.ascontiguousarray(each["all"]) for label, each in zip(labels, spaces)}
     write_beside(arguments.output / "embeddings.safetensors", lambda path: save_file(vectors, path, names_of(data)))
@@ -259,7 +260,7 @@ def measure(data, probe, embedded, spaces, labels, seed):
         else:
             units[label] = {name: unit(vectors) for name, vectors in space.items()}
     classes, counts = np.unique(data.labels[data.labels != UNLABELLED], return_counts=True)
-    without = undefined | dict.fromkeys(units, why_without_classes(classes, counts))
+    without = undefined | dict.fromkeys(units, why_without_classes(classes))
     figures = []
 
     def add(group, found, without):
@@ -278,7 +279,8 @@ def measure(data, probe, embedded, spaces, labels, seed):
             progress = tqdm(all_of.items(), desc="Classifying", unit="model")
             add(HELD_OUT, {label: held_out_accuracy(each, data.labels, seed) for label, each in progress}, undefined)
         else:
-            add_undefined(HELD_OUT, ("k-NN accuracy", "linear-probe accuracy"))
+            reason = undefined | dict.fromkeys(units, "fewer than two classes have two pictures")
+            add_undefined(HELD_OUT, ("k-NN accuracy", "linear-probe accuracy"), reason)
         found = {label: clusters(each, data.labels, seed) for label, each in all_of.items()}
         for name, statistic in (("NMI", nmi), ("ARI", ari)):
             figures.append(Figure(CLUSTERING, name, found, undefined, statistic))
@@ -321,17 +323,16 @@ def measure(data, probe, embedded, spaces, labels, seed):
     return figures, undefined
 
 
-def why_without_classes(classes, counts):
-    if not len(classes):
-        return "the pictures have no classes"
-    if len(classes) == 1:
-        return "there is one class only"
-    return "fewer than two classes have two pictures"
+def why_without_classes(classes):
+    return "there are no two classes" if len(classes) < 2 else "no class has two pictures"
 
 
-def compare_spaces(spaces, labels, undefined, probe, arguments):
-    """How alike each two spaces are: linear CKA on the probe's pictures, and shared neighbours among all."""
+def compare_spaces(spaces, labels, undefined, arguments):
+    """How alike each two spaces are: linear CKA on a sample of the pictures, and shared neighbours among all."""
     units = {label: unit(space["all"]) for label, space in zip(labels, spaces) if label not in undefined}
+    rng = np.random.default_rng(arguments.seed)
+    sample = rng.permutation(len(spaces[0]["all"]))[:CKA_PICTURES]
+    numbers = rng.choice(sample, (FEW_RESAMPLES, len(sample)))
     found = []
     for left, right in combinations(units, 2):
         a, b = units[left], units[right]
@@ -340,10 +341,9 @@ def compare_spaces(spaces, labels, undefined, probe, arguments):
         low, high = np.quantile(resampled[0], (0.025, 0.975))
         entry = {"models": [left, right], "overlap": {"value": float(observed[0]), "low": float(low)}}
         entry["overlap"]["high"] = float(high)
-        cka = linear_cka(a[probe], b[probe])
-        numbers = np.random.default_rng(arguments.seed).integers(len(probe), size=(FEW_RESAMPLES, len(probe)))
+        cka = linear_cka(a[sample], b[sample])
         # The basic bootstrap, as pictures drawn twice make spaces alike.
-        values = [2 * cka - linear_cka(a[probe[each]], b[probe[each]]) for each in numbers]
+        values = [2 * cka - linear_cka(a[each], b[each]) for each in numbers]
         low, high = np.quantile(values, (0.025, 0.975))
         entry["cka"] = {"value": cka, "low": float(low), "high": float(high)}
         found.append(entry)
