@@ -5,12 +5,15 @@ RUN = $(VENV)/bin/python
 MODEL ?=
 IMAGES ?=
 
-.PHONY: demo test lint format tiny benchmark clean
+.PHONY: demo app test lint format tiny benchmark clean
 
 demo: $(VENV)/ready
 	$(RUN) examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(IMAGES),--images "$(IMAGES)")
 
-test: $(VENV)/transformers-tests $(VENV)/browser lint
+app: $(VENV)/ready
+	GRADIO_ANALYTICS_ENABLED=False $(if $(MODEL),MODEL="$(MODEL)",HF_HUB_OFFLINE=1) $(RUN) space/app.py
+
+test: $(VENV)/transformers-tests $(VENV)/browser $(VENV)/torchao lint
 	$(RUN) -m pytest
 
 lint: $(VENV)/ready
@@ -24,7 +27,7 @@ format: $(VENV)/ready
 tiny: $(VENV)/ready
 	$(RUN) examples/train_tiny.py
 
-benchmark: $(VENV)/ready
+benchmark: $(VENV)/ready $(VENV)/torchao
 	$(RUN) benchmarks/run.py
 
 $(VENV)/ready: requirements-dev.txt
@@ -37,6 +40,12 @@ $(VENV)/transformers-tests: $(VENV)/ready
 	rm -rf $@ $@.part
 	$(VENV)/bin/pip download --quiet --no-deps --no-binary transformers -c requirements-dev.txt -d $@.part transformers
 	tar -xzf $@.part/transformers-*.tar.gz -C $@.part --strip-components=1 --wildcards '*/tests/*.py'
+	mv $@.part $@
+
+# In a folder of its own: on transformers' import it warns of what is not for CPUs.
+$(VENV)/torchao: $(VENV)/ready
+	rm -rf $@ $@.part
+	$(VENV)/bin/pip install --quiet --no-deps --target $@.part torchao==0.18.0
 	mv $@.part $@
 
 $(VENV)/browser: $(VENV)/ready

@@ -1,5 +1,6 @@
 """Phi-3-vision image embedding: configuration."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -148,12 +149,31 @@ def _from_microsoft(img_processor, embd_layer, vision_config):
     }
 
 
+def _arguments(config_class):
+    return list(inspect.signature(config_class.__init__).parameters)[1:-1]  # without self and kwargs
+
+
+def _changed(config_dict, changes):
+    """A saved config with arguments of `from_pretrained`; what follows from those is derived anew."""
+    stale = set()
+    for names in ({"hidden_size", "n_embd"}, {"embd_pdrop", "embed_pdrop"}):
+        stale |= names if names & changes.keys() else set()
+    if {"vision_config", "use_hd_transform", "type_feature"} & changes.keys():
+        stale |= {"num_img_tokens", "with_learnable_separator"}
+    kept = {name: value for name, value in config_dict.items() if name not in stale}
+    saved, given = kept.get("vision_config"), changes.get("vision_config")
+    # As everywhere, a dict changes single settings of a tower of the same kind.
+    if isinstance(saved, dict) and isinstance(given, dict) and given.get("model_type") in (None, saved["model_type"]):
+        changes = changes | {"vision_config": saved | given}
+    return kept | changes
+
+
 class Phi3EmbedConfig(PreTrainedConfig):
     r"""
     Configuration of a [`Phi3EmbedModel`]. The defaults are the geometry of Phi-3-vision.
 
-    `from_pretrained` and `from_dict` also read Microsoft's `config.json` as it stands, and take from it what the image
-    embedding needs.
+    `from_pretrained` and `from_dict` also read Microsoft's `config.json` as it stands (`img_processor`, `embd_layer`),
+    and take from it what the image embedding needs.
 
     Args:
         vision_config (`PreTrainedConfig` or `dict`, *optional*):
@@ -184,8 +204,6 @@ class Phi3EmbedConfig(PreTrainedConfig):
             its global view alone (`"global"`). Separators and padding do not count.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of a fresh model's projection and word embeddings.
-        img_processor, embd_layer (`dict`, *optional*):
-            Microsoft's way to say the above; not to be mixed with it.
 
     Raises:
         ValueError: a value is wrong, or two contradict each other.
@@ -223,6 +241,8 @@ class Phi3EmbedConfig(PreTrainedConfig):
         with_learnable_separator=None,
         **kwargs,
     ):
+        if microsoft := sorted({"img_processor", "embd_layer"} & kwargs.keys()):
+            raise ValueError(f"Microsoft's {microsoft} are read by `Phi3EmbedConfig.from_dict`, not here.")
         hidden_size = _one_of_two_names("hidden_size", hidden_size, "n_embd", n_embd)
         embd_pdrop = _one_of_two_names("embd_pdrop", embd_pdrop, "embed_pdrop", embed_pdrop)
         self.vision_config = self._build_vision_config(vision_config)
@@ -257,10 +277,14 @@ class Phi3EmbedConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         if "img_processor" in config_dict or "embd_layer" in config_dict:
+            mixed = sorted({*_arguments(cls)} - {*MICROSOFT_KEYS} & {*config_dict})
+            _require(not mixed, "config", mixed, "said in Microsoft's way alone, by `img_processor` and `embd_layer`")
             taken = {key: config_dict[key] for key in MICROSOFT_KEYS if key in config_dict}
             img_processor, embd_layer = (taken.pop(key, None) or {} for key in ("img_processor", "embd_layer"))
             config_dict = taken | _from_microsoft(img_processor, embd_layer, taken.pop("vision_config", None))
-        return super().from_dict(config_dict, **kwargs)
+        # The base class would set these behind the checks of `__init__`.
+        changes = {name: kwargs.pop(name) for name in _arguments(cls) if name in kwargs}
+        return super().from_dict(_changed(config_dict, changes), **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
         """As [`PreTrainedConfig.save_pretrained`], and the files of sentence-transformers where there are none yet."""
@@ -282,7 +306,10 @@ class Phi3EmbedConfig(PreTrainedConfig):
                 model_type,
                 "a model type that transformers knows, such as 'clip_vision_model', 'siglip_vision_model' or 'dinov2'",
             )
-            vision_config = CONFIG_MAPPING[model_type](**vision_config)
+            try:
+                vision_config = CONFIG_MAPPING[model_type](**vision_config)
+            except Exception as error:  # of many kinds, by tower
+                raise ValueError(f"`vision_config` is no config of a {model_type!r}: {error}") from error
         _require(
             isinstance(vision_config, PreTrainedConfig), "vision_config", vision_config, "a dict or a PreTrainedConfig"
         )
@@ -291,6 +318,12 @@ class Phi3EmbedConfig(PreTrainedConfig):
                 raise ValueError(
                     f"`vision_config` of type {vision_config.model_type!r} has no `{name}`, but must be that of a "
                     "vision transformer alone, such as 'clip_vision_model', 'siglip_vision_model' or 'dinov2'."
+                )
+        for name in ("depths", "num_frames"):
+            if hasattr(vision_config, name):
+                raise ValueError(
+                    f"`vision_config` of type {vision_config.model_type!r} has `{name}`, but must be that of a plain "
+                    "vision transformer, whose layers all have the same patches of one picture."
                 )
         return vision_config
 
@@ -371,6 +404,7 @@ class Phi3EmbedConfig(PreTrainedConfig):
         return self.layer_idx % (self.vision_config.num_hidden_layers + 1)
 
 
+# modeling_phi3_embed.py gives the class its own module's name, and says why.
 Phi3EmbedConfig.register_for_auto_class()
 
 __all__ = ["Phi3EmbedConfig"]

@@ -11,13 +11,15 @@ Pixels (images, crops, 3, H, W)
 """
 
 import copy
+import inspect
+import shlex
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.processing_utils import Unpack
@@ -33,7 +35,7 @@ MIN_PLACEHOLDER_ID = -(10**9)
 IGNORED_LABEL = -100
 
 # What towers call the modules behind their last layer. The features are taken before them.
-CLOSING_MODULES = ("post_layernorm", "layernorm", "norm", "head", "pooler")
+CLOSING_MODULES = ("post_layernorm", "layernorm", "norm", "rms_norm", "head", "pooler")
 
 
 @dataclass
@@ -89,6 +91,15 @@ def build_vision_tower(config: Phi3EmbedConfig) -> PreTrainedModel:
         raise ValueError(
             f"`vision_config` of type {vision_config.model_type!r} builds {type(tower).__name__}, which takes "
             f"`{tower.main_input_name}`. Give the config of a vision transformer, which takes `pixel_values`."
+        )
+    inputs = inspect.signature(tower.forward).parameters
+    needed = [
+        name for name, each in inputs.items() if each.default is each.empty and each.kind is not each.VAR_KEYWORD
+    ]
+    if needed[1:]:
+        raise ValueError(
+            f"`vision_config` of type {vision_config.model_type!r} builds {type(tower).__name__}, which needs "
+            f"{', '.join(needed)}. Give the config of a vision transformer that takes `pixel_values` alone."
         )
     for name in CLOSING_MODULES:
         if hasattr(tower, name):
@@ -279,8 +290,9 @@ class Phi3ImageEmbedding(nn.Module):
         num_views = grids.prod(-1) + 1
         _check_padding_crops(pixel_values, num_views)
         num_images, max_views = pixel_values.shape[:2]
-        # The only crop of a 1 x 1 grid equals the global view, to the bit as the processor makes them: encode it once.
-        if max_views > 1 and not torch.compiler.is_compiling():
+        # The only crop of a 1 x 1 grid equals the global view, to the bit as the processor makes them: encode it once,
+        # but where each view's own gradient is asked for.
+        if max_views > 1 and not torch.compiler.is_compiling() and not pixel_values.requires_grad:
             is_twin = (num_views == 2) & (pixel_values[:, 0] == pixel_values[:, 1]).flatten(1).all(-1)
             num_views = num_views - is_twin.long()
         number = torch.arange(num_images, device=grids.device)
@@ -339,9 +351,11 @@ class Phi3ImageEmbedding(nn.Module):
     ) -> torch.FloatTensor:
         """Word embeddings `(batch_size, sequence_length, hidden_size)` with the image tokens in the placeholders."""
         if input_ids is not None:
-            input_ids = input_ids.view(-1, input_ids.shape[-1])
             _check_input_ids(input_ids, self.wte.num_embeddings)
+            input_ids = input_ids.view(-1, input_ids.shape[-1])
             inputs_embeds = self.wte(input_ids.clamp(min=0))
+        else:
+            _check_inputs_embeds(inputs_embeds, self.wte.embedding_dim)
         is_placeholder = self.get_placeholder_mask(input_ids, inputs_embeds, image_tokens)
         if len(image_tokens):
             features = torch.cat(image_tokens).to(inputs_embeds.device, inputs_embeds.dtype)
@@ -407,6 +421,11 @@ class Phi3ImageEmbedding(nn.Module):
 
 
 def _check_pixels(config, pixel_values):
+    if not isinstance(pixel_values, torch.Tensor):
+        raise ValueError(
+            f"`pixel_values` are of type {type(pixel_values).__name__}, but must be a tensor: call the image "
+            "processor with `return_tensors='pt'`."
+        )
     shape, channels, size = tuple(pixel_values.shape), config.vision_config.num_channels, config.crop_size
     width = config.vision_config.hidden_size
     if config.use_hd_transform:
@@ -469,12 +488,25 @@ def _check_padding_crops(pixel_values, num_views):
 
 
 def _check_input_ids(input_ids, num_embeddings):
+    if not isinstance(input_ids, torch.Tensor):
+        raise ValueError(f"`input_ids` are of type {type(input_ids).__name__}, but must be a tensor.")
+    if input_ids.dtype not in (torch.int32, torch.int64) or input_ids.ndim not in (1, 2) or not input_ids.numel():
+        raise ValueError(
+            f"`input_ids` are of shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}, but must be int64 or "
+            "int32 of shape (batch_size, sequence_length), and not empty."
+        )
     if torch.compiler.is_compiling():
         return
-    if input_ids.is_floating_point():
-        raise ValueError(f"`input_ids` are of dtype {input_ids.dtype}, but must be ints.")
-    if input_ids.numel() and (highest := input_ids.max().item()) >= num_embeddings:
+    if (highest := input_ids.max().item()) >= num_embeddings:
         raise ValueError(f"`input_ids` hold {highest}, but the vocabulary ends at {num_embeddings - 1}.")
+
+
+def _check_inputs_embeds(inputs_embeds, width):
+    if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != width:
+        raise ValueError(
+            f"`inputs_embeds` are of shape {tuple(inputs_embeds.shape)}, but must be (batch_size, sequence_length, "
+            f"{width})."
+        )
 
 
 def _check_labels(config, labels, num_images):
@@ -518,6 +550,13 @@ def _check_placeholders(is_placeholder, number, num_tokens):
             f"The text has {sum(runs)} image placeholders, in runs of {runs}, but the images take {sum(num_tokens)} "
             f"tokens, {list(num_tokens)}. Each image's placeholders must stand together and be as many as its tokens."
         )
+    # Images are taken in the order of their places: numbers in another would give each the other's picture.
+    text, numbers = ends.nonzero(as_tuple=True)[0], number[ends]
+    if ((text[1:] == text[:-1]) & (numbers[1:] < 0) & (numbers[1:] >= numbers[:-1])).any():
+        raise ValueError(
+            f"The image placeholders are {numbers.tolist()}, but must be -1, -2, -3, ... in the order of their places "
+            "in a text. Reorder the images to match the text."
+        )
 
 
 Model = TypeVar("Model", bound="Phi3EmbedPreTrainedModel")
@@ -547,8 +586,9 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
     ) -> Model:
         """
         As [`PreTrainedModel.from_pretrained`], but weights that the checkpoint lacks are an error, never left random.
-        To train a head from the base model's checkpoint its own weights, and only they, may be lacking: they start
-        fresh, with transformers' warning that names them.
+        To train a head from the base model's checkpoint its own weights, and only they, may be lacking where its
+        classes are named: they start fresh, with transformers' warning that names them. So do, as everywhere, weights
+        of another shape with `ignore_mismatched_sizes=True`.
 
         Raises:
             ValueError: the checkpoint lacks weights; they are named. Or it is in Microsoft's layout.
@@ -558,19 +598,22 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
             if "img_processor" in config:
                 raise ValueError(
                     f"{pretrained_model_name_or_path} is a checkpoint in Microsoft's layout. Take the image embedding "
-                    f"out of it by `python convert_phi3_vision.py {pretrained_model_name_or_path} OUTPUT`, and load "
-                    "OUTPUT."
+                    f"out of it by `python convert_phi3_vision.py {shlex.quote(str(pretrained_model_name_or_path))} "
+                    "OUTPUT`, and load OUTPUT."
                 )
         model, loading_info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
         missing = loading_info["missing_keys"]
+        hint = "For a fresh, untrained model use `AutoModel.from_config(config, trust_remote_code=True)`."
         if model.base_model is not model and model.config.architectures == [type(model.base_model).__name__]:
-            missing = {name for name in missing if name.startswith(f"{cls.base_model_prefix}.")}
+            # Without classes of its own nobody asked for a head: a pipeline would pass off its random answers.
+            if model.config.id2label != PreTrainedConfig().id2label:
+                missing = {name for name in missing if name.startswith(f"{cls.base_model_prefix}.")}
+            hint = "To train them, name the classes by `id2label`, or their number by `num_labels`."
         if missing := sorted(missing):
             raise ValueError(
-                f"The checkpoint lacks {len(missing)} of the model's weights: {', '.join(missing)}. For a fresh, "
-                "untrained model use `AutoModel.from_config(config, trust_remote_code=True)`."
+                f"The checkpoint lacks {len(missing)} of the model's weights: {', '.join(missing)}. {hint}"
             )
         return (model, loading_info) if output_loading_info else model
 

@@ -151,6 +151,11 @@ def _array_to_pil(array: np.ndarray, input_data_format) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array[..., :3]))
 
 
+def _check_kind(image):
+    if not isinstance(image, (str, Path, Image.Image, np.ndarray, torch.Tensor)):
+        raise ValueError(f"An image is of type {type(image).__name__}. Accepted are {ACCEPTED_IMAGES}.")
+
+
 def to_rgb(image, input_data_format=None) -> Image.Image:
     """Any one image -> a PIL image of mode RGB. An alpha channel is dropped, as in the original."""
     if isinstance(image, (str, Path)):
@@ -159,8 +164,7 @@ def to_rgb(image, input_data_format=None) -> Image.Image:
         image = (image.float() if image.is_floating_point() else image).numpy(force=True)
     if isinstance(image, np.ndarray):
         return _array_to_pil(image, input_data_format)
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"An image is of type {type(image).__name__}. Accepted are {ACCEPTED_IMAGES}.")
+    _check_kind(image)
     if 0 in image.size:
         raise ValueError(f"An image is of size {image.size}: it has no pixels.")
     if image.mode.startswith("I;16"):
@@ -171,6 +175,11 @@ def to_rgb(image, input_data_format=None) -> Image.Image:
             raise ValueError(
                 f"An image of mode {image.mode!r} has values from {low} to {high}, but must be in 0..255: scale it "
                 "first."
+            )
+        if image.mode == "F" and 0 < high <= 1:
+            raise ValueError(
+                f"An image of mode 'F' has values from {low} to {high}, but must be in 0..255. Values in [0, 1] are "
+                "taken as an array: `np.asarray(image)`."
             )
     try:
         image.load()
@@ -183,6 +192,10 @@ def to_rgb(image, input_data_format=None) -> Image.Image:
             return (image.convert("LA") if image.mode == "La" else image).convert("RGB")
     except (OSError, SyntaxError) as error:
         raise ValueError(f"An image ({getattr(image, 'filename', '') or image!r}) cannot be read: {error}") from error
+
+
+def _is_float(array) -> bool:
+    return array.is_floating_point() if isinstance(array, torch.Tensor) else np.issubdtype(array.dtype, np.floating)
 
 
 def flatten_images(images) -> list:
@@ -253,7 +266,8 @@ class Phi3EmbedImageProcessor(BaseImageProcessor):
         Args:
             images:
                 PIL images of any mode, numpy or torch arrays (either channel order; uint8, or float in [0, 1]), paths;
-                one, or a list, or nested lists.
+                one, or a list, or nested lists. A path is turned upright by its EXIF orientation; a PIL image is taken
+                as it is (`PIL.ImageOps.exif_transpose` turns it).
             num_crops (`int`, *optional*):
                 In place of the processor's own.
             return_tensors (`str`, *optional*):
@@ -279,6 +293,13 @@ class Phi3EmbedImageProcessor(BaseImageProcessor):
         images = flatten_images(images)
         if not images:
             raise ValueError(f"There are no images. Accepted are {ACCEPTED_IMAGES}.")
+        for image in images:
+            _check_kind(image)
+            if not kwargs["do_rescale"] and not isinstance(image, (str, Path, Image.Image)) and _is_float(image):
+                raise ValueError(
+                    "A float image array is in [0, 1] already and `do_rescale` is False, but resizing is done in "
+                    "0..255. Leave `do_rescale` on: values come out as if they had not been rescaled."
+                )
         scale, bias = _affine(**{name: kwargs[name] for name in AFFINE_KWARGS})
         # Padding crops stay the operating system's zero pages: they cost neither time nor memory.
         pixel_values = np.zeros((len(images), num_crops + 1, 3, size.height, size.width), np.float32)
@@ -307,8 +328,8 @@ class Phi3EmbedImageProcessor(BaseImageProcessor):
     def num_image_tokens(self, width: int, height: int, num_crops: int | None = None) -> int:
         """Tokens that an image of this size in pixels takes, without touching a pixel."""
         for name, side in (("width", width), ("height", height)):
-            if not side >= 1:
-                raise ValueError(f"`{name}` is {side!r}, but must be a positive number of pixels.")
+            if not isinstance(side, (int, np.integer)) or side < 1:
+                raise ValueError(f"`{name}` is {side!r}, but must be a positive whole number of pixels.")
         rows, cols = self._grid(width, height, self.num_crops if num_crops is None else num_crops)
         return hd_num_tokens(rows, cols, math.isqrt(self.num_img_tokens))
 
@@ -350,7 +371,11 @@ def _write_views(image, num_crops, crop_size, scale, bias, out) -> tuple[int, in
 
 
 def _check_num_crops(num_crops):
-    if not isinstance(num_crops, int) or isinstance(num_crops, bool) or not 0 <= num_crops <= MAX_NUM_CROPS:
+    if (
+        not isinstance(num_crops, (int, np.integer))
+        or isinstance(num_crops, bool)
+        or not 0 <= num_crops <= MAX_NUM_CROPS
+    ):
         raise ValueError(
             f"`num_crops` is {num_crops!r}, but must be an int from 0 (the global view alone) to {MAX_NUM_CROPS}."
         )
@@ -424,9 +449,12 @@ class Phi3EmbedProcessor(ProcessorMixin):
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         if text is not None:
-            text = [text] if isinstance(text, str) else list(text)
-            if not all(isinstance(sample, str) for sample in text):
-                raise ValueError("`text` must be a string or a list of strings.")
+            text = [text] if isinstance(text, str) else text
+            if not isinstance(text, (list, tuple)) or not text or not all(isinstance(each, str) for each in text):
+                raise ValueError(
+                    f"`text` is {text!r:.80}, but must be a string or a list of strings, and not empty. Images are "
+                    "the first argument; name both: `processor(images=..., text=...)`."
+                )
             text = [self._resolve_tags(number, sample) for number, sample in enumerate(text)]
             if images is not None:
                 self._check_images_of_texts(images, text)

@@ -64,12 +64,12 @@ def peak_bytes(call) -> int:
     # Memory that is free but not given back would hide what the call takes.
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-    before = _status("VmRSS")
+    before = status("VmRSS")
     call()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
-def _status(field):
+def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 

@@ -1,7 +1,8 @@
 """
-Time and peak memory of embedding, preprocessing, cold start and conversion, each beside the least that it could take.
+Time and peak memory of embedding, preprocessing, cold start, conversion and quantised loading, each beside the least
+that it could take, or beside float32.
 
-    python benchmarks/run.py [--only embedding|preprocessing|cold-start|conversion] [--quick]
+    python benchmarks/run.py [--only embedding|preprocessing|cold-start|conversion|quantization] [--quick]
 
 Writes results.json and results.md beside this file; a part that is not run keeps its figures. A quick run has few
 rounds and writes nothing.
@@ -15,12 +16,19 @@ import cold_start
 import conversion
 import embedding
 import preprocessing
+import quantization
 from measure import machine
 from rich.console import Console
 from rich.table import Table
 
 FOLDER = Path(__file__).resolve().parent
-PARTS = {"embedding": embedding, "preprocessing": preprocessing, "cold-start": cold_start, "conversion": conversion}
+PARTS = {
+    "embedding": embedding,
+    "preprocessing": preprocessing,
+    "cold-start": cold_start,
+    "conversion": conversion,
+    "quantization": quantization,
+}
 COLUMNS = ("contender", "seconds", "x limit", "peak MiB", "x limit")
 
 

@@ -11,23 +11,22 @@ import os
 import sys
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from datasets import concatenate_datasets
 from digits import NAMES, NUM_CROPS, digits_split, embed_images, embed_words, neighbours, pixel_vectors, recall, unit
-from PIL import Image, ImageOps
+from pictures import IMAGE, LABEL, NAME, load_pictures, read_picture, readable
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from search import TINY, draw_lines, load_model, save
 from sklearn.datasets import load_sample_images
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "demo" / "neighbours.png"
 NUM_QUERIES, NUM_NEIGHBOURS = 6, 5
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 console = Console()
 
 
@@ -45,13 +44,17 @@ def main():
 def run(name, folder):
     # Pictures first: what is wrong with them is said before weights are read.
     pictures, labels, names = load_folder(folder) if folder else load_digits()
-    model, image_processor, tokenizer = load_model(name)
+    if not name:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        console.print("Model: tiny/, a test checkpoint that was trained on digits and knows nothing else.")
+    model, image_processor = load_model(name or str(TINY))
     vectors = embed_images(model, image_processor, pictures, None if folder else NUM_CROPS)
     order, cosines = neighbours(vectors)
     show_neighbours(order, cosines, names)
     if labels is not None:
         show_recall(vectors, pictures, labels)
-    if tokenizer and not folder:
+    if not name and not folder:
+        tokenizer = AutoTokenizer.from_pretrained(TINY, trust_remote_code=True)
         show_text_search(vectors, embed_words(model, tokenizer, NAMES), labels)
     photographs = pictures[:3] if folder else load_photographs()
     show_photographs(model, image_processor, photographs)
@@ -66,36 +69,12 @@ def load_digits():
 
 def load_folder(folder):
     """Pictures, labels by subfolder (or None), and names of a folder; unreadable files are named and left out."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder.")
-    pictures, classes, names = [], [], []
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS):
-        try:
-            with Image.open(path) as image:
-                pictures.append(ImageOps.exif_transpose(image).convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            console.print(f"Left out {path}: {error}", style="yellow")
-            continue
-        classes.append(path.relative_to(folder).parts[0] if path.parent != folder else None)
-        names.append(str(path.relative_to(folder)))
-    if len(pictures) < 2:
-        raise ValueError(f"{folder} has {len(pictures)} readable pictures, but a search needs two at least.")
-    console.print(f"{len(pictures)} pictures of {folder}.")
-    labels = None if None in classes else np.unique(classes, return_inverse=True)[1]
-    return pictures, labels, names
-
-
-def load_model(name):
-    """Model, image processor, and tokenizer where there is one."""
-    options = {"trust_remote_code": True} | ({} if name else {"subfolder": "tiny"})
-    if not name:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        console.print("Model: tiny/, a test checkpoint that was trained on digits and knows nothing else.")
-    source = name or str(ROOT)
-    model = AutoModel.from_pretrained(source, device_map="auto", **options).eval()
-    image_processor = AutoImageProcessor.from_pretrained(source, **options)
-    tokenizer = None if name else AutoTokenizer.from_pretrained(source, **options)
-    return model, image_processor, tokenizer
+    split = readable(concatenate_datasets(list(load_pictures(folder).values())), skip_broken=True)
+    if len(split) < 2:
+        raise ValueError(f"{folder} has {len(split)} readable pictures, but a search needs two at least.")
+    console.print(f"{len(split)} pictures of {folder}.")
+    labels = np.array(split[LABEL]) if LABEL in split.column_names else None
+    return [read_picture(image) for image in split[IMAGE]], labels, split[NAME]
 
 
 def load_photographs():
@@ -163,17 +142,14 @@ def draw(pictures, names, order, labels, photograph, image_processor):
     figure = plt.figure(figsize=(13, 1.6 * len(queries) + 1), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1))
     left.suptitle("query and nearest neighbours")
-    axes = left.subplots(len(queries), NUM_NEIGHBOURS + 1, squeeze=False)
-    for query, row in zip(queries, axes):
+    lines = []
+    for query in queries:
         shown = [query, *order[query, :NUM_NEIGHBOURS]]
-        for axis in row:
-            axis.axis("off")
-        for axis, each in zip(row, shown):
-            axis.imshow(pictures[each], cmap="gray_r" if np.ndim(pictures[each]) == 2 else None)
-            color = "black"
-            if labels is not None and each != query:
-                color = "green" if labels[each] == labels[query] else "red"
-            axis.set_title(names[each][-18:], fontsize=8, color=color)
+        colours = ["black"] * len(shown)
+        if labels is not None:
+            colours[1:] = ["green" if labels[each] == labels[query] else "red" for each in shown[1:]]
+        lines.append([(pictures[each], names[each][-18:], colour) for each, colour in zip(shown, colours)])
+    draw_lines(left, lines)
 
     views = image_processor(Image.fromarray(np.asarray(photograph)), do_normalize=False, return_tensors="np")
     rows, cols = (views["image_sizes"][0] // image_processor.size["height"]).tolist()
@@ -187,10 +163,7 @@ def draw(pictures, names, order, labels, photograph, image_processor):
     axis.imshow(pixels[0])
     axis.axis("off")
 
-    PICTURE.parent.mkdir(exist_ok=True)
-    beside = PICTURE.with_suffix(".part.png")
-    figure.savefig(beside, dpi=110)
-    beside.replace(PICTURE)
+    save(figure, PICTURE)
     console.print(f"Picture: {PICTURE}")
 
 

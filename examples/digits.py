@@ -30,7 +30,8 @@ def unit(vectors):
 def embed_images(model, image_processor, images, num_crops, batch_size=16, description="Embedding"):
     """One unit vector an image, `(n, hidden_size)`."""
     vectors = []
-    for start in tqdm(range(0, len(images), batch_size), desc=description, unit="batch"):
+    starts = range(0, len(images), batch_size)
+    for start in tqdm(starts, desc=description, unit="batch", disable=len(starts) < 2):
         inputs = image_processor(images[start : start + batch_size], num_crops=num_crops, return_tensors="pt")
         inputs = inputs.to(model.device)
         output = model(pixel_values=inputs.pixel_values, image_sizes=inputs.image_sizes)

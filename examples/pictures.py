@@ -5,11 +5,12 @@ import io
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDatasetDict, load_dataset
 from digits import NAMES, digits_split
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 DIGITS = "digits"
@@ -141,7 +142,12 @@ def read_picture(image):
         ValueError: it cannot be read.
     """
     try:
-        return ImageOps.exif_transpose(Image.open(io.BytesIO(picture_bytes(image)))).convert("RGB")
+        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(picture_bytes(image))))
+        if picture.mode.startswith("I;16"):  # which `convert` would cut off at 255
+            picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+        return picture.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError("it cannot be read as a picture: it is none, or of an unknown format") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"it cannot be read as a picture: {error}") from error
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import ROOT, small_config
 from phi3_embed.configuration_phi3_embed import Phi3EmbedConfig, hd_num_tokens
-from transformers import SiglipVisionConfig
+from transformers import AutoModel, SiglipVisionConfig
 
 MICROSOFT = ROOT / "tests" / "data" / "phi-3-vision-128k-instruct.config.json"
 
@@ -124,6 +124,13 @@ def test_hd_num_tokens(grid, tokens):
         ({"vision_config": {"model_type": "clip"}}, "of type 'clip' has no `image_size`"),
         ({"vision_config": {"model_type": "bert"}}, "of type 'bert' has no `image_size`"),
         ({"vision_config": "clip"}, "`vision_config` is 'clip', but must be a dict or a PreTrainedConfig"),
+        ({"vision_config": {"model_type": "swin"}}, "of type 'swin' has `depths`, .* plain vision transformer"),
+        ({"vision_config": {"model_type": "videomae"}}, "of type 'videomae' has `num_frames`"),
+        ({"tower": {"num_attention_heads": 7}}, "(?s)is no config of a 'clip_vision_model': .*attention heads"),
+        (
+            {"img_processor": {"layer_idx": -1}},
+            r"Microsoft's \['img_processor'\] are read by `Phi3EmbedConfig.from_dict`",
+        ),
         ({"tower": {"image_size": 60}}, "`vision_config.image_size` is 60, but must be a multiple of .*14"),
         ({"tower": {"image_size": 70}}, "70, but must be a multiple of 28 when `use_hd_transform` is True"),
         ({"tower": {"model_type": "vit", "image_size": [56, 112]}}, "square only"),
@@ -132,6 +139,44 @@ def test_hd_num_tokens(grid, tokens):
 def test_wrong_and_contradictory_values_are_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         small_config(**wrong)
+
+
+# transformers sets the arguments of `from_pretrained` on a config that is made already, past the checks of `__init__`.
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"pooling_mode": "globl"}, "`pooling_mode` is 'globl'"),
+        ({"hd_transform_order": "subglb"}, "`hd_transform_order` is 'subglb'"),
+        ({"layer_idx": -9}, "`layer_idx` is -9"),
+        ({"type_feature": "cls_patch"}, "'cls_patch', but must be 'patch' when `use_hd_transform` is True"),
+        ({"num_img_tokens": 100}, "`num_img_tokens` is 100"),
+        ({"hidden_size": 64, "n_embd": 65}, "they are 65 and 64"),
+    ],
+)
+def test_arguments_of_from_pretrained_are_checked_too(changes, message):
+    with pytest.raises(ValueError, match=message):
+        AutoModel.from_pretrained(ROOT, subfolder="tiny", trust_remote_code=True, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"n_embd": 64}, {"hidden_size": 64}),
+        ({"use_hd_transform": False}, {"num_img_tokens": 576}),
+        ({"use_hd_transform": False, "type_feature": "cls_patch"}, {"num_img_tokens": 577}),
+        ({"vision_config": {"image_size": 224}}, {"num_img_tokens": 64, "crop_size": 224}),
+        ({"vision_config": {"model_type": "vit"}}, {"num_img_tokens": 49, "crop_size": 224}),
+    ],
+)
+def test_what_follows_from_arguments_of_from_pretrained_is_derived_anew(changes, said):
+    config, unused = Phi3EmbedConfig.from_pretrained(ROOT, return_unused_kwargs=True, **changes, foo=1)
+    assert {name: getattr(config, name) for name in said} == said and unused == {"foo": 1}
+    assert config.vision_config.num_hidden_layers == (12 if config.vision_config.model_type == "vit" else 24)
+
+
+def test_microsofts_config_is_not_mixed_with_ours():
+    with pytest.raises(ValueError, match=r"\['layer_idx'\], but must be said in Microsoft's way alone"):
+        Phi3EmbedConfig.from_dict(json.loads(MICROSOFT.read_text()) | {"layer_idx": -1})
 
 
 def test_an_odd_number_of_patches_is_fine_without_the_hd_transform():

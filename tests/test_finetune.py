@@ -10,7 +10,7 @@ from phi3_embed.modeling_phi3_embed import Phi3EmbedForImageClassification
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor
 from PIL import Image
 from torch import nn
-from transformers import pipeline
+from transformers import AutoModelForImageClassification, pipeline
 
 CLASSES = {0: "cat", 1: "dog", 2: "bird"}
 IMAGES = small_pixels((1, 2), (1, 1), (2, 1), (0, 0))
@@ -136,12 +136,20 @@ def test_a_head_with_weights_missing_is_an_error(model, gone, tmp_path):
     del weights[gone]
     model.save_pretrained(tmp_path, state_dict=weights)
     with pytest.raises(ValueError, match=f"lacks 1 of the model's weights: .*{gone}"):
-        Phi3EmbedForImageClassification.from_pretrained(tmp_path)
+        Phi3EmbedForImageClassification.from_pretrained(tmp_path, id2label=CLASSES)
 
 
 def test_a_head_without_a_checkpoint_of_the_base_is_an_error(base_folder):
     with pytest.raises(ValueError, match="lacks 2 of the model's weights: classifier.bias, classifier.weight"):
         Phi3EmbedForImageClassification.from_pretrained(base_folder, config=small_config())
+
+
+def test_a_head_that_nobody_asked_for_is_an_error(base_folder):
+    """A pipeline would answer by weights that are random."""
+    with pytest.raises(ValueError, match="lacks 2 .*classifier.weight. To train them, name the classes by `id2label`"):
+        pipeline("image-classification", model=str(base_folder), trust_remote_code=True)
+    head = AutoModelForImageClassification.from_pretrained(base_folder, trust_remote_code=True, num_labels=3)
+    assert head.classifier.out_features == 3
 
 
 def test_a_trained_head_starts_again_with_other_classes(head_folder):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import SMALL_TOWER, small_config, small_model, small_pixels
 from phi3_embed.configuration_phi3_embed import CLIP_VIT_LARGE_PATCH14_336, Phi3EmbedConfig
-from phi3_embed.modeling_phi3_embed import Phi3EmbedModel, Phi3ImageEmbedding, build_vision_tower
+from phi3_embed.modeling_phi3_embed import CLOSING_MODULES, Phi3EmbedModel, Phi3ImageEmbedding, build_vision_tower
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 
@@ -18,6 +18,7 @@ TOWERS = {
     "dinov2": SMALL_TOWER | {"model_type": "dinov2"},
     "dinov2_with_registers": SMALL_TOWER | {"model_type": "dinov2_with_registers"},
     "vit": SMALL_TOWER | {"model_type": "vit"},
+    "aimv2": SMALL_TOWER | {"model_type": "aimv2_vision_model"},
 }
 
 
@@ -153,6 +154,33 @@ def test_placeholders_that_do_not_match_the_images_are_an_error(model, ids, runs
         model(torch.tensor([ids]), **small_pixels((1, 2), (1, 1)))
 
 
+@pytest.mark.parametrize("numbers", [(-2, -1), (-7, -7)])
+def test_numbered_placeholders_in_another_order_are_an_error(model, numbers):
+    first, second = (run(1, 1, number) for number in numbers)
+    with pytest.raises(ValueError, match=re.escape(f"placeholders are {list(numbers)}, but must be -1, -2, -3, ...")):
+        model(torch.tensor([[*first, 1, *second]]), **small_pixels((1, 1), (1, 1)))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [torch.tensor(1), [[1, 2]], torch.ones(1, 2, 3, dtype=torch.long), torch.ones(1, 0, dtype=torch.long)]
+    + [torch.ones(1, 2, dtype=dtype) for dtype in (torch.bool, torch.uint8, torch.float32)],
+    ids=["0-d", "list", "3-d", "empty", "bool", "uint8", "float"],
+)
+def test_ids_of_a_wrong_kind_are_an_error(model, ids):
+    with pytest.raises(ValueError, match="`input_ids` are of .* but must be"):
+        model(ids)
+
+
+def test_inputs_embeds_and_pixels_of_a_wrong_kind_are_an_error(model):
+    for shape in ((2, 48), (1, 2, 47)):
+        with pytest.raises(ValueError, match="`inputs_embeds` are of shape .* must be .*48"):
+            model(inputs_embeds=torch.zeros(shape))
+    images = small_pixels((1, 1))
+    with pytest.raises(ValueError, match="`pixel_values` are of type ndarray, .*return_tensors='pt'"):
+        model(pixel_values=images["pixel_values"].numpy(), image_sizes=images["image_sizes"])
+
+
 def test_placeholders_without_images_are_an_error(model):
     with pytest.raises(ValueError, match=r"13 image placeholders, in runs of \[13\], but the images take 0 tokens"):
         model(torch.tensor([run(1, 1)]))
@@ -266,15 +294,13 @@ def test_features_are_the_full_towers_at_the_layer_and_no_later_layer_is_built(t
     assert not missing
     built = {found[1] for name in ours.state_dict() if (found := re.search(r"layers?\.(\d+)\.", name))}
     assert len(built) == config.num_feature_layers == layer_idx % 4
-    assert not [
-        name for name in ours.state_dict() if name.startswith(("post_layernorm", "layernorm", "head", "pooler"))
-    ]
+    assert not [name for name in ours.state_dict() if name.startswith(CLOSING_MODULES)]
     pixels = small_pixels((1, 2))["pixel_values"][0]
     wanted = full(pixels, output_hidden_states=True).hidden_states
     # The last hidden state of a tower that ends in a norm is listed behind it: take it off.
     wanted = wanted[layer_idx]
     if layer_idx == -1 and tower != "clip":
-        norm = "post_layernorm" if tower == "siglip" else "layernorm"
+        norm = {"siglip": "post_layernorm", "aimv2": "rms_norm"}.get(tower, "layernorm")
         setattr(full, norm, nn.Identity())
         wanted = full(pixels).last_hidden_state
     assert torch.equal(ours(pixels).last_hidden_state, wanted)
@@ -302,6 +328,9 @@ def test_only_real_views_go_through_the_tower_in_one_batch_and_twins_once(model)
     assert all(batch.flatten(1).any(-1).all() for batch in batches)
     crop, global_view = twin.image_hidden_states[1].split([6, 7])
     assert torch.equal(crop, global_view[1:])
+    each = images["pixel_values"].requires_grad_()
+    (gradient,) = torch.autograd.grad(model(pixel_values=each, image_sizes=images["image_sizes"])[1].sum(), each)
+    assert gradient[1, :2].flatten(1).any(-1).all()  # where it is asked for, each of the two has its own
     assert_same(twin.pooler_output[1], global_view[1:].view(2, 3, 48)[:, :2].flatten(0, 1).mean(0))
 
 
@@ -328,9 +357,16 @@ def test_sdpa_equals_eager_and_a_dict_sets_the_tower_alone():
     assert_same(sdpa(**images).last_hidden_state, eager(**images).last_hidden_state)
 
 
-def test_a_tower_that_takes_no_pixels_is_an_error():
-    with pytest.raises(ValueError, match="type 'clip' builds CLIPModel, which takes `input_ids`"):
-        build_vision_tower(small_config({"model_type": "clip"}))
+@pytest.mark.parametrize(
+    "model_type, message",
+    [
+        ("clip", "builds CLIPModel, which takes `input_ids`"),
+        ("siglip2_vision_model", "builds Siglip2VisionModel, which needs pixel_values, pixel_attention_mask"),
+    ],
+)
+def test_a_tower_that_takes_more_or_else_than_pixels_is_an_error(model_type, message):
+    with pytest.raises(ValueError, match=message):
+        build_vision_tower(small_config({"model_type": model_type}))
 
 
 # Training
@@ -485,7 +521,7 @@ NAN[0, 0, 0, 0, 0] = math.nan
         ({"image_sizes": SIZES * 2}, "112 x 224 for image 0, which is 9 crops with the global view, .* have 3"),
         ({"pixel_values": BEYOND}, "Image 0 has 3 crops .* hold more"),
         ({"input_ids": torch.tensor([[100]])}, "hold 100, but the vocabulary ends at 99"),
-        ({"input_ids": torch.tensor([[1.0]])}, "must be ints"),
+        ({"input_ids": torch.tensor([[1.0]])}, "must be int64 or int32"),
         ({"input_ids": torch.tensor([[1]]), "inputs_embeds": torch.zeros(1, 1, 48)}, "Both"),
         ({"pixel_values": None}, "without `pixel_values`"),
         ({"pixel_values": None, "image_sizes": None}, "Nothing was given"),

@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from datasets import Dataset, Features, Image, Value
@@ -28,6 +29,12 @@ def test_subfolders_are_classes(folder):
     picture = read_picture(split[1]["image"])
     assert picture.mode == "RGB" and picture.size == (20, 11)
     assert picture_hash(split[0]["image"]) == picture_hash(split[2]["image"]) != picture_hash(split[1]["image"])
+
+
+def test_16_bit_pictures_keep_their_greys(tmp_path):
+    PILImage.fromarray(np.full((4, 4), 128 * 257, np.uint16)).save(tmp_path / "grey.png")
+    picture = read_picture(load_pictures(tmp_path)["train"][0]["image"])
+    assert picture.mode == "RGB" and picture.getpixel((0, 0)) == (128, 128, 128)
 
 
 def test_splits_and_a_stream_of_them(folder):

@@ -265,7 +265,12 @@ def test_a_truncated_image_object_is_an_error_of_ours(image_processor):
         (torch.full((3, 9, 9), torch.inf), "values from inf"),
         (Image.new("I", (5, 5), 70000), "mode 'I' has values from 70000 to 70000, but must be in 0..255"),
         (Image.new("F", (5, 5), -1.0), "mode 'F' has values from -1.0"),
+        (
+            Image.new("F", (5, 5), 0.5),
+            r"mode 'F' has values from 0.5 to 0.5, .* Values in \[0, 1\] are taken as an array",
+        ),
         (Image.new("RGB", (0, 5)), "has no pixels"),
+        ([[[0.5] * 3] * 4] * 5, "of type float"),
     ],
 )
 def test_wrong_images_are_an_error_of_ours(image_processor, wrong, message):
@@ -302,9 +307,17 @@ def test_wrong_settings(wrong, message):
         Phi3EmbedImageProcessor(**wrong)
 
 
-def test_token_counts_of_no_size():
-    with pytest.raises(ValueError, match="`height` is 0"):
-        Phi3EmbedImageProcessor().num_image_tokens(10, 0)
+@pytest.mark.parametrize("height", [0, 1.5, float("inf"), "2", None])
+def test_token_counts_of_no_size(height):
+    with pytest.raises(ValueError, match=f"`height` is {height!r}, but must be a positive whole number"):
+        Phi3EmbedImageProcessor().num_image_tokens(10, height)
+
+
+def test_float_arrays_are_not_left_unscaled(image_processor):
+    with pytest.raises(ValueError, match="already and `do_rescale` is False"):
+        image_processor(np.full((9, 9, 3), 0.5), do_rescale=False)
+    # 8-bit images stay 0..255, as everywhere
+    assert views(image_processor, RGB, do_rescale=False, do_normalize=False).max() > 1
 
 
 # Texts with images
@@ -385,7 +398,10 @@ def test_token_counts_without_pixels(processor):
         ([WIDE, TALL], "<|image_1|> <|image|>", "both numbered tags and"),
         ([[WIDE, TALL], []], ["<|image_1|>", "<|image_1|>"], "Text 0 has 1 image tags, but 2 images"),
         ([[WIDE]], ["<|image_1|>", "a"], "2 texts, but 1 lists of images"),
-        ([WIDE], [3], "`text` must be a string or a list of strings"),
+        ([WIDE], [3], r"`text` is \[3\], but must be a string or a list of strings"),
+        ([WIDE], [], r"`text` is \[\], but must be a string or a list of strings, and not empty"),
+        (None, 5, "`text` is 5, but must be"),
+        ("a text", WIDE, "Images are the first argument"),
     ],
 )
 def test_tags_that_do_not_match_the_images_are_an_error(processor, images, text, message):

@@ -1,0 +1,111 @@
+"""
+One image of one crop at full size, with the golden data's rule-made weights, in lower precision.
+
+`limit` is float32. The name of a contender says its least cosine to the golden tokens, over two of the golden images,
+and the resident memory that it takes with its weights loaded and used once. Contenders live in processes of their own,
+and take turns.
+"""
+
+import os
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from measure import ROOT, figures, interleaved_seconds, peak_bytes, status, timed
+
+sys.path[:0] = [str(ROOT / "tests")]
+
+CASE = "1 image of one crop, quantised"
+CONTENDERS = (
+    "limit",
+    "bfloat16",
+    "torchao int8 weight-only",
+    "torchao int8 weight-only, bfloat16",
+    "torch.ao int8 dynamic",
+    "torch.ao int8 dynamic, MLP alone",
+    "torchao int8 dynamic",
+)
+IMAGES = ("wide_nc1", "tall_nc1")
+# Of a contender's process: its model, and the inputs and golden tokens of each image.
+model, images = None, []
+
+
+def save_model(folder):
+    import conftest  # noqa: F401
+    from phi3_embed.configuration_phi3_embed import Phi3EmbedConfig
+    from test_golden import build
+
+    build(Phi3EmbedConfig()).save_pretrained(folder)
+
+
+def load(name, folder):
+    """Loads a contender -> the least cosine, the resident bytes of its weights, and the peak of one image above."""
+    global model, images
+    import golden
+    from test_golden import preprocess
+
+    for image in IMAGES:
+        arrays, note = golden.load(f"embedding_{image}")
+        images.append((preprocess(note), arrays))
+    before = status("VmRSS")
+    model = load_model(name, folder)
+    tokens = [embed(number).pooler_output[0].float() for number in range(len(images))]
+    cosines = [
+        torch.cosine_similarity(each[arrays["token_index"]], torch.from_numpy(arrays["tokens"]), dim=-1).min().item()
+        for each, (_, arrays) in zip(tokens, images)
+    ]
+    peak = peak_bytes(lambda: embed(0))
+    return min(cosines), status("VmRSS") - before, peak
+
+
+def load_model(name, folder):
+    from transformers import AutoModel
+
+    settings = {"dtype": torch.bfloat16 if "bfloat16" in name else torch.float32, "trust_remote_code": True}
+    if name.startswith("torchao"):
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        kind = Int8DynamicActivationInt8WeightConfig if "dynamic" in name else Int8WeightOnlyConfig
+        settings["quantization_config"] = TorchAoConfig(kind())
+    loaded = AutoModel.from_pretrained(folder, **settings).eval()
+    if name.startswith("torch.ao"):
+        for layer in loaded.vision_embed_tokens.img_processor.encoder.layers:
+            part = layer.mlp if "MLP" in name else layer
+            torch.ao.quantization.quantize_dynamic(part, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
+    return loaded
+
+
+@torch.inference_mode()
+def embed(number):
+    inputs, _ = images[number]
+    return model.get_image_features(inputs["pixel_values"].to(model.dtype), inputs["image_sizes"])
+
+
+def measure():
+    return timed(lambda: embed(0))[0]
+
+
+def run(quick):
+    torchao = ROOT / ".venv" / "torchao"
+    if not torchao.exists():
+        sys.exit(f"quantization: there is no {torchao}. Run `make .venv/torchao` first.")
+    os.environ["PYTHONPATH"] = str(torchao)
+    pools = {name: ProcessPoolExecutor(1, mp_context=get_context("spawn")) for name in CONTENDERS}
+    with tempfile.TemporaryDirectory() as folder:
+        pools["limit"].submit(save_model, Path(folder)).result()
+        loaded = {name: pool.submit(load, name, folder).result() for name, pool in pools.items()}
+    calls = {name: lambda pool=pool: (pool.submit(measure).result(), None) for name, pool in pools.items()}
+    seconds = interleaved_seconds(calls, 1 if quick else 5, CASE)
+    for pool in pools.values():
+        pool.shutdown()
+    measured = figures(seconds, {name: peak for name, (_, _, peak) in loaded.items()})
+    return {
+        CASE: {
+            f"{name}: cosine {loaded[name][0]:.5f}, {loaded[name][1] / 2**20:.0f} MiB": figure
+            for name, figure in measured.items()
+        }
+    }

@@ -1,0 +1,395 @@
+"""
+Embeddings of several models side by side: figures, and a report to look at.
+
+    python examples/compare.py --models A B [C ...] --images DATA [--output report]
+
+A model is `SOURCE[@REVISION][:POOLING]` or `pixels`: see examples/embedders.py. DATA is a folder of pictures
+(subfolders are classes), a parquet file, the id of a dataset on the Hub, or `digits`. The output folder gets
+`report.html`, which opens without a network, `results.json`, and `embeddings.safetensors`. Vectors are kept: a second
+run does not embed again, and an interrupted one goes on.
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import combinations
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from embedders import BATCH_SIZE, CACHE, Picture, embed, open_cache, parse_spec
+from figures import (
+    CHANGES,
+    NUM_NEIGHBOURS,
+    SHRINKS,
+    UNLABELLED,
+    Figure,
+    after_change,
+    ari,
+    bootstrap,
+    clusters,
+    held_out_accuracy,
+    linear_cka,
+    nmi,
+    overlap,
+    retrieval,
+    shrink,
+    summarise,
+    text_to_image,
+    unit,
+    why_undefined,
+)
+from pictures import IMAGE, LABEL, MAX_NAMED, NAME, TEXT, load_pictures, picture_hash, read_picture, readable
+from report import format_cost, format_value, write_report
+from rich.console import Console
+from rich.table import Table
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+PACKAGES = ("torch", "transformers", "sentence-transformers", "scikit-learn", "scipy", "faiss-cpu", "numpy", "pillow")
+RETRIEVAL, HELD_OUT, CLUSTERING = "Same-class retrieval", "Classification of held-out pictures", "Clustering"
+ROBUSTNESS, DETAIL, TEXTS = "Robustness", "Fine detail", "Text to image"
+ALL_CHANGES = "mean of all changes"
+LOWER_IS_BETTER = ("moved", "fall of recall@1")
+console = Console()
+
+
+@dataclass
+class Data:
+    """Pictures that differ; `labels` `(n,)` index `classes`, or are `UNLABELLED`; `captions` are texts, or None."""
+
+    names: list[str]
+    pictures: list[Picture]
+    labels: np.ndarray
+    classes: list[str]
+    captions: list[str] | None
+
+    def select(self, kept):
+        return Data(
+            [self.names[each] for each in kept],
+            [self.pictures[each] for each in kept],
+            self.labels[kept],
+            self.classes,
+            self.captions and [self.captions[each] for each in kept],
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Compare the embeddings of several models on your pictures.")
+    parser.add_argument("--models", nargs="+", required=True, help="SOURCE[@REVISION][:mean|global|tower], or pixels")
+    parser.add_argument("--images", required=True, help="folder, parquet file, Hub dataset, or digits")
+    parser.add_argument("--output", type=Path, default=Path("report"), help="folder to write (default: report)")
+    parser.add_argument("--split", help="of the data; by default test if there is one, else the first")
+    parser.add_argument("--image_column", help="by default the first column of images")
+    parser.add_argument("--label_column", help="by default label")
+    parser.add_argument("--text_column", help="by default text or caption")
+    parser.add_argument("--limit", type=int, help="a random sample of so many pictures")
+    parser.add_argument("--probe", type=int, default=100, help="pictures to change for robustness and detail (100)")
+    parser.add_argument("--num_crops", type=int, help="the most crops of a picture for our model (its own setting)")
+    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (1000)")
+    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache", type=Path, default=CACHE, help=f"file that keeps the vectors ({CACHE})")
+    arguments = parser.parse_args()
+    try:
+        run(arguments)
+    except KeyboardInterrupt:
+        sys.exit("compare: interrupted. The same command goes on where it stopped.")
+    except (OSError, ValueError) as error:
+        sys.exit(f"compare: {error}")
+
+
+def run(arguments):
+    # All that can be wrong is looked for before the work.
+    check(arguments)
+    specs = [parse_spec(text) for text in dict.fromkeys(arguments.models)]
+    data, left_out = load_data(arguments)
+    started = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    rng = np.random.default_rng(arguments.seed)
+    probe = np.sort(rng.permutation(len(data.names))[: arguments.probe])
+    embedded = embed(
+        specs,
+        data.pictures + changed_pictures(data, probe),
+        [] if data.captions is None else data.captions,
+        arguments.num_crops,
+        arguments.cache,
+        arguments.batch_size,
+    )
+    data, probe, spaces = leave_out_refused(data, probe, embedded, left_out)
+    labels = name_models(specs)
+    with console.status("Measuring"):
+        figures, undefined = measure(data, probe, embedded, spaces, labels, arguments.seed)
+        results = {
+            "about": about(arguments, data, started, left_out),
+            "models": [
+                {"label": label, "spec": each.spec.text, "version": each.version, "undefined": undefined.get(label)}
+                | {"cost": each.cost}
+                for label, each in zip(labels, embedded)
+            ],
+            "figures": summarise(figures, arguments.resamples, arguments.seed),
+            "spaces": compare_spaces(spaces, labels, undefined, probe, arguments),
+        }
+    vectors = {label: np.ascontiguousarray(each["all"]) for label, each in zip(labels, spaces)}
+    write_beside(arguments.output / "embeddings.safetensors", lambda path: save_file(vectors, path, names_of(data)))
+    results_text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    write_beside(arguments.output / "results.json", lambda path: path.write_text(results_text, "utf-8"))
+    with console.status("Writing the report"):
+        good = {label: vectors for label, vectors in vectors.items() if label not in undefined}
+        write_beside(
+            arguments.output / "report.html", lambda path: write_report(path, results, data, good, arguments.seed)
+        )
+    show(results)
+    console.print(f"Written: {arguments.output / 'report.html'}, results.json, embeddings.safetensors")
+
+
+def check(arguments):
+    for name, low in {"limit": 1, "probe": 1, "num_crops": 0, "resamples": 100, "batch_size": 1, "seed": 0}.items():
+        value = getattr(arguments, name)
+        if value is not None and value < low:
+            raise ValueError(f"--{name} is {value}, but must be {low} at least.")
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        trial = arguments.output / "report.html.part"
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise ValueError(f"{arguments.output} cannot be written to: {error}. Give another --output.") from error
+    open_cache(arguments.cache).close()
+
+
+def load_data(arguments):
+    """The pictures that can be read, each once, and what was left out."""
+    datasets.disable_progress_bars()
+    splits = load_pictures(arguments.images, arguments.image_column, arguments.label_column, arguments.text_column)
+    name = arguments.split or ("test" if "test" in splits else next(iter(splits)))
+    if name not in splits:
+        raise ValueError(f"The data has no split {name!r}, but {', '.join(map(repr, splits))}. Give one as --split.")
+    split = splits[name]
+    if arguments.limit and arguments.limit < len(split):
+        kept = np.sort(np.random.default_rng(arguments.seed).permutation(len(split))[: arguments.limit])
+        split = split.select(kept.tolist())
+    given = len(split)
+    split = readable(split, skip_broken=True)
+    if not len(split):
+        raise ValueError(f"Not one of the {given} pictures of {arguments.images} can be read.")
+    is_classes = isinstance(split.features.get(LABEL), datasets.ClassLabel)
+    pictures = [Picture(picture_hash(image), functools.partial(read_picture, image)) for image in split[IMAGE]]
+    labels = [UNLABELLED if each is None else each for each in split[LABEL]] if is_classes else None
+    data = Data(
+        list(split[NAME]),
+        pictures,
+        np.full(len(split), UNLABELLED) if labels is None else np.array(labels),
+        split.features[LABEL].names if is_classes else [],
+        [str(each or "") for each in split[TEXT]] if TEXT in split.features else None,
+    )
+    kept = list({picture.key: number for number, picture in reversed(list(enumerate(pictures)))}.values())[::-1]
+    if len(kept) < len(pictures):
+        console.print(f"Left out {len(pictures) - len(kept)} pictures that are copies of others.")
+    left_out = {"unreadable": given - len(split), "copies": len(pictures) - len(kept), "refused": {}}
+    return data.select(sorted(kept)), left_out
+
+
+def changed_pictures(data, probe):
+    """The probe's pictures after every change, change by change."""
+
+    def changed(number, name, change):
+        picture = data.pictures[number]
+        return Picture(f"{picture.key} {name}", lambda: change(picture.read()))
+
+    return [changed(number, name, change) for name, change in all_changes().items() for number in probe]
+
+
+def all_changes():
+    return CHANGES | {name: functools.partial(shrink, factor=factor) for name, factor in SHRINKS.items()}
+
+
+def leave_out_refused(data, probe, embedded, left_out):
+    """
+    Pictures that a model refuses, changed or not, are left out of all models alike.
+
+    Returns:
+        The data, the probe, and for each model {"all": vectors `(n, d)`, change: vectors of the probe `(m, d)`}.
+    """
+    refused = {key: reason for each in embedded for key, reason in each.refused.items()}
+    keys = {key.split(" ")[0] for key in refused}
+    kept = np.array([number for number, picture in enumerate(data.pictures) if picture.key not in keys])
+    left_out["refused"] = {
+        name: next(reason for key, reason in refused.items() if key.startswith(picture.key))
+        for name, picture in zip(data.names, data.pictures)
+        if picture.key in keys
+    }
+    for name, reason in list(left_out["refused"].items())[:MAX_NAMED]:
+        console.print(f"Left out of all models: {name}: {reason}", style="yellow")
+    if not len(kept):
+        raise ValueError("Every picture is refused by one model or another, so that there is nothing to compare.")
+    total, is_kept = len(data.pictures), np.isin(probe, kept)
+    spaces = []
+    for each in embedded:
+        space = {"all": each.vectors[:total][kept]}
+        for number, name in enumerate(all_changes()):
+            start = total + number * len(probe)
+            space[name] = each.vectors[start : start + len(probe)][is_kept]
+        spaces.append(space)
+        if each.texts is not None:
+            each.texts = each.texts[kept]
+    return data.select(kept), np.searchsorted(kept, probe[is_kept]), spaces
+
+
+def name_models(specs):
+    labels = [spec.label for spec in specs]
+    return [spec.text if labels.count(label) > 1 else label for spec, label in zip(specs, labels)]
+
+
+def measure(data, probe, embedded, spaces, labels, seed):
+    """All figures, and {model: why it has none}."""
+    undefined, units = {}, {}
+    for label, space in zip(labels, spaces):
+        reason = why_undefined(space["all"])
+        if reason:
+            undefined[label] = reason
+        else:
+            units[label] = {name: unit(vectors) for name, vectors in space.items()}
+    classes, counts = np.unique(data.labels[data.labels != UNLABELLED], return_counts=True)
+    without = undefined | dict.fromkeys(units, why_without_classes(classes, counts))
+    figures = []
+
+    def add(group, found, without):
+        """`found`: {model: {figure: samples}}; `without`: {model: why it has none}."""
+        for name in dict.fromkeys(name for each in found.values() for name in each):
+            samples = {label: each[name] for label, each in found.items()}
+            figures.append(Figure(group, name, samples, without, higher_is_better=not name.endswith(LOWER_IS_BETTER)))
+
+    def add_undefined(group, names, without=without):
+        figures.extend(Figure(group, name, {}, without) for name in names)
+
+    if len(classes) > 1 and counts.max() > 1 and units:
+        all_of = {label: space["all"] for label, space in units.items()}
+        add(RETRIEVAL, {label: retrieval(each, data.labels) for label, each in all_of.items()}, undefined)
+        if (counts > 1).sum() > 1:
+            progress = tqdm(all_of.items(), desc="Classifying", unit="model")
+            add(HELD_OUT, {label: held_out_accuracy(each, data.labels, seed) for label, each in progress}, undefined)
+        else:
+            add_undefined(HELD_OUT, ("k-NN accuracy", "linear-probe accuracy"))
+        found = {label: clusters(each, data.labels, seed) for label, each in all_of.items()}
+        for name, statistic in (("NMI", nmi), ("ARI", ari)):
+            figures.append(Figure(CLUSTERING, name, found, undefined, statistic))
+    else:
+        add_undefined(RETRIEVAL, ("recall@1", "recall@5", "recall@10", "mAP"))
+        add_undefined(HELD_OUT, ("k-NN accuracy", "linear-probe accuracy"))
+        add_undefined(CLUSTERING, ("NMI", "ARI"))
+
+    changes = {label: {} for label in units}
+    for change in all_changes():
+        group, reasons = DETAIL if change in SHRINKS else ROBUSTNESS, dict(undefined)
+        for label, space in units.items():
+            if np.isfinite(space[change]).all():
+                changes[label][change] = after_change(space["all"], space[change], probe, data.labels)
+            else:
+                reasons[label] = "it gives NaN or infinite values after this change"
+        found = {label: each[change] for label, each in changes.items() if change in each}
+        add(group, {label: {f"{change}: {k}": v for k, v in each.items()} for label, each in found.items()}, reasons)
+        if not found:
+            add_undefined(group, [f"{change}: finds itself"], reasons)
+    whole = {label: each for label, each in changes.items() if CHANGES.keys() <= each.keys()}
+    names = next(iter(whole.values()))["blur"] if whole else {}
+    means = {
+        label: {
+            f"{ALL_CHANGES}: {name}": np.mean([each[change][name] for change in CHANGES], axis=0) for name in names
+        }
+        for label, each in whole.items()
+    }
+    add(ROBUSTNESS, means, undefined | dict.fromkeys(units.keys() - whole.keys(), "see above"))
+
+    if data.captions is not None:
+        texts = {label: each.texts for label, each in zip(labels, embedded) if label in units}
+        found = {
+            label: text_to_image(unit(each), units[label]["all"], data.captions)
+            for label, each in texts.items()
+            if each is not None
+        }
+        textless = {label: "it has no text side" for label, each in texts.items() if each is None}
+        add(TEXTS, found, undefined | textless)
+    return figures, undefined
+
+
+def why_without_classes(classes, counts):
+    if not len(classes):
+        return "the pictures have no classes"
+    if len(classes) == 1:
+        return "there is one class only"
+    return "fewer than two classes have two pictures"
+
+
+def compare_spaces(spaces, labels, undefined, probe, arguments):
+    """How alike each two spaces are: linear CKA on the probe's pictures, and shared neighbours among all."""
+    units = {label: unit(space["all"]) for label, space in zip(labels, spaces) if label not in undefined}
+    found = []
+    for left, right in combinations(units, 2):
+        a, b = units[left], units[right]
+        shared = overlap(a, b)
+        observed, resampled = bootstrap([shared], np.mean, arguments.resamples, arguments.seed)
+        low, high = np.quantile(resampled[0], (0.025, 0.975))
+        entry = {"models": [left, right], "overlap": {"value": float(observed[0]), "low": float(low)}}
+        entry["overlap"]["high"] = float(high)
+        cka = linear_cka(a[probe], b[probe])
+        numbers = np.random.default_rng(arguments.seed).integers(len(probe), size=(200, len(probe)))
+        values = [linear_cka(a[probe[each]], b[probe[each]]) for each in numbers]
+        low, high = np.quantile(values, (0.025, 0.975))
+        entry["cka"] = {"value": cka, "low": float(low), "high": float(high)}
+        found.append(entry)
+    return found
+
+
+def about(arguments, data, started, left_out):
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in vars(arguments).items()},
+        "started": started,
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+        "pictures": len(data.names),
+        "classes": len(np.unique(data.labels[data.labels != UNLABELLED])),
+        "captions": data.captions is not None,
+        "left_out": left_out,
+        "neighbours": NUM_NEIGHBOURS,
+    }
+
+
+def names_of(data):
+    return {"names": json.dumps(data.names, ensure_ascii=False), "labels": json.dumps(data.labels.tolist())}
+
+
+def write_beside(path, write):
+    part = path.with_name(path.name + ".part")
+    write(part)
+    part.replace(path)
+
+
+def show(results):
+    labels = [model["label"] for model in results["models"]]
+    table = Table(title="Figures, with their 95 % intervals. All of them are in report.html")
+    table.add_column("")
+    for label in labels:
+        table.add_column(label, justify="right")
+    for figure in results["figures"]:
+        if figure["group"] in (ROBUSTNESS, DETAIL) and not figure["name"].endswith(("finds itself", ": recall@1")):
+            continue
+        table.add_row(figure["name"], *(format_value(figure["values"].get(label), figure) for label in labels))
+    for name in ("parameters", "dimensions", "tokens", "milliseconds", "bytes"):
+        table.add_row(name, *(format_cost(model["cost"][name]) for model in results["models"]))
+    console.print(table)
+    for model in results["models"]:
+        if model["undefined"]:
+            console.print(f"{model['label']}: figures are undefined: {model['undefined']}.", style="yellow")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""
+What embeddings are measured by. A figure has a value for each model with a 95 % bootstrap interval over pictures, and
+for each two models their difference with a paired test; where it has no meaning it is undefined and says why.
+"""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+
+import faiss
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from scipy import stats
+from sklearn.cluster import KMeans
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+RANKS = (1, 5, 10)
+NUM_NEIGHBOURS = 10
+FOLDS = 5
+SIGNIFICANCE = 0.05
+UNLABELLED = -1
+# Resamples of a statistic that is slower than a mean.
+FEW_RESAMPLES = 200
+
+
+@dataclass
+class Figure:
+    """
+    One figure of all models.
+
+    `samples`: {model: an array with a row for each picture}, `statistic`: such rows -> the figure; `undefined`:
+    {model: why it has none}.
+    """
+
+    group: str
+    name: str
+    samples: dict[str, np.ndarray]
+    undefined: dict[str, str]
+    statistic: Callable = np.mean
+    higher_is_better: bool = True
+
+
+def unit(vectors):
+    """Rows of length 1, float32; a row of zeros stays one."""
+    vectors = np.array(vectors, np.float32, order="C")
+    faiss.normalize_L2(vectors)
+    return vectors
+
+
+def why_undefined(vectors):
+    """Why no figure can be had from these vectors, or None."""
+    broken = int((~np.isfinite(vectors)).any(1).sum())
+    if broken:
+        return f"{broken} of {len(vectors)} vectors hold NaN or infinite values"
+    if len(vectors) < 2:
+        return "there is one picture only"
+    if np.allclose(vectors, vectors[0], atol=1e-7):
+        return "all its vectors are equal"
+    return None
+
+
+def search(gallery, queries, k, own=None):
+    """The `k` rows of `gallery` nearest to each query by cosine, nearest first; `own`: a row for each to leave out."""
+    index = faiss.IndexFlatIP(gallery.shape[1])
+    index.add(gallery)
+    k = min(k, len(gallery) - (own is not None))
+    found = index.search(queries, k + (own is not None))[1]
+    if own is None:
+        return found
+    is_own = found == np.asarray(own)[:, None]
+    is_own[~is_own.any(1), -1] = True
+    return found[~is_own].reshape(len(queries), k)
+
+
+def retrieval(vectors, labels):
+    """
+    Each picture searched among all others, for those with another of their class.
+
+    Returns:
+        {figure: a value for each such picture}.
+    """
+    classes, counts = np.unique(labels[labels != UNLABELLED], return_counts=True)
+    queries = np.flatnonzero(np.isin(labels, classes[counts > 1]))
+    hits = {f"recall@{rank}": [] for rank in RANKS} | {"mAP": []}
+    for some in np.array_split(queries, max(len(queries) // 1000, 1)):
+        found = search(vectors, vectors[some], len(vectors), own=some)
+        is_hit = labels[found] == labels[some, None]  # (queries, n - 1)
+        for rank in RANKS:
+            hits[f"recall@{rank}"].append(is_hit[:, :rank].any(1))
+        precision = is_hit.cumsum(1) / np.arange(1, is_hit.shape[1] + 1)
+        hits["mAP"].append((precision * is_hit).sum(1) / is_hit.sum(1))
+    return {name: np.concatenate(each).astype(np.float64) for name, each in hits.items()}
+
+
+def held_out_accuracy(vectors, labels, seed):
+    """
+    {classifier: whether each picture was told right by one that had not seen it}, by cross-validation over pictures of
+    classes with two at least.
+    """
+    classes, counts = np.unique(labels[labels != UNLABELLED], return_counts=True)
+    kept = np.isin(labels, classes[counts > 1])
+    vectors, labels = vectors[kept], labels[kept]
+    smallest = np.unique(labels, return_counts=True)[1].min()
+    folds = StratifiedKFold(min(FOLDS, smallest), shuffle=True, random_state=seed)
+    training = len(labels) - -(-len(labels) // folds.n_splits)
+    classifiers = {
+        "k-NN accuracy": KNeighborsClassifier(min(5, training), metric="cosine", weights="distance"),
+        "linear-probe accuracy": make_pipeline(StandardScaler(), LogisticRegression(max_iter=300)),
+    }
+    return {
+        name: (cross_val_predict(each, vectors, labels, cv=folds) == labels).astype(np.float64)
+        for name, each in classifiers.items()
+    }
+
+
+def clusters(vectors, labels, seed):
+    """The class and the cluster of each labelled picture, `(n, 2)`, with as many clusters as classes."""
+    kept = labels != UNLABELLED
+    vectors, labels = vectors[kept], labels[kept]
+    found = KMeans(len(np.unique(labels)), n_init=4, random_state=seed).fit_predict(vectors)
+    return np.stack((labels, found), axis=1)
+
+
+def linear_cka(left, right):
+    """Linear CKA of two spaces `(n, d)`, by their matrices of inner products."""
+
+    def centred(vectors):
+        gram = vectors.astype(np.float64) @ vectors.T.astype(np.float64)
+        gram -= gram.mean(0)
+        return gram - gram.mean(1, keepdims=True)
+
+    left, right = centred(left), centred(right)
+    return float((left * right).sum() / max(np.linalg.norm(left) * np.linalg.norm(right), 1e-12))
+
+
+def overlap(left, right):
+    """The share of the nearest neighbours that two spaces have in common, for each picture: `(n,)`."""
+    own = np.arange(len(left))
+    left, right = (search(each, each, NUM_NEIGHBOURS, own) for each in (left, right))
+    return np.array([len(set(a) & set(b)) / len(a) for a, b in zip(left.tolist(), right.tolist())])
+
+
+def text_to_image(texts, vectors, captions):
+    """{figure: for each caption whether a picture with that caption is among the nearest}."""
+    found = search(vectors, texts, max(RANKS))
+    is_hit = np.asarray(captions)[found] == np.asarray(captions)[:, None]
+    return {f"recall@{rank}": is_hit[:, :rank].any(1).astype(np.float64) for rank in RANKS}
+
+
+# What is done to a picture, each of an everyday strength.
+
+
+def _crop(image):
+    width, height = image.size
+    x, y = (-(-side // 10) if side > 2 else 0 for side in image.size)
+    return image.crop((x, y, width - x, height - y))
+
+
+def _blur(image):
+    return image.filter(ImageFilter.GaussianBlur(max(image.size) / 60))
+
+
+def _jpeg(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=15)
+    return Image.open(buffer).convert("RGB")
+
+
+def shrink(image, factor):
+    return image.resize([max(round(side / factor), 1) for side in image.size], Image.Resampling.BOX)
+
+
+CHANGES = {
+    "crop": _crop,
+    "flip": ImageOps.mirror,
+    "blur": _blur,
+    "JPEG": _jpeg,
+    "brightness": lambda image: ImageEnhance.Brightness(image).enhance(1.5),
+    "downscaling": lambda image: shrink(image, 2).resize(image.size, Image.Resampling.BILINEAR),
+}
+# Pictures at a share of their resolution.
+SHRINKS = {"1/2 size": 2, "1/4 size": 4, "1/8 size": 8}
+
+
+def after_change(gallery, changed, own, labels):
+    """
+    Changed pictures searched among all unchanged ones.
+
+    Args:
+        gallery: unit vectors of all pictures; changed: of some of them, changed; own: which these are.
+
+    Returns:
+        {figure: a value for each changed picture}. `moved` is the cosine distance to the unchanged picture, as a share
+        of the mean distance between two pictures, so that spaces of other spreads compare.
+    """
+    first = search(gallery, changed, 1)[:, 0]
+    num_pairs = len(gallery) * (len(gallery) - 1)
+    spread = 1 - (np.square(gallery.sum(0, dtype=np.float64)).sum() - len(gallery)) / num_pairs
+    found = {
+        "moved": (1 - (gallery[own] * changed).sum(1).astype(np.float64)) / max(spread, 1e-12),
+        "finds itself": (first == own).astype(np.float64),
+    }
+    classes, counts = np.unique(labels[labels != UNLABELLED], return_counts=True)
+    has_fellows = np.isin(labels[own], classes[counts > 1])
+    if len(classes) > 1 and has_fellows.any():
+        nearest = search(gallery, changed[has_fellows], 1, own=own[has_fellows])[:, 0]
+        before = search(gallery, gallery[own[has_fellows]], 1, own=own[has_fellows])[:, 0]
+        mine = labels[own[has_fellows]]
+        found["recall@1"] = (labels[nearest] == mine).astype(np.float64)
+        found["fall of recall@1"] = (labels[before] == mine).astype(np.float64) - found["recall@1"]
+    return found
+
+
+def summarise(figures, num_resamples, seed):
+    """
+    Values with intervals, and differences with tests, as plain dicts; p-values are adjusted over all of them together
+    by Benjamini and Hochberg's procedure.
+    """
+    done = [_summarise(figure, num_resamples, seed) for figure in figures]
+    differences = [each for figure in done for each in figure["differences"]]
+    if differences:
+        adjusted = stats.false_discovery_control([each["p"] for each in differences])
+        for each, p in zip(differences, adjusted):
+            each["p_adjusted"] = float(p)
+            each["beyond_noise"] = bool(p < SIGNIFICANCE)
+    return done
+
+
+def _summarise(figure, num_resamples, seed):
+    names = list(figure.samples)
+    values = {name: {"undefined": reason} for name, reason in figure.undefined.items()}
+    differences = []
+    if names:
+        samples = [figure.samples[name] for name in names]
+        if figure.statistic is not np.mean:
+            num_resamples = min(num_resamples, FEW_RESAMPLES)
+        observed, resampled = bootstrap(samples, figure.statistic, num_resamples, seed)
+        for name, value, each in zip(names, observed, resampled):
+            low, high = np.quantile(each, (0.025, 0.975))
+            values[name] = {"value": float(value), "low": float(low), "high": float(high), "n": len(samples[0])}
+        for left, right in combinations(range(len(names)), 2):
+            each = resampled[left] - resampled[right]
+            low, high = np.quantile(each, (0.025, 0.975))
+            differences.append(
+                {
+                    "models": [names[left], names[right]],
+                    "difference": float(observed[left] - observed[right]),
+                    "low": float(low),
+                    "high": float(high),
+                    "p": float(min(max(2 * min((each <= 0).mean(), (each >= 0).mean()), 1 / num_resamples), 1)),
+                }
+            )
+    return {
+        "group": figure.group,
+        "name": figure.name,
+        "higher_is_better": figure.higher_is_better,
+        "values": values,
+        "differences": differences,
+    }
+
+
+def bootstrap(samples, statistic, num_resamples, seed):
+    """Values `(models,)` of all models on the same resampled pictures, `(models, num_resamples)`."""
+
+    def on(index, axis=-1):  # (..., n) -> (models, ...)
+        if statistic is np.mean:
+            return np.array([each[index].mean(axis) for each in samples])
+        return np.array(
+            [np.apply_along_axis(lambda rows, e=each: statistic(e[rows]), axis, index) for each in samples]
+        )
+
+    everything = np.arange(len(samples[0]))
+    if len(everything) == 1:
+        observed = on(everything)
+        return observed, np.repeat(observed[:, None], num_resamples, axis=1)
+    result = stats.bootstrap(
+        (everything,), on, n_resamples=num_resamples, vectorized=True, method="percentile", rng=seed, batch=50
+    )
+    return on(everything), result.bootstrap_distribution
+
+
+def nmi(rows):
+    return normalized_mutual_info_score(*rows.T)
+
+
+def ari(rows):
+    return adjusted_rand_score(*rows.T)

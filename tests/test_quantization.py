@@ -1,0 +1,51 @@
+"""Loading by torchao's `quantization_config`. torchao is in a folder of its own: it prints at transformers' import."""
+
+import pytest
+import torch
+from conftest import ROOT, run_python
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+TORCHAO = ROOT / ".venv" / "torchao"
+# Prints the cosines of each image's vector, and how many layers are quantised, as loaded and after saving again.
+CODE = """
+import sys, torch
+from PIL import Image
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+from transformers import AutoImageProcessor, AutoModel, TorchAoConfig
+source, kind, folder = sys.argv[1:]
+kinds = {"weight-only": Int8WeightOnlyConfig, "dynamic": Int8DynamicActivationInt8WeightConfig}
+where = {"trust_remote_code": True}
+images = [Image.linear_gradient("L"), Image.radial_gradient("L").resize((400, 200))]
+inputs = AutoImageProcessor.from_pretrained(source, num_crops=1, **where)(images, return_tensors="pt")
+with torch.inference_mode():
+    wanted = AutoModel.from_pretrained(source, **where)(**inputs).pooler_output
+    model = AutoModel.from_pretrained(source, quantization_config=TorchAoConfig(kinds[kind]()), **where)
+    given = model(**inputs).pooler_output
+    model.save_pretrained(folder)
+    again = AutoModel.from_pretrained(folder, **where)(**inputs).pooler_output
+layers = [each for each in model.modules() if isinstance(each, torch.nn.Linear)]
+quantised = sum(type(layer.weight).__name__ == "Int8Tensor" for layer in layers)
+print(torch.cosine_similarity(given, wanted).min().item(), (again - given).abs().max().item(), quantised, len(layers))
+"""
+
+
+@pytest.mark.parametrize(("kind", "cosine"), [("weight-only", 0.9995), ("dynamic", 0.99)])
+def test_int8_loads_by_quantization_config_and_is_saved_so(kind, cosine, tmp_path):
+    given = run_python(CODE, ROOT / "tiny", kind, tmp_path / "int8", PYTHONPATH=str(TORCHAO)).split()[-4:]
+    assert cosine < float(given[0]) < 1  # not 1: it is quantised
+    assert float(given[1]) == 0
+    assert int(given[2]) == int(given[3]) > 10
+
+
+@torch.inference_mode()
+def test_torchs_own_dynamic_int8_over_the_mlps():
+    where = {"pretrained_model_name_or_path": ROOT / "tiny", "trust_remote_code": True}
+    inputs = AutoImageProcessor.from_pretrained(**where)(
+        [Image.linear_gradient("L")], num_crops=1, return_tensors="pt"
+    )
+    model = AutoModel.from_pretrained(**where).eval()
+    wanted = model(**inputs).pooler_output
+    for layer in model.vision_embed_tokens.img_processor.encoder.layers:
+        torch.ao.quantization.quantize_dynamic(layer.mlp, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
+    assert 0.99 < torch.cosine_similarity(model(**inputs).pooler_output, wanted).item() < 1

@@ -1,0 +1,180 @@
+"""Searching by picture, at the command line."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import lancedb
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from transformers import AutoModel
+
+sys.path.insert(0, str(ROOT / "examples"))
+import search  # noqa: E402
+from digits import digits_split  # noqa: E402
+
+COMMAND = [sys.executable, str(ROOT / "examples" / "search.py")]
+FEW_CROPS = ("--num_crops", "0")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve held-out digits in two subfolders; a copy of one, and a broken file."""
+    folder = tmp_path / "pictures"
+    _, digits, _, _ = digits_split()
+    for number, digit in enumerate(digits[:12]):
+        path = folder / "ab"[number % 2] / f"it's {number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(digit).save(path)
+    shutil.copy(folder / "a" / "it's 0.png", folder / "b" / "copy.png")
+    (folder / "a" / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+def run(monkeypatch, capsys, *arguments):
+    """Runs the command in this process -> what it printed; its error is the text of the `SystemExit`."""
+    monkeypatch.setattr(sys, "argv", ["search.py", *map(str, arguments)])
+    search.main()
+    return capsys.readouterr().out
+
+
+def rows(index):
+    return lancedb.connect(index).open_table("pictures").to_arrow().to_pylist()
+
+
+def paths(index, folder):
+    return sorted(os.path.relpath(row["path"], folder) for row in rows(index))
+
+
+def test_an_index_follows_its_folder_by_content(folder, tmp_path, monkeypatch, capsys):
+    index = tmp_path / "index"
+    said = run(monkeypatch, capsys, "index", folder, index, *FEW_CROPS)
+    assert "Added 12. Already there: 0. Further copies: 1." in said and "Left out 1 of 14" in said
+    assert "broken.png: it cannot be read as a picture" in said
+    before = {row["hash"]: row["vector"] for row in rows(index)}
+
+    (folder / "a" / "it's 2.png").unlink()
+    (folder / "a" / "it's 4.png").rename(folder / "b" / "moved.png")
+    Image.new("L", (8, 8), 77).save(folder / "b" / "it's 1.png")
+    said = run(monkeypatch, capsys, "index", folder, index)
+    assert "Added 1. Already there: 10." in said and "Removed 2 that" in said
+    assert {"b/moved.png", "b/it's 1.png"} <= set(paths(index, folder)) and len(rows(index)) == 11
+    assert all(before.get(row["hash"], row["vector"]) == row["vector"] for row in rows(index))
+
+
+def test_pictures_come_and_go_one_by_one(folder, tmp_path, monkeypatch, capsys):
+    index, new = tmp_path / "index", tmp_path / "new.png"
+    run(monkeypatch, capsys, "index", folder, index, *FEW_CROPS)
+    Image.new("L", (8, 8), 77).save(new)
+    assert "Added 1. Already there: 1." in run(monkeypatch, capsys, "add", new, folder / "b" / "copy.png", index)
+    assert "Removed 7." in run(monkeypatch, capsys, "remove", new, folder / "b", index)
+    assert paths(index, folder) == sorted(f"a/it's {number}.png" for number in range(0, 12, 2))
+    with pytest.raises(SystemExit, match="new.png is not in .*Nothing was removed"):
+        run(monkeypatch, capsys, "remove", new, index)
+
+
+def test_neighbours_are_printed_and_drawn(folder, tmp_path, monkeypatch, capsys):
+    index, output = tmp_path / "index", tmp_path / "found.png"
+    run(monkeypatch, capsys, "index", folder, index, *FEW_CROPS)
+    shutil.rmtree(folder / "b")  # the index shows them all the same
+    monkeypatch.setenv("COLUMNS", "200")
+    said = run(monkeypatch, capsys, "query", folder / "a" / "it's 6.png", index, "--output", output, "--count", 3)
+    lines = [line.split("│") for line in said.splitlines() if ".png" in line and "│" in line]
+    assert len(lines) == 3 and lines[0][2].strip() == "1.000" and "it's 6.png" in lines[0][3]
+    vectors = {row["path"]: np.array(row["vector"]) for row in rows(index)}
+    asked = vectors[str(folder / "a" / "it's 6.png")]
+    wanted = sorted(vectors, key=lambda path: -(vectors[path] @ asked))[:3]
+    assert [line[3].strip() for line in lines] == wanted
+    with Image.open(output) as picture:
+        assert picture.width > picture.height > 200
+
+
+def test_an_index_of_another_model_or_of_other_crops_is_refused(folder, tmp_path, monkeypatch, capsys):
+    index, other = tmp_path / "index", tmp_path / "other"
+    shutil.copytree(ROOT / "tiny", other)
+    run(monkeypatch, capsys, "index", folder, index, *FEW_CROPS, "--model", other)
+    assert "Added 0" in run(monkeypatch, capsys, "add", folder, index, "--model", ROOT / "tiny")  # the same weights
+    with pytest.raises(SystemExit, match="num_crops 0.*num_crops 1.*make another index"):
+        run(monkeypatch, capsys, "add", folder, index, "--num_crops", 1)
+    model = AutoModel.from_pretrained(other, trust_remote_code=True)
+    with torch.no_grad():
+        next(model.vision_embed_tokens.img_processor.parameters()).add_(1)
+    model.save_pretrained(other)  # under the same name
+    with pytest.raises(SystemExit, match=r"is made by .*other \(weights .*but this is .*other \(weights"):
+        run(monkeypatch, capsys, "query", folder / "a" / "it's 0.png", index)
+
+
+def test_vectors_that_are_not_finite_are_left_out(folder, tmp_path, monkeypatch, capsys):
+    index, model = tmp_path / "index", tmp_path / "model"
+    shutil.copytree(ROOT / "tiny", model)
+    broken = AutoModel.from_pretrained(model, trust_remote_code=True)
+    for parameter in broken.vision_embed_tokens.projector.img_projection.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    broken.save_pretrained(model)
+    said = run(monkeypatch, capsys, "index", folder, index, *FEW_CROPS, "--model", model)
+    assert "its vector is not finite" in said and "holds 0 pictures" in said
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("index", "{folder}", "/proc/index"), "/proc/index"),
+        (("index", "{folder}", "{folder}"), "is no index, and not an empty folder"),
+        (("index", "{none}", "{index}"), "There is no .*none"),
+        (("index", "{folder}", "{none}", "--model", "{none}"), "There is no folder .*none.*or a Hub id"),
+        (("add", "{folder}", "{none}"), "There is no index .*none.*index FOLDER"),
+        (("query", "{folder}/a/broken.png", "{index}"), "broken.png: it cannot be read as a picture"),
+        (("query", "{none}", "{index}"), "none: it cannot be read as a picture"),
+        (("query", "{folder}/b/copy.png", "{index}", "--count", "0"), "--count is 0"),
+        (("query", "{folder}/b/copy.png", "{index}", "--output", "{folder}"), "no name for a PNG"),
+        (("query", "{folder}/b/copy.png", "{index}"), "holds no pictures"),
+    ],
+    ids=[
+        "no_permission",
+        "not_an_index",
+        "no_folder",
+        "no_model",
+        "no_index",
+        "broken",
+        "none",
+        "count",
+        "output",
+        "empty",
+    ],
+)
+def test_what_cannot_be_is_told_in_a_line(arguments, message, folder, tmp_path, monkeypatch, capsys):
+    index = tmp_path / "index"
+    checksum = search.checksum(AutoModel.from_pretrained(search.TINY, trust_remote_code=True))
+    made_by = {"model": str(search.TINY), "revision": None, "num_crops": 0, "checksum": checksum}
+    search.make_index(index, 128, made_by)
+    given = [part.format(folder=folder, index=index, none=tmp_path / "none") for part in arguments]
+    with pytest.raises(SystemExit, match=message) as error:
+        run(monkeypatch, capsys, *given)
+    assert str(error.value).startswith("search: ") and "\n" not in str(error.value)
+
+
+def test_a_kill_in_the_middle_loses_nothing_and_doubles_nothing(tmp_path):
+    folder, index = tmp_path / "pictures", tmp_path / "index"
+    folder.mkdir()
+    training, *_ = digits_split()
+    for number, digit in enumerate(training[:48]):
+        Image.fromarray(digit).resize((300, 600)).save(folder / f"{number}.png")
+    command = [*COMMAND, "index", str(folder), str(index), "--num_crops", "2"]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while killed.poll() is None and not ((index / "pictures.lance").exists() and len(rows(index)) >= 16):
+        time.sleep(0.05)
+    killed.kill()
+    assert killed.wait() == -9
+    before = {row["hash"]: row["vector"] for row in rows(index)}
+    assert 16 <= len(before) < 48
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    after = rows(index)
+    assert len(after) == len({row["hash"] for row in after}) == 48
+    assert f"Added {48 - len(before)}. Already there: {len(before)}." in done.stdout
+    assert before.items() <= {row["hash"]: row["vector"] for row in after}.items()

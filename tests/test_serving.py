@@ -1,0 +1,63 @@
+"""examples/serve.py, over HTTP."""
+
+import base64
+import io
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("serving") / "log"
+    with log.open("w") as file:
+        command = [sys.executable, ROOT / "examples" / "serve.py", "--port", str(port)]
+        server = subprocess.Popen(command, env=os.environ, stdout=file, stderr=file)
+    address, stop = f"http://127.0.0.1:{port}", time.monotonic() + 120
+    while True:
+        assert server.poll() is None and time.monotonic() < stop, log.read_text()
+        try:
+            if httpx.get(f"{address}/health").status_code == 200:
+                break
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    yield address
+    server.terminate()
+    server.wait(30)
+
+
+def data_uri(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def test_images_become_the_vectors_that_sentence_transformers_gives(address):
+    images = [Image.linear_gradient("L"), Image.radial_gradient("L").resize((400, 200))]
+    wanted = SentenceTransformer(str(ROOT / "tiny"), trust_remote_code=True).encode(images)
+    for given, vectors in (data_uri(images[0]), wanted[:1]), ([data_uri(image) for image in images], wanted):
+        body = {"input": given, "model": "phi3-embed"}
+        answer = httpx.post(f"{address}/v1/embeddings", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        data = answer.json()["data"]
+        assert [each["index"] for each in data] == list(range(len(vectors)))
+        np.testing.assert_allclose([each["embedding"] for each in data], vectors, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", ["/etc/hostname", "http://127.0.0.1/a.png", "data:image/png;base64,bm8="])
+def test_what_is_no_image_is_the_clients_error(address, given):
+    answer = httpx.post(f"{address}/v1/embeddings", json={"input": given, "model": "phi3-embed"}, timeout=60)
+    assert answer.status_code == 400 and "An input is no image" in answer.text
