@@ -104,7 +104,10 @@ def _find_columns(splits, asked):
 
 def _with_names(split):
     if isinstance(split, datasets.IterableDataset):
-        return split.map(lambda row, number: {NAME: _name(row[IMAGE]["path"], number)}, with_indices=True)
+        features = split.features and Features({**split.features, NAME: datasets.Value("string")})
+        return split.map(
+            lambda row, number: {NAME: _name(row[IMAGE]["path"], number)}, with_indices=True, features=features
+        )
     paths = pc.struct_field(split.data.column(IMAGE), "path").to_pylist()
     return split.add_column(NAME, [_name(path, number) for number, path in enumerate(paths)])
 

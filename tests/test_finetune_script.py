@@ -170,8 +170,8 @@ def test_metadata_and_parquet_and_digits_are_trained_on_as_well(repository, pict
     Dataset.from_dict(rows, Features({"picture": ImageFeature(), "colour": Value("string")})).to_parquet(parquet)
     for data, classes in ((flat, [*COLORS]), (parquet, [*COLORS]), ("digits", [*NAMES])):
         column = "" if data == "digits" else " --label_column colour"
-        finetune.run(command(repository, data, tmp_path / Path(data).name / "out", BY_EPOCH + column))
-        config = json.loads((tmp_path / Path(data).name / "out" / "config.json").read_text())
+        finetune.run(command(repository, data, tmp_path / "out" / Path(data).name, BY_EPOCH + column))
+        config = json.loads((tmp_path / "out" / Path(data).name / "config.json").read_text())
         assert list(config["id2label"].values()) == classes
 
 
