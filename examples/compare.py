@@ -27,6 +27,8 @@ import torch
 from embedders import BATCH_SIZE, CACHE, Picture, embed, open_cache, parse_spec
 from figures import (
     CHANGES,
+    CHANGES_VERSION,
+    FEW_RESAMPLES,
     NUM_NEIGHBOURS,
     SHRINKS,
     UNLABELLED,
@@ -201,7 +203,7 @@ def changed_pictures(data, probe):
 
     def changed(number, name, change):
         picture = data.pictures[number]
-        return Picture(f"{picture.key} {name}", lambda: change(picture.read()))
+        return Picture(f"{picture.key} {name} {CHANGES_VERSION}", lambda: change(picture.read()))
 
     return [changed(number, name, change) for name, change in all_changes().items() for number in probe]
 
@@ -339,8 +341,9 @@ def compare_spaces(spaces, labels, undefined, probe, arguments):
         entry = {"models": [left, right], "overlap": {"value": float(observed[0]), "low": float(low)}}
         entry["overlap"]["high"] = float(high)
         cka = linear_cka(a[probe], b[probe])
-        numbers = np.random.default_rng(arguments.seed).integers(len(probe), size=(200, len(probe)))
-        values = [linear_cka(a[probe[each]], b[probe[each]]) for each in numbers]
+        numbers = np.random.default_rng(arguments.seed).integers(len(probe), size=(FEW_RESAMPLES, len(probe)))
+        # The basic bootstrap, as pictures drawn twice make spaces alike.
+        values = [2 * cka - linear_cka(a[probe[each]], b[probe[each]]) for each in numbers]
         low, high = np.quantile(values, (0.025, 0.975))
         entry["cka"] = {"value": cka, "low": float(low), "high": float(high)}
         found.append(entry)
@@ -353,7 +356,7 @@ def about(arguments, data, started, left_out):
         "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in vars(arguments).items()},
         "started": started,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, threads: {torch.get_num_threads()}"
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
         "pictures": len(data.names),
         "classes": len(np.unique(data.labels[data.labels != UNLABELLED])),
@@ -375,12 +378,12 @@ def write_beside(path, write):
 
 def show(results):
     labels = [model["label"] for model in results["models"]]
-    table = Table(title="Figures, with their 95 % intervals. All of them are in report.html")
+    table = Table(title="Figures, with their 95% intervals. All of them are in report.html")
     table.add_column("")
     for label in labels:
         table.add_column(label, justify="right")
     for figure in results["figures"]:
-        if figure["group"] in (ROBUSTNESS, DETAIL) and not figure["name"].endswith(("finds itself", ": recall@1")):
+        if ":" in figure["name"] and not figure["name"].startswith(ALL_CHANGES):
             continue
         table.add_row(figure["name"], *(format_value(figure["values"].get(label), figure) for label in labels))
     for name in ("parameters", "dimensions", "tokens", "milliseconds", "bytes"):

@@ -31,14 +31,17 @@ DECIMALS = ("NMI", "ARI", "moved")
 
 
 def format_number(number, figure):
-    return f"{number:.2f}" if figure["name"].endswith(DECIMALS) else f"{number:.1%}"
+    is_decimal = figure["name"].endswith(DECIMALS)
+    number = round(number, 2 if is_decimal else 3) + 0.0  # which makes 0 of -0
+    return f"{number:.2f}" if is_decimal else f"{number:.1%}"
 
 
 def format_value(value, figure):
     if value is None or "undefined" in value:
         return "undefined"
-    value, low, high = (format_number(value[key], figure).rstrip("%") for key in ("value", "low", "high"))
-    return f"{value}{'' if figure['name'].endswith(DECIMALS) else '%'} ({low} to {high})"
+    if figure["name"].endswith(DECIMALS):
+        return f"{value['value']:.2f} ({value['low']:.2f}–{value['high']:.2f})"
+    return f"{value['value']:.1%} ({100 * value['low']:.0f}–{100 * value['high']:.0f})"
 
 
 def format_cost(cost):
@@ -58,6 +61,7 @@ def write_report(path, results, data, vectors, seed):
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    environment.policies["json.dumps_kwargs"] = {}  # models keep their order
     page = environment.get_template("report.html.j2").render(
         results=results,
         labels=[model["label"] for model in results["models"]],
@@ -139,10 +143,11 @@ def level_with_best(figure):
 
 
 def tables(results):
-    """{group: its figures, each with the set of models that are level with the best}."""
+    """{group: its figures, each with the models that are level with the best, and whether it is a minor one}."""
     groups = {}
     for figure in results["figures"]:
-        groups.setdefault(figure["group"], []).append(figure | {"level": level_with_best(figure)})
+        is_minor = ":" in figure["name"] and not figure["name"].endswith(("finds itself", ": recall@1"))
+        groups.setdefault(figure["group"], []).append(figure | {"level": level_with_best(figure), "minor": is_minor})
     return groups
 
 
