@@ -605,9 +605,10 @@ def fine_tune(options, arguments, splits, names):
     has_validation = "validation" in splits and arguments.eval_strategy != "no"
     if not has_validation:
         arguments.eval_strategy = "no"
-    elif arguments.eval_strategy != arguments.save_strategy or arguments.eval_steps != arguments.save_steps:
+    elif arguments.eval_strategy != arguments.save_strategy:
         raise ValueError(
-            "The best checkpoint is kept, so --save_strategy and --save_steps must be those of --eval_..."
+            f"--eval_strategy is {arguments.eval_strategy.value} and --save_strategy {arguments.save_strategy.value}: "
+            "as the best checkpoint is kept, they must be the same."
         )
     arguments.load_best_model_at_end = has_validation
     arguments.metric_for_best_model, arguments.greater_is_better = metric, True

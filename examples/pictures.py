@@ -42,9 +42,10 @@ def load_pictures(source, image_column=None, label_column=None, text_column=None
     splits = _load(str(source), streaming)
     columns = _find_columns(splits, {IMAGE: image_column, LABEL: label_column, TEXT: text_column})
     for name, split in splits.items():
-        split = split.select_columns(list(columns.values()))
+        # Undecoded from the start: in a stream each step that follows would decode, and fail at a broken picture.
+        split = split.cast_column(columns[IMAGE], datasets.Image(decode=False)).select_columns(list(columns.values()))
         split = split.rename_columns({theirs: ours for ours, theirs in columns.items() if ours != theirs})
-        splits[name] = _with_names(split.cast_column(IMAGE, datasets.Image(decode=False)))
+        splits[name] = _with_names(split)
     return splits if streaming or LABEL not in columns else _with_classes(splits)
 
 
@@ -104,7 +105,10 @@ def _find_columns(splits, asked):
 
 def _with_names(split):
     if isinstance(split, datasets.IterableDataset):
-        return split.map(lambda row, number: {NAME: _name(row[IMAGE]["path"], number)}, with_indices=True)
+        features = split.features and Features({**split.features, NAME: datasets.Value("string")})
+        return split.map(
+            lambda row, number: {NAME: _name(row[IMAGE]["path"], number)}, with_indices=True, features=features
+        )
     paths = pc.struct_field(split.data.column(IMAGE), "path").to_pylist()
     return split.add_column(NAME, [_name(path, number) for number, path in enumerate(paths)])
 

@@ -21,8 +21,9 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageClassification
 
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 import finetune  # noqa: E402
+import finetuning  # noqa: E402
 from digits import NAMES  # noqa: E402
 
 SCRIPT = ROOT / "examples" / "finetune.py"
@@ -170,8 +171,8 @@ def test_metadata_and_parquet_and_digits_are_trained_on_as_well(repository, pict
     Dataset.from_dict(rows, Features({"picture": ImageFeature(), "colour": Value("string")})).to_parquet(parquet)
     for data, classes in ((flat, [*COLORS]), (parquet, [*COLORS]), ("digits", [*NAMES])):
         column = "" if data == "digits" else " --label_column colour"
-        finetune.run(command(repository, data, tmp_path / Path(data).name / "out", BY_EPOCH + column))
-        config = json.loads((tmp_path / Path(data).name / "out" / "config.json").read_text())
+        finetune.run(command(repository, data, tmp_path / "out" / Path(data).name, BY_EPOCH + column))
+        config = json.loads((tmp_path / "out" / Path(data).name / "config.json").read_text())
         assert list(config["id2label"].values()) == classes
 
 
@@ -258,6 +259,14 @@ def test_a_changed_picture_keeps_its_proportions_and_follows_from_its_seed():
         assert changed[0] == changed[1] != changed[2]
     still = finetune.Options("m", "d", zoom=1e-9)
     assert np.abs(np.array(finetune.augment(picture, np.random.default_rng(0), still, 56), int) - picture).max() <= 1
+
+
+def test_fine_tuning_beats_the_frozen_embedding_on_photographs(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    rows, _ = finetuning.run(20, 10, finetuning.TRAININGS["head"])
+    # Measured: 60.0 % and 71.7 % for recall@1, 55.0 % and 60.0 % for the probe and the classifier.
+    assert rows["fine-tuned"]["recall@1"] > rows["untrained"]["recall@1"] + 0.05
+    assert rows["fine-tuned"]["accuracy"] > rows["untrained"]["linear probe"]
 
 
 # What is wrong with data or machine
