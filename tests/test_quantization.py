@@ -13,16 +13,19 @@ TORCHAO = ROOT / ".venv" / "torchao"
 CODE = """
 import sys, torch
 from PIL import Image
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, PerGroup
 from transformers import AutoImageProcessor, AutoModel, TorchAoConfig
 source, kind, folder = sys.argv[1:]
-kinds = {"weight-only": Int8WeightOnlyConfig, "dynamic": Int8DynamicActivationInt8WeightConfig}
+kinds = {
+    "weight-only": Int8WeightOnlyConfig(granularity=PerGroup(64)),
+    "dynamic": Int8DynamicActivationInt8WeightConfig(),
+}
 where = {"trust_remote_code": True}
 images = [Image.linear_gradient("L"), Image.radial_gradient("L").resize((400, 200))]
 inputs = AutoImageProcessor.from_pretrained(source, num_crops=1, **where)(images, return_tensors="pt")
 with torch.inference_mode():
     wanted = AutoModel.from_pretrained(source, **where)(**inputs).pooler_output
-    model = AutoModel.from_pretrained(source, quantization_config=TorchAoConfig(kinds[kind]()), **where)
+    model = AutoModel.from_pretrained(source, quantization_config=TorchAoConfig(kinds[kind]), **where)
     given = model(**inputs).pooler_output
     model.save_pretrained(folder)
     again = AutoModel.from_pretrained(folder, **where)(**inputs).pooler_output
