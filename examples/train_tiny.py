@@ -44,8 +44,8 @@ COMMON = (
 )
 # Pixels of a crop, and the arguments of finetune.py.
 STEPS = {
-    112: f"{COMMON} --learning_rate 4e-3 --num_train_epochs 24",
-    336: f"{COMMON} --learning_rate 1e-3 --num_train_epochs 2",
+    112: f"{COMMON} --learning_rate 1.5e-3 --warmup_steps 0.3 --num_train_epochs 24",
+    336: f"{COMMON} --learning_rate 5e-4 --warmup_steps 0.3 --num_train_epochs 2",
 }
 
 
