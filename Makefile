@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/python
 MODEL ?=
 IMAGES ?=
 
-.PHONY: demo app test lint format tiny benchmark clean
+.PHONY: demo app test lint format tiny compare benchmark clean
 
 demo: $(VENV)/ready
 	$(RUN) examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(IMAGES),--images "$(IMAGES)")
@@ -26,6 +26,9 @@ format: $(VENV)/ready
 
 tiny: $(VENV)/ready
 	$(RUN) examples/train_tiny.py
+
+compare: $(VENV)/ready
+	HF_HUB_OFFLINE=1 $(RUN) examples/compare.py --models tiny:mean tiny:tower pixels --images digits --num_crops 1
 
 benchmark: $(VENV)/ready $(VENV)/torchao
 	$(RUN) benchmarks/run.py

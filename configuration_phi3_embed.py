@@ -114,6 +114,9 @@ def _from_microsoft(img_processor, embd_layer, vision_config):
     Microsoft's `img_processor` and `embd_layer` -> our arguments, with the defaults of Microsoft's code. Microsoft's
     config names the tower; a `vision_config` beside describes one that has no name there.
     """
+    for name, value in (("img_processor", img_processor), ("embd_layer", embd_layer)):
+        _require(isinstance(value, dict), name, value, "a dict")
+    _require(isinstance(vision_config, (dict, type(None))), "vision_config", vision_config, "a dict")
     tower = img_processor.get("model_name", next(iter(MICROSOFT_TOWERS)))
     if vision_config is None:
         _require(

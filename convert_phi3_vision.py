@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -40,6 +41,7 @@ from huggingface_hub import (
     RepoCard,
     get_hf_file_metadata,
     hf_hub_url,
+    is_offline_mode,
     snapshot_download,
     split_torch_state_dict_into_shards,
 )
@@ -58,6 +60,7 @@ from huggingface_hub.utils import (
     build_hf_headers,
     hf_raise_for_status,
     http_stream_backoff,
+    validate_repo_id,
 )
 from PIL import Image
 from safetensors import SafetensorError
@@ -90,12 +93,13 @@ BEHIND_FEATURES = re.compile(
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+PREPROCESSOR = "preprocessor_config.json"
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
 # The small files of a source: what it says of itself, its processor, its tokenizer, and an adapter's weights.
 SMALL_FILES = (
     "config.json",
-    "preprocessor_config.json",
+    PREPROCESSOR,
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -107,6 +111,20 @@ SMALL_FILES = (
     "adapter_model.safetensors",
 )
 
+# What makes embeddings of weights, beside their shapes.
+SETTINGS = ("layer_idx", "type_feature", "use_hd_transform", "hd_transform_order", "projection_cls")
+TOWER_SETTINGS = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+)
+
 MAX_SHARD_SIZE = "5GB"
 MAX_HEADER_SIZE = 100_000_000  # safetensors' own limit
 CHUNK = 2**22
@@ -116,6 +134,17 @@ TIMEOUT = 30  # seconds without a byte
 
 class ConversionError(Exception):
     """What a user can mend: told in a few lines, without a traceback."""
+
+
+@contextmanager
+def library_errors(what):
+    """What a library raises over a file of the user's, as an error of ours; some raise plain `Exception`."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ConversionError) or getattr(error, "errno", None):  # a full disk is no fault of the file
+            raise
+        raise ConversionError(f"{what}: {' '.join(str(error).split())}") from error
 
 
 def published_names(name: str) -> list[str]:
@@ -155,13 +184,23 @@ class Source:
             opened.seek(start)
             yield opened.read(stop - start)
 
-    def json(self, file):
+    def json(self, file) -> dict:
         if file not in self.files:
             raise ConversionError(f"{self.name} has no {file}.")
         try:
-            return json.loads((self.folder / file).read_text(encoding="utf-8"))
+            content = json.loads((self.folder / file).read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise ConversionError(f"{self.name}: {file} is no JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise ConversionError(f"{self.name}: {file} must hold a JSON object, but holds {str(content)[:40]!r}.")
+        return content
+
+    def weight_map(self) -> dict[str, str]:
+        """The index: name of a weight -> its file."""
+        found = self.json(INDEX).get("weight_map")
+        if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+            raise ConversionError(f"{self.name}: {INDEX} has no `weight_map` from names of weights to files.")
+        return found
 
 
 def read_url(url, start, stop):
@@ -195,7 +234,7 @@ def retried(call):
         try:
             return call()
         except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError) as error:
-            if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+            if is_offline_mode() or (isinstance(error, HfHubHTTPError) and error.response.status_code < 500):
                 raise
             failures += 1
             wait_or_raise(failures, error)
@@ -233,7 +272,10 @@ def open_source(name: str, revision: str | None, folder: Path) -> Source:
 def remember_commit(name, commit, folder):
     """Writes beside a download of what it is one, or refuses to go on with weights of something else."""
     path, asked = folder / "source.json", {"name": name, "commit": commit}
-    begun = json.loads(path.read_text()) if path.exists() else None
+    try:
+        begun = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):  # none, or killed while it was written, which was before any download
+        begun = None
     if begun == asked:
         return
     if begun and (folder / WEIGHTS).exists():
@@ -267,8 +309,9 @@ def hub_errors(name):
             ) from error
         hint = "Your token does not allow this." if status in (401, 403) else "The same command goes on from here."
         raise ConversionError(f"{name}: the Hub answers {status} ({error.server_message}). {hint}") from error
-    except (OfflineModeIsEnabled, httpx2.TransportError) as error:
-        raise ConversionError(f"The Hub cannot be reached for {name}: {first_line(error)}") from error
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, httpx2.TransportError) as error:
+        no_folder = f"There is no folder {name}. " if isinstance(error, LocalEntryNotFoundError) else ""
+        raise ConversionError(f"{no_folder}The Hub cannot be reached for {name}: {first_line(error)}") from error
 
 
 # Which weights they are
@@ -291,8 +334,7 @@ def read_entries(source: Source, begins: tuple[str, ...] = ("",)) -> dict[str, E
     if WEIGHTS in source.files:  # as transformers chooses where an index is there too
         files = [WEIGHTS]
     elif INDEX in source.files:
-        weight_map = source.json(INDEX)["weight_map"]
-        files = sorted({file for name, file in weight_map.items() if name.startswith(begins)})
+        files = sorted({file for name, file in source.weight_map().items() if name.startswith(begins)})
     elif any(file.endswith((".bin", ".pt", ".pth")) for file in source.files):
         raise ConversionError(
             f"{source.name} has its weights as pickles (.bin) only, which can run code when they are read. Convert "
@@ -338,12 +380,16 @@ def read_config(source: Source):
             f"{source.name} is not in Phi-3-vision's layout: its config.json is of type {config.get('model_type')!r} "
             "and has no `img_processor`."
         )
-    try:
-        config = load_class("modeling_phi3_embed.Phi3EmbedConfig").from_dict(config)
-    except ValueError as error:
-        raise ConversionError(f"{source.name}: config.json: {error}") from error
+    config = parse_config(source)
     if not config.use_hd_transform:
         raise ConversionError(f"{source.name} works without the HD transform, for which there is no image processor.")
+    return config
+
+
+def parse_config(source: Source):
+    with library_errors(f"{source.name}: config.json"):
+        config = load_class("modeling_phi3_embed.Phi3EmbedConfig").from_dict(source.json("config.json"))
+        model_shapes(config)  # the tower's own checks
     return config
 
 
@@ -464,7 +510,8 @@ class Adapter:
                 f"{source.name} is an adapter of type {kind}; LoRA and DoRA are merged here. Merge it by peft's "
                 "`merge_and_unload` and `save_pretrained`, and give that folder."
             )
-        self.config = LoraConfig.from_pretrained(source.folder)
+        with library_errors(f"{source.name}: {ADAPTER}"):
+            self.config = LoraConfig.from_pretrained(source.folder)
         if "adapter_model.safetensors" not in source.files:
             raise ConversionError(f"{source.name} has no adapter_model.safetensors (pickles are not read).")
         if others := [file for file in source.files if file.startswith("non_lora")]:
@@ -559,7 +606,7 @@ def write_tensor(file, tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     is_finite = True
     for part in tensor.flatten().split(CHUNK):
         part = part.to(dtype)
-        is_finite &= bool(part.isfinite().all())
+        is_finite &= bool(torch.stack(part.aminmax()).isfinite().all())  # NaN comes through; ten times as fast as all
         file.write(part.view(torch.uint8).numpy())
     return is_finite
 
@@ -601,24 +648,36 @@ def write_config(config, dtype, output):
 
 
 def write_processor(source: Source, config, output: Path):
-    """Image processor and tokenizer, the latter as the source's tokenizer.json says, and their code."""
-    if "tokenizer.json" not in source.files:
-        raise ConversionError(f"{source.name} has no tokenizer.json. Put the base model's tokenizer files beside it.")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(source.folder)
+    """
+    Image processor and tokenizer, the latter as the source's tokenizer.json says, and their code -> the most crops of
+    an image, as the card says it.
+    """
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        if file not in source.files:
+            raise ConversionError(f"{source.name} has no {file}. Put the base model's tokenizer files beside it.")
+    with library_errors(f"{source.name}: its tokenizer cannot be read"):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(source.folder)
     for key in ("is_local", "local_files_only"):  # how it was loaded just now
         tokenizer.init_kwargs.pop(key, None)
     if tokenizer.convert_tokens_to_ids("<|image|>") != config.image_token_id:
         raise ConversionError(f"The tokenizer of {source.name} has no <|image|> with the id {config.image_token_id}.")
-    settings = {}
-    if "preprocessor_config.json" in source.files:
-        about = source.json("preprocessor_config.json")
-        settings = {key: about[key] for key in ("num_crops", "image_mean", "image_std") if key in about}
+    about = source.json(PREPROCESSOR) if PREPROCESSOR in source.files else {}
+    settings = {key: about[key] for key in ("num_crops", "image_mean", "image_std") if key in about}
     size = {"height": config.crop_size, "width": config.crop_size}
     processor_class = load_class("processing_phi3_embed.Phi3EmbedProcessor")
     image_processor_class = load_class("processing_phi3_embed.Phi3EmbedImageProcessor")
-    image_processor = image_processor_class(size=size, num_img_tokens=config.num_img_tokens, **settings)
+    with library_errors(f"{source.name}: {PREPROCESSOR}"):
+        image_processor = image_processor_class(size=size, num_img_tokens=config.num_img_tokens, **settings)
     processor_class.register_for_auto_class("AutoProcessor")
     processor_class(image_processor, tokenizer).save_pretrained(output)
+    crops = f"at most {image_processor.num_crops}"
+    if "num_crops" in settings:
+        return crops
+    print(
+        f"{source.name} does not say `num_crops` in a {PREPROCESSOR}: {crops} are assumed, as Phi-3-vision has them. "
+        "Phi-3.5-vision has 4."
+    )
+    return f"{crops}; assumed, as the source does not say"
 
 
 CARD = """---
@@ -655,13 +714,12 @@ the vision tower's behind the feature layer. Nothing was trained.
 | merged adapter | {adapter} |
 | licence of the weights | {license} |
 | weights | {count}, {dtype}; the word embeddings are the source's `{table}` |
-| crops | at most {num_crops} |
+| crops | {crops} |
 """
 
 
-def write_card(source: Source, adapter, selected, config, command, name, output: Path):
-    card = source.folder / "README.md"
-    said = RepoCard.load(card, ignore_metadata_errors=True).data if card.exists() else ModelCardData()
+def write_card(source: Source, adapter, selected, config, crops, command, name, output: Path):
+    said = read_card(source.folder / "README.md")
     license = {key: said.get(key) for key in ("license", "license_name", "license_link")}
     metadata = ModelCardData(
         library_name="transformers",
@@ -685,11 +743,23 @@ def write_card(source: Source, adapter, selected, config, command, name, output:
         count=len(selected),
         dtype=str(config.dtype).removeprefix("torch."),
         table=table,
-        num_crops=json.loads((output / "processor_config.json").read_text())["image_processor"]["num_crops"],
+        crops=crops,
     )
     (output / "README.md").write_text(text, encoding="utf-8")
     for path in source.folder.glob("LICENSE*"):
         shutil.copyfile(path, output / path.name)
+
+
+def read_card(path: Path):
+    """What a card's metadata say. A card that cannot be read is told, but stops no conversion."""
+    if not path.exists():
+        return ModelCardData()
+    try:
+        with library_errors("README.md cannot be read, so the licence is not taken over"):
+            return RepoCard(path.read_text(encoding="utf-8-sig", errors="replace"), ignore_metadata_errors=True).data
+    except ConversionError as error:
+        print(error)
+        return ModelCardData()
 
 
 def without_path(name):
@@ -698,10 +768,15 @@ def without_path(name):
 
 
 def embed_fixed_picture(folder: Path, offload: Path) -> list[float]:
-    """Loads a model as users do and embeds a picture: the first numbers of its vector. The weights stay on disk."""
+    """
+    Loads a model as users do and embeds a picture: the first numbers of its vector. The weights stay on disk, and are
+    widened to float32 as each module reads its own: many processors multiply in half precision several times slower.
+    """
     model = AutoModel.from_pretrained(
         folder, trust_remote_code=True, device_map={"": "disk"}, offload_folder=str(offload)
     )
+    model.vision_embed_tokens.img_processor.float()
+    model.vision_embed_tokens.projector.float()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     picture = Image.linear_gradient("L")
     inputs = processor(text="<|image_1|>", images=picture, num_crops=0, return_tensors="pt")
@@ -714,14 +789,25 @@ def embed_fixed_picture(folder: Path, offload: Path) -> list[float]:
 
 # Commands
 
+# What the command makes in `OUTPUT.partial`.
+WORK = {"lock", "source", "base", "output", "offload"}
+
 
 @contextmanager
 def work_folder(output: Path):
     """`OUTPUT.partial`, for one process at a time; what becomes OUTPUT begins empty in it."""
-    if output.exists():
+    if os.path.lexists(output):
         raise ConversionError(f"{output} exists already. Give another folder, or move it away.")
+    if output.name == "..":
+        raise ConversionError(f"{output} does not end in a name. Give a folder to make.")
     partial = output.with_name(f"{output.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
+    held = {path.name for path in partial.iterdir()}
+    if held and not {"lock"} <= held <= WORK:  # what is deleted here is the command's own
+        raise ConversionError(
+            f"{partial}, where the work would go on, holds {', '.join(sorted(held - WORK) or sorted(held))}, not made "
+            "by this command. Move it away."
+        )
     try:
         with WeakFileLock(partial / "lock", timeout=1):
             shutil.rmtree(partial / "output", ignore_errors=True)
@@ -777,15 +863,14 @@ def convert(
             selected = select(entries, config, source.name)
             if adapter:
                 adapter.select(selected, config)
-            origin = source
+            origin, crops = source, write_processor(source, config, partial / "output")
             if source.commit is not None:
-                files = {WEIGHTS} if WEIGHTS in source.files else set(source.json(INDEX)["weight_map"].values())
+                files = {WEIGHTS} if WEIGHTS in source.files else set(source.weight_map().values())
                 source = fetch(source, selected, sum(map(source.size, files)))
                 selected = select(read_entries(source), config, source.name)
-        write_processor(source, config, partial / "output")
         written = write_weights(source, selected, dtype, adapter, partial / "output")
         write_config(config, written, partial / "output")
-        write_card(origin, adapter, selected, config, command, name or output.name, partial / "output")
+        write_card(origin, adapter, selected, config, crops, command, name or output.name, partial / "output")
         numbers = embed_fixed_picture(partial / "output", partial / "offload")
         finish(partial, output)
     print(f"{output} is complete. Its embedding of a fixed picture begins {', '.join(f'{x:.4f}' for x in numbers)}.")
@@ -814,6 +899,7 @@ def put_back(model_name: str, source_name: str, output: Path, revision: str | No
         config = read_config(source)
         targets = read_entries(source, IMAGE_EMBEDDING)
         selected = select(targets, config, source.name)
+        check_settings(model, config)
         mine = model_entries(model, model_shapes(config))
         copy_files(source.folder, partial / "output")
         not_finite, cast = [], set()
@@ -841,10 +927,28 @@ def open_whole(name: str, revision: str | None = None) -> Source:
     return replace(open_source(str(folder), None, folder), name=name)
 
 
-def model_entries(model: Source, shapes) -> dict[str, Entry]:
-    """The weights of a phi3-embed model, or of a head on one, by our names."""
+def check_settings(model: Source, config):
+    """Raises unless the weights of a phi3-embed model give with the source's config what they give with their own."""
     if model.json("config.json").get("model_type") != "phi3_embed":
         raise ConversionError(f"{model.name} is no phi3-embed model.")
+    own, theirs = computation(parse_config(model)), computation(config)
+    if other := [f"{name} is {own[name]!r}, not {theirs[name]!r}" for name in own if own[name] != theirs[name]]:
+        raise ConversionError(
+            f"The config of {model.name} is not SOURCE's: {', '.join(other)}. Put back, its weights would give other "
+            "embeddings."
+        )
+
+
+def computation(config) -> dict:
+    """The settings that make embeddings of weights, those of the tower under `vision_config.`"""
+    tower = {f"vision_config.{name}": getattr(config.vision_config, name, None) for name in TOWER_SETTINGS}
+    # The same layer, however it is counted.
+    layer_idx = config.num_feature_layers - config.vision_config.num_hidden_layers - 1
+    return tower | {name: getattr(config, name) for name in SETTINGS} | {"layer_idx": layer_idx}
+
+
+def model_entries(model: Source, shapes) -> dict[str, Entry]:
+    """The weights of a phi3-embed model, or of a head on one, by our names."""
     entries, problems = read_entries(model), defaultdict(list)
     if any(name.startswith("model.vision_embed_tokens.") for name in entries):  # a head's
         entries = {name.removeprefix("model."): entry for name, entry in entries.items()}
@@ -889,6 +993,10 @@ def copy_files(folder: Path, output: Path):
 def check_target(name: str, private: bool) -> str:
     """The full name of the repository to push to, or why that cannot be, before the work."""
     try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConversionError(f"`--push-to-hub {name}` names no repository, such as owner/model: {error}") from error
+    try:
         user = HfApi().whoami()["name"]
     except (LocalTokenNotFoundError, HfHubHTTPError) as error:
         raise ConversionError(f"Pushing to {name} needs a valid token: log in by `hf auth login`.") from error
@@ -911,7 +1019,7 @@ def push(output: Path, name: str, private: bool) -> None:
                 commit_message="Convert Phi-3-vision's image embedding to phi3-embed",
             )
     except ConversionError as error:
-        command = f"hf upload {name} {output} . --delete '*.safetensors*'"
+        command = shlex.join(["hf", "upload", name, str(output), ".", "--delete", "*.safetensors*"])
         raise ConversionError(f"{error} {output} is complete; push it by `{command}`.") from error
     print(f"Pushed to {commit.commit_url}")
 
@@ -951,7 +1059,7 @@ def run(arguments):
     command = ["python", Path(__file__).name, without_path(parsed.source), parsed.output.name]
     for option, value in (("--dtype", parsed.dtype), ("--revision", parsed.revision), ("--base", parsed.base)):
         command += [option, without_path(value)] if value else []
-    convert(parsed.source, parsed.output, dtype, parsed.revision, parsed.base, target, " ".join(command))
+    convert(parsed.source, parsed.output, dtype, parsed.revision, parsed.base, target, shlex.join(command))
     if target:
         push(parsed.output, target, parsed.private)
 

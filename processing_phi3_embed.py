@@ -246,6 +246,7 @@ class Phi3EmbedImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         self._set_attributes(**kwargs)
         _check_geometry(self.num_crops, self.size, self.num_img_tokens)
+        _affine(*(getattr(self, name) for name in AFFINE_KWARGS))  # raises
 
     def save_pretrained(self, save_directory, **kwargs):
         """As [`BaseImageProcessor.save_pretrained`]."""
@@ -345,14 +346,28 @@ AFFINE_KWARGS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "
 
 
 def _affine(do_rescale, rescale_factor, do_normalize, image_mean, image_std):
-    """Rescaling and normalisation as one multiplication and one addition, each of shape (3, 1, 1) or (1, 1, 1)."""
+    """
+    Rescaling and normalisation as one multiplication and one addition, each of shape (3, 1, 1) or (1, 1, 1). Raises
+    ValueError unless mean and standard deviation are numbers, finite, and the latter positive.
+    """
     factor = rescale_factor if do_rescale else 1.0
     mean, std = (image_mean, image_std) if do_normalize else (0.0, 1.0)
-    mean, std = np.asarray(mean, np.float64).reshape(-1, 1, 1), np.asarray(std, np.float64).reshape(-1, 1, 1)
-    for name, value in (("image_mean", mean), ("image_std", std)):
-        if len(value) not in (1, 3):
-            raise ValueError(f"`{name}` has {len(value)} values, but must have 3, one a channel, or be a number.")
+    mean, std = (_per_channel(name, value) for name, value in (("image_mean", mean), ("image_std", std)))
+    if not (std > 0).all():
+        raise ValueError(f"`image_std` is {image_std!r}, but must be positive.")
     return (factor / std).astype(np.float32), (-mean / std).astype(np.float32)
+
+
+def _per_channel(name, value):
+    try:
+        array = np.asarray(value, np.float64).reshape(-1, 1, 1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}` is {value!r}, but must be 3 numbers, one a channel, or one.") from error
+    if len(array) not in (1, 3):
+        raise ValueError(f"`{name}` has {len(array)} values, but must have 3, one a channel, or be a number.")
+    if not np.isfinite(array).all():  # as None becomes
+        raise ValueError(f"`{name}` is {value!r}, but must be finite.")
+    return array
 
 
 def _write_views(image, num_crops, crop_size, scale, bias, out) -> tuple[int, int]:

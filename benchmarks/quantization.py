@@ -1,12 +1,13 @@
 """
 One image of one crop at full size, with the golden data's rule-made weights, in lower precision.
 
-`limit` is float32. The name of a contender says its least cosine to the golden tokens, over two of the golden images,
+`limit` is float32. The name of a contender says the least cosine of its tokens to those of the golden image,
 and the resident memory that it takes with its weights loaded and used once. Contenders live in processes of their own,
 and take turns.
 """
 
-import os
+import ctypes
+import gc
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -14,7 +15,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from measure import ROOT, figures, interleaved_seconds, peak_bytes, status, timed
+from measure import ROOT, figures, interleaved_seconds, status, timed
+from tqdm import tqdm
 
 sys.path[:0] = [str(ROOT / "tests")]
 
@@ -28,9 +30,8 @@ CONTENDERS = (
     "torch.ao int8 dynamic, MLP alone",
     "torchao int8 dynamic",
 )
-IMAGES = ("wide_nc1", "tall_nc1")
-# Of a contender's process: its model, and the inputs and golden tokens of each image.
-model, images = None, []
+# Of a contender's process.
+model = inputs = None
 
 
 def save_model(folder):
@@ -42,23 +43,21 @@ def save_model(folder):
 
 
 def load(name, folder):
-    """Loads a contender -> the least cosine, the resident bytes of its weights, and the peak of one image above."""
-    global model, images
+    """Loads a contender -> its least cosine to golden tokens, and the resident bytes of its weights."""
+    global model, inputs
+    import conftest  # noqa: F401
     import golden
     from test_golden import preprocess
 
-    for image in IMAGES:
-        arrays, note = golden.load(f"embedding_{image}")
-        images.append((preprocess(note), arrays))
+    arrays, note = golden.load("embedding_wide_nc1")
+    inputs = preprocess(note)
     before = status("VmRSS")
     model = load_model(name, folder)
-    tokens = [embed(number).pooler_output[0].float() for number in range(len(images))]
-    cosines = [
-        torch.cosine_similarity(each[arrays["token_index"]], torch.from_numpy(arrays["tokens"]), dim=-1).min().item()
-        for each, (_, arrays) in zip(tokens, images)
-    ]
-    peak = peak_bytes(lambda: embed(0))
-    return min(cosines), status("VmRSS") - before, peak
+    tokens = embed().pooler_output[0][arrays["token_index"]].float()
+    cosine = torch.cosine_similarity(tokens, torch.from_numpy(arrays["tokens"]), dim=-1).min().item()
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return cosine, status("VmRSS") - before
 
 
 def load_model(name, folder):
@@ -80,29 +79,31 @@ def load_model(name, folder):
 
 
 @torch.inference_mode()
-def embed(number):
-    inputs, _ = images[number]
+def embed():
     return model.get_image_features(inputs["pixel_values"].to(model.dtype), inputs["image_sizes"])
 
 
 def measure():
-    return timed(lambda: embed(0))[0]
+    return timed(embed)[0]
 
 
 def run(quick):
     torchao = ROOT / ".venv" / "torchao"
     if not torchao.exists():
         sys.exit(f"quantization: there is no {torchao}. Run `make .venv/torchao` first.")
-    os.environ["PYTHONPATH"] = str(torchao)
+    sys.path.append(str(torchao))  # which processes take over
     pools = {name: ProcessPoolExecutor(1, mp_context=get_context("spawn")) for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as folder:
         pools["limit"].submit(save_model, Path(folder)).result()
-        loaded = {name: pool.submit(load, name, folder).result() for name, pool in pools.items()}
+        loaded = {}
+        for name in tqdm(CONTENDERS, desc="Loading"):
+            loaded[name] = pools[name].submit(load, name, folder).result()
+            tqdm.write(f"{name}: {loaded[name]}")
     calls = {name: lambda pool=pool: (pool.submit(measure).result(), None) for name, pool in pools.items()}
-    seconds = interleaved_seconds(calls, 1 if quick else 5, CASE)
+    seconds = interleaved_seconds(calls, 1 if quick else 3, CASE)
     for pool in pools.values():
         pool.shutdown()
-    measured = figures(seconds, {name: peak for name, (_, _, peak) in loaded.items()})
+    measured = figures(seconds, {})
     return {
         CASE: {
             f"{name}: cosine {loaded[name][0]:.5f}, {loaded[name][1] / 2**20:.0f} MiB": figure

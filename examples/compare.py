@@ -27,6 +27,8 @@ import torch
 from embedders import BATCH_SIZE, CACHE, Picture, embed, open_cache, parse_spec
 from figures import (
     CHANGES,
+    CHANGES_VERSION,
+    FEW_RESAMPLES,
     NUM_NEIGHBOURS,
     SHRINKS,
     UNLABELLED,
@@ -56,6 +58,7 @@ from tqdm import tqdm
 PACKAGES = ("torch", "transformers", "sentence-transformers", "scikit-learn", "scipy", "faiss-cpu", "numpy", "pillow")
 RETRIEVAL, HELD_OUT, CLUSTERING = "Same-class retrieval", "Classification of held-out pictures", "Clustering"
 ROBUSTNESS, DETAIL, TEXTS = "Robustness", "Fine detail", "Text to image"
+CKA_PICTURES = 200
 ALL_CHANGES = "mean of all changes"
 LOWER_IS_BETTER = ("moved", "fall of recall@1")
 console = Console()
@@ -134,7 +137,7 @@ def run(arguments):
                 for label, each in zip(labels, embedded)
             ],
             "figures": summarise(figures, arguments.resamples, arguments.seed),
-            "spaces": compare_spaces(spaces, labels, undefined, probe, arguments),
+            "spaces": compare_spaces(spaces, labels, undefined, arguments),
         }
     vectors = {label: np.ascontiguousarray(each["all"]) for label, each in zip(labels, spaces)}
     write_beside(arguments.output / "embeddings.safetensors", lambda path: save_file(vectors, path, names_of(data)))
@@ -201,7 +204,7 @@ def changed_pictures(data, probe):
 
     def changed(number, name, change):
         picture = data.pictures[number]
-        return Picture(f"{picture.key} {name}", lambda: change(picture.read()))
+        return Picture(f"{picture.key} {name} {CHANGES_VERSION}", lambda: change(picture.read()))
 
     return [changed(number, name, change) for name, change in all_changes().items() for number in probe]
 
@@ -257,7 +260,7 @@ def measure(data, probe, embedded, spaces, labels, seed):
         else:
             units[label] = {name: unit(vectors) for name, vectors in space.items()}
     classes, counts = np.unique(data.labels[data.labels != UNLABELLED], return_counts=True)
-    without = undefined | dict.fromkeys(units, why_without_classes(classes, counts))
+    without = undefined | dict.fromkeys(units, why_without_classes(classes))
     figures = []
 
     def add(group, found, without):
@@ -276,7 +279,8 @@ def measure(data, probe, embedded, spaces, labels, seed):
             progress = tqdm(all_of.items(), desc="Classifying", unit="model")
             add(HELD_OUT, {label: held_out_accuracy(each, data.labels, seed) for label, each in progress}, undefined)
         else:
-            add_undefined(HELD_OUT, ("k-NN accuracy", "linear-probe accuracy"))
+            reason = undefined | dict.fromkeys(units, "fewer than two classes have two pictures")
+            add_undefined(HELD_OUT, ("k-NN accuracy", "linear-probe accuracy"), reason)
         found = {label: clusters(each, data.labels, seed) for label, each in all_of.items()}
         for name, statistic in (("NMI", nmi), ("ARI", ari)):
             figures.append(Figure(CLUSTERING, name, found, undefined, statistic))
@@ -319,17 +323,16 @@ def measure(data, probe, embedded, spaces, labels, seed):
     return figures, undefined
 
 
-def why_without_classes(classes, counts):
-    if not len(classes):
-        return "the pictures have no classes"
-    if len(classes) == 1:
-        return "there is one class only"
-    return "fewer than two classes have two pictures"
+def why_without_classes(classes):
+    return "there are no two classes" if len(classes) < 2 else "no class has two pictures"
 
 
-def compare_spaces(spaces, labels, undefined, probe, arguments):
-    """How alike each two spaces are: linear CKA on the probe's pictures, and shared neighbours among all."""
+def compare_spaces(spaces, labels, undefined, arguments):
+    """How alike each two spaces are: linear CKA on a sample of the pictures, and shared neighbours among all."""
     units = {label: unit(space["all"]) for label, space in zip(labels, spaces) if label not in undefined}
+    rng = np.random.default_rng(arguments.seed)
+    sample = rng.permutation(len(spaces[0]["all"]))[:CKA_PICTURES]
+    numbers = rng.choice(sample, (FEW_RESAMPLES, len(sample)))
     found = []
     for left, right in combinations(units, 2):
         a, b = units[left], units[right]
@@ -338,9 +341,9 @@ def compare_spaces(spaces, labels, undefined, probe, arguments):
         low, high = np.quantile(resampled[0], (0.025, 0.975))
         entry = {"models": [left, right], "overlap": {"value": float(observed[0]), "low": float(low)}}
         entry["overlap"]["high"] = float(high)
-        cka = linear_cka(a[probe], b[probe])
-        numbers = np.random.default_rng(arguments.seed).integers(len(probe), size=(200, len(probe)))
-        values = [linear_cka(a[probe[each]], b[probe[each]]) for each in numbers]
+        cka = linear_cka(a[sample], b[sample])
+        # The basic bootstrap, as pictures drawn twice make spaces alike.
+        values = [2 * cka - linear_cka(a[each], b[each]) for each in numbers]
         low, high = np.quantile(values, (0.025, 0.975))
         entry["cka"] = {"value": cka, "low": float(low), "high": float(high)}
         found.append(entry)
@@ -353,7 +356,7 @@ def about(arguments, data, started, left_out):
         "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in vars(arguments).items()},
         "started": started,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, threads: {torch.get_num_threads()}"
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
         "pictures": len(data.names),
         "classes": len(np.unique(data.labels[data.labels != UNLABELLED])),
@@ -375,12 +378,12 @@ def write_beside(path, write):
 
 def show(results):
     labels = [model["label"] for model in results["models"]]
-    table = Table(title="Figures, with their 95 % intervals. All of them are in report.html")
+    table = Table(title="Figures, with their 95% intervals. All of them are in report.html")
     table.add_column("")
     for label in labels:
         table.add_column(label, justify="right")
     for figure in results["figures"]:
-        if figure["group"] in (ROBUSTNESS, DETAIL) and not figure["name"].endswith(("finds itself", ": recall@1")):
+        if ":" in figure["name"] and not figure["name"].startswith(ALL_CHANGES):
             continue
         table.add_row(figure["name"], *(format_value(figure["values"].get(label), figure) for label in labels))
     for name in ("parameters", "dimensions", "tokens", "milliseconds", "bytes"):

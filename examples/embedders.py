@@ -29,7 +29,6 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from PIL import Image
-from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -107,7 +106,7 @@ def parse_spec(text) -> Spec:
     if Path(text).is_dir() or not found:
         return Spec(text, text, None, None)
     spec = Spec(text, found["source"], found["revision"], found["pooling"])
-    if not Path(spec.source).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec.source):
+    if not Path(spec.source).is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", spec.source):
         raise ValueError(
             f"{text}: there is no folder {spec.source}, and it is no Hub id. Give {PIXELS!r}, or SOURCE[@REVISION]"
             f"[:POOLING] with a folder or Hub id as SOURCE and one of {', '.join(POOLINGS)} as POOLING."
@@ -267,6 +266,8 @@ def _load_transformers(source, num_crops):
 
 
 def _load_sentence_transformers(source, num_crops):
+    from sentence_transformers import SentenceTransformer  # here, as it is slow to import
+
     model = SentenceTransformer(source.name, revision=source.revision)
     if not model.supports("image"):
         raise ValueError(f"it takes {', '.join(map(str, model.modalities))}, not images")

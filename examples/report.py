@@ -18,27 +18,31 @@ NEIGHBOURS = 5
 THUMBNAIL = 64
 BINS = 40
 WIDTH, HEIGHT = 320, 160  # of a chart
-# The figure of each group that the summary is about, in words.
+# What the summary is about, in words.
 HEADLINES = {
-    "Same-class retrieval": ("mAP", "Finding pictures of the same class (mAP)"),
-    "Classification of held-out pictures": ("linear-probe accuracy", "Telling classes by a linear probe"),
-    "Clustering": ("NMI", "Clusters that match the classes (NMI)"),
-    "Robustness": ("mean of all changes: finds itself", "Finding the original of a changed picture"),
-    "Fine detail": ("1/4 size: finds itself", "Finding the original of a picture at a quarter of its size"),
-    "Text to image": ("recall@1", "Finding a picture by its caption (recall@1)"),
+    ("Same-class retrieval", "recall@1"): "Nearest picture of the same class (recall@1)",
+    ("Same-class retrieval", "mAP"): "All pictures of the same class first (mAP)",
+    ("Classification of held-out pictures", "linear-probe accuracy"): "Telling classes by a linear probe",
+    ("Clustering", "NMI"): "Clusters that match the classes (NMI)",
+    ("Robustness", "mean of all changes: finds itself"): "Finding the original of a changed picture",
+    ("Fine detail", "1/4 size: finds itself"): "Finding the original of a picture at a quarter of its size",
+    ("Text to image", "recall@1"): "Finding a picture by its caption (recall@1)",
 }
 DECIMALS = ("NMI", "ARI", "moved")
 
 
 def format_number(number, figure):
-    return f"{number:.2f}" if figure["name"].endswith(DECIMALS) else f"{number:.1%}"
+    is_decimal = figure["name"].endswith(DECIMALS)
+    number = round(number, 2 if is_decimal else 3) + 0.0  # which makes 0 of -0
+    return f"{number:.2f}" if is_decimal else f"{number:.1%}"
 
 
 def format_value(value, figure):
     if value is None or "undefined" in value:
         return "undefined"
-    value, low, high = (format_number(value[key], figure).rstrip("%") for key in ("value", "low", "high"))
-    return f"{value}{'' if figure['name'].endswith(DECIMALS) else '%'} ({low} to {high})"
+    if figure["name"].endswith(DECIMALS):
+        return f"{value['value']:.2f} ({value['low']:.2f}–{value['high']:.2f})"
+    return f"{value['value']:.1%} ({100 * value['low']:.0f}–{100 * value['high']:.0f})"
 
 
 def format_cost(cost):
@@ -58,6 +62,7 @@ def write_report(path, results, data, vectors, seed):
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    environment.policies["json.dumps_kwargs"] = {}  # models keep their order
     page = environment.get_template("report.html.j2").render(
         results=results,
         labels=[model["label"] for model in results["models"]],
@@ -93,10 +98,11 @@ def title(data, number):
 def summarise_in_words(results):
     """Sentences: who does best at what, and where the difference is within noise."""
     sentences = []
-    for figure in results["figures"]:
-        name, words = HEADLINES.get(figure["group"], (None, None))
-        if figure["name"] != name:
+    figures = {(figure["group"], figure["name"]): figure for figure in results["figures"]}
+    for key, words in HEADLINES.items():
+        if key not in figures:
             continue
+        figure = figures[key]
         values = {label: each for label, each in figure["values"].items() if "value" in each}
         if not values:
             reasons = sorted({each["undefined"] for each in figure["values"].values()})
@@ -139,10 +145,11 @@ def level_with_best(figure):
 
 
 def tables(results):
-    """{group: its figures, each with the set of models that are level with the best}."""
+    """{group: its figures, each with the models that are level with the best, and whether it is a minor one}."""
     groups = {}
     for figure in results["figures"]:
-        groups.setdefault(figure["group"], []).append(figure | {"level": level_with_best(figure)})
+        is_minor = ":" in figure["name"] and not figure["name"].endswith(("finds itself", ": recall@1"))
+        groups.setdefault(figure["group"], []).append(figure | {"level": level_with_best(figure), "minor": is_minor})
     return groups
 
 

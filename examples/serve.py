@@ -3,8 +3,8 @@ An OpenAI-style /v1/embeddings of images by LitServe.
 
     python examples/serve.py [--model MODEL] [--revision COMMIT] [--port PORT]
 
-`input` is an image, or a list of images, each a data URI (`data:image/png;base64,...`). Paths and addresses are errors:
-a client has no say in what the server reads.
+`input` is an image, or a list of images, each a data URI (`data:image/png;base64,...`). Paths and addresses are
+errors: a client has no say in what the server reads.
 """
 
 import argparse

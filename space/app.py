@@ -379,16 +379,19 @@ def build(name):
         def picked(event: gr.SelectData):
             return event.index
 
-        shown = {"show_progress": "minimal"}
+        # What is chosen while an earlier choice is worked on counts, and not only what is chosen when all is done.
+        latest = {"trigger_mode": "always_last"}
+        shown = {"show_progress": "minimal", **latest}
         sent.upload(upload, [sent, uploads], [uploads, pictures, others, chosen])
-        pictures.select(picked, None, chosen, show_progress="hidden")
-        others.select(picked, None, other, show_progress="hidden")
+        pictures.select(picked, None, chosen, show_progress="hidden", **latest)
+        others.select(picked, None, other, show_progress="hidden", **latest)
         gr.on(
             [page.load, chosen.change, few.change],
             show_neighbours,
             [chosen, uploads, few],
             [query, *nearest],
             show_progress_on=nearest,
+            **latest,
         )
         gr.on([page.load, chosen.change, many.change], show_crops, [chosen, uploads, many], [said, *sheets], **shown)
         of_both = [chosen, other, uploads, some, side]

@@ -94,7 +94,8 @@ def test_an_uploaded_picture_finds_its_neighbours_under_both(page, tmp_path):
 
 
 def test_crops_and_their_tokens_are_shown_in_one_layout(page):
-    page.locator("#pictures button img").first.click()
+    for number in (9, 5, 0):  # each while the one before is worked on: the last is shown
+        page.locator("#pictures button img").nth(number).click()
     page.get_by_role("tab", name="Crops").click()
     expect(page.locator("#tokens-said")).to_contain_text("640 x 427 pixels become 3 x 4 crops")
     expect(page.locator("#tokens-said")).to_contain_text("1,921 tokens")

@@ -79,14 +79,14 @@ print(json.dumps(outputs.pooler_output.float().tolist()))
 
 
 def test_one_command_makes_a_folder_that_a_fresh_process_loads(tmp_path):
-    folder = published.save(tmp_path / "source", num_crops=4, max_shard_size="3MB")
-    output = tmp_path / "output"
+    folder = published.save(tmp_path / "my source", num_crops=4, max_shard_size="3MB")
+    output = tmp_path / "my output"
     done = subprocess.run([*COMMAND, folder, output], cwd="/", capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (
         "6.58M" in done.stderr and f"{output} is complete. Its embedding of a fixed picture begins 0." in done.stdout
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["output", "source"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my output", "my source"]
     assert_same_weights(output, published.weights())
     for name in (*MODULES, *SENTENCE_TRANSFORMERS_FILES):
         assert (output / name).read_bytes() == (ROOT / name).read_bytes()
@@ -95,7 +95,8 @@ def test_one_command_makes_a_folder_that_a_fresh_process_loads(tmp_path):
     assert tokenizer["processor_class"] == "Phi3EmbedProcessor" and "is_local" not in tokenizer
     assert tokenizer["auto_map"] == {"AutoProcessor": "processing_phi3_embed.Phi3EmbedProcessor"}
     card = (output / "README.md").read_text()
-    assert "\nlicense: mit\n" in card and "python convert_phi3_vision.py source output" in card
+    assert "\nlicense: mit\n" in card and "python convert_phi3_vision.py 'my source' 'my output'\n" in card
+    assert "| crops | at most 4 |" in card
     assert str(tmp_path) not in card
     ours, theirs = (json.loads((each / "config.json").read_text()) for each in (output, ROOT))
     assert ours["auto_map"] == theirs["auto_map"] and ours["architectures"] == theirs["architectures"]
@@ -150,6 +151,25 @@ def test_mixed_dtypes_are_kept(tmp_path):
     convert(str(folder), tmp_path / "output")
     assert_same_weights(tmp_path / "output", load_file(folder / "model.safetensors"))
     assert Phi3EmbedModel.from_pretrained(tmp_path / "output").dtype == torch.float32
+
+
+def test_files_in_other_encodings_are_read(source, tmp_path):
+    shutil.copytree(source, tmp_path / "source")
+    (tmp_path / "source" / "config.json").write_text(json.dumps(published.SMALL_CONFIG), encoding="utf-8-sig")
+    (tmp_path / "source" / "README.md").write_text(published.CARD + "Für alle\n", encoding="latin-1")
+    convert(str(tmp_path / "source"), tmp_path / "output")
+    assert "\nlicense: mit\n" in (tmp_path / "output" / "README.md").read_text()
+
+
+def test_what_a_source_does_not_say_is_told_and_stands_in_the_card(source, tmp_path, capsys):
+    shutil.copytree(source, tmp_path / "source")
+    (tmp_path / "source" / "preprocessor_config.json").unlink()
+    (tmp_path / "source" / "README.md").write_text("---\nlicense: [mit\n---\n")
+    convert(str(tmp_path / "source"), tmp_path / "output")
+    said, card = capsys.readouterr().out, (tmp_path / "output" / "README.md").read_text()
+    assert "at most 16 are assumed, as Phi-3-vision has them. Phi-3.5-vision has 4." in said
+    assert "| crops | at most 16; assumed, as the source does not say |" in card
+    assert "README.md cannot be read, so the licence is not taken over" in said and "not stated by the source" in card
 
 
 def header_size(path):
@@ -208,6 +228,21 @@ def rewrite(name, **changes):
     return change
 
 
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def only_index(text):
+    def change(folder):
+        (folder / "model.safetensors").unlink()
+        write("model.safetensors.index.json", text)(folder)
+
+    return change
+
+
+SEVEN_HEADS = published.SMALL_CONFIG["vision_config"] | {"num_attention_heads": 7}
+
+
 def truncate(folder):
     with open(folder / "model.safetensors", "r+b") as file:
         file.truncate(1_000_000)
@@ -217,7 +252,22 @@ def truncate(folder):
     "change, said",
     [
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json is no JSON"),
+        (write("config.json", "{"), "config.json is no JSON"),
+        (write("config.json", "[]"), r"config.json must hold a JSON object, but holds '\[\]'"),
+        (write("config.json", "null"), "config.json must hold a JSON object, but holds 'None'"),
+        (rewrite("config.json", img_processor="clip"), "config.json: `img_processor` is 'clip', but must be a dict"),
+        (rewrite("config.json", vision_config="clip"), "config.json: `vision_config` is 'clip', but must be a dict"),
+        (rewrite("config.json", vision_config=SEVEN_HEADS), "config.json: .*not a multiple of the number of"),
+        (write("preprocessor_config.json", "[]"), "preprocessor_config.json must hold a JSON object"),
+        (rewrite("preprocessor_config.json", num_crops="16"), "preprocessor_config.json: `num_crops` is '16'"),
+        (rewrite("preprocessor_config.json", num_crops=1000), "preprocessor_config.json: `num_crops` is 1000"),
+        (rewrite("preprocessor_config.json", image_mean=[0.5] * 2), "json: `image_mean` has 2 values"),
+        (rewrite("preprocessor_config.json", image_std=0), "json: `image_std` is 0, but must be positive"),
+        (write("tokenizer.json", '{"version": "1.0"'), "its tokenizer cannot be read"),
+        (write("tokenizer_config.json", "{"), "its tokenizer cannot be read"),
+        (lambda folder: (folder / "tokenizer_config.json").unlink(), "has no tokenizer_config.json"),
+        (only_index("{}"), "index.json has no `weight_map`"),
+        (only_index('{"weight_map": []}'), "index.json has no `weight_map`"),
         (rewrite("config.json", img_processor=None, model_type="llama"), "not in Phi-3-vision's layout: .* 'llama'"),
         (rewrite("config.json", model_type="phi3_embed"), "is a phi3-embed model already"),
         (rewrite("config.json", embd_layer={}, img_processor={"num_img_tokens": 576}), "without the HD transform"),
@@ -232,8 +282,9 @@ def truncate(folder):
 def test_what_is_no_checkpoint_of_the_layout_is_refused(change, said, source, tmp_path):
     shutil.copytree(source, tmp_path / "source")
     change(tmp_path / "source")
-    with pytest.raises(ConversionError, match=said):
+    with pytest.raises(ConversionError, match=said) as raised:
         convert(str(tmp_path / "source"), tmp_path / "output")
+    assert "\n" not in str(raised.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -247,6 +298,10 @@ def test_what_is_no_checkpoint_of_the_layout_is_refused(change, said, source, tm
         (["no/such/folder", "{output}"], "no Hub id"),
         (["someone/model", "{output}"], "cannot be reached"),  # tests are offline
         (["{source}", "{output}", "--push-to-hub", "someone/model"], "needs a valid token"),
+        (["{source}", "{output}", "--push-to-hub", "a b/c"], "`--push-to-hub a b/c` names no repository"),
+        (["{source}", "{output}/.."], "does not end in a name"),
+        (["{source}", "{output}", "--put-back", "nope"], "There is no folder nope. The Hub cannot be reached"),
+        (["{source}", "{output}", "--put-back", "no/such/folder"], "no Hub id"),
         (["{source}", "{output}", "--put-back", "{source}"], "is no phi3-embed model"),
         (["{source}", "{source}/back", "--put-back", "{source}"], "is inside .*. Give a folder outside"),
     ],
@@ -259,6 +314,17 @@ def test_mistakes_of_a_command_are_told_in_a_line(arguments, said, source, tmp_p
     message = str(raised.value)
     assert re.match(f"error: .*{said}", message) and "\n" not in message
     assert not list(tmp_path.iterdir()) and not list(source.glob("*.partial"))
+
+
+@pytest.mark.parametrize("name", ["precious.txt", "source"])
+def test_a_folder_that_the_command_did_not_make_is_left_as_it_is(name, source, tmp_path):
+    kept = tmp_path / "output.partial" / name
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    for each in (str(source), "no/such/folder"):
+        with pytest.raises(ConversionError, match=f"output.partial, .* holds {name}, not made by this command"):
+            convert(each, tmp_path / "output")
+    assert kept.read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == ["output.partial"]
 
 
 def test_microsofts_layout_is_not_loaded_directly_but_names_the_command(source, monkeypatch):
@@ -356,6 +422,12 @@ def test_adapters_that_cannot_be_merged_say_why(source, tmp_path):
         convert(str(adapter), tmp_path / "output")
     with pytest.raises(ConversionError, match="no Hub id.*It is the base of"):
         convert(str(adapter), tmp_path / "output", base="gone/from/here")
+    about = (adapter / "adapter_config.json").read_text()
+    for text in ("[]", json.dumps(json.loads(about) | {"target_modules": "fc1", "layers_to_transform": [1]})):
+        write("adapter_config.json", text)(adapter)
+        with pytest.raises(ConversionError, match=r"adapter_config.json( must hold a JSON object|: `layers_to)"):
+            convert(str(adapter), tmp_path / "output", base=str(source))
+    write("adapter_config.json", about)(adapter)
     rewrite("adapter_config.json", peft_type="IA3")(adapter)
     with pytest.raises(ConversionError, match="of type IA3"):
         convert(str(adapter), tmp_path / "output", base=str(source))
@@ -446,6 +518,25 @@ def test_what_does_not_fit_is_not_put_back(source, converted, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_weights_go_back_only_where_they_give_the_same_embeddings(source, converted, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(converted, model)
+    tower = json.loads((model / "config.json").read_text())["vision_config"]
+    for name, value, said in (
+        ("hd_transform_order", "glb_sub", "hd_transform_order is 'glb_sub', not 'sub_glb'"),
+        ("layer_idx", -1, "layer_idx is -1, not -2"),
+        ("vision_config", tower | {"hidden_act": "gelu"}, "vision_config.hidden_act is 'gelu', not 'quick_gelu'"),
+    ):
+        before = (model / "config.json").read_text()
+        rewrite("config.json", **{name: value})(model)
+        with pytest.raises(ConversionError, match=said):
+            put_back(str(model), str(source), tmp_path / "back")
+        write("config.json", before)(model)
+    rewrite("config.json", layer_idx=3)(model)  # -2 of 4 layers, by another name
+    put_back(str(model), str(source), tmp_path / "back")
+    assert_same_files(tmp_path / "back", source)
+
+
 # The network
 
 
@@ -511,6 +602,24 @@ def test_what_the_hub_does_not_give_is_told_in_a_line(name, options, said, sourc
     assert not list(tmp_path.iterdir())
 
 
+def test_bad_small_files_are_told_before_the_weights_are_fetched(far, source, tmp_path):
+    hub, main = far
+    hub.add_repo("someone/cut", {path.name: path for path in source.iterdir()} | {"tokenizer.json": b"{"})
+    sent = hub.bytes_sent(STORAGE)
+    assert "its tokenizer cannot be read" in main("someone/cut", tmp_path / "output")
+    assert hub.bytes_sent(STORAGE) - sent == header_size(source / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_conversion_killed_before_its_download_goes_on(far, tmp_path):
+    _, main = far
+    (tmp_path / "output.partial" / "source").mkdir(parents=True)
+    (tmp_path / "output.partial" / "source" / "source.json").touch()
+    (tmp_path / "output.partial" / "lock").touch()
+    assert main("someone/phi3v", tmp_path / "output") is None
+    assert_same_weights(tmp_path / "output", published.weights())
+
+
 def test_only_what_is_wanted_is_fetched_through_every_fault(far, source, tmp_path):
     hub, main = far
     sent = hub.bytes_sent(STORAGE)
@@ -569,17 +678,18 @@ def test_an_adapter_and_its_base_come_from_the_hub(far, source, tmp_path):
 
 def test_a_push_goes_where_it_may_and_is_private_if_it_should_be(far, tmp_path):
     hub, main = far
-    push = ("someone/phi3v", tmp_path / "output", "--push-to-hub")
+    output = tmp_path / "my output"
+    push = ("someone/phi3v", output, "--push-to-hub")
     for token in ("", "hf_unknown"):
         assert "needs a valid token: log in by `hf auth login`" in main(*push, "new", token=token)
     hub.add_repo("someone/public", {})
     assert "someone/public exists and is public" in main(*push, "public", "--private", token=hub.token)
     assert not list(tmp_path.iterdir())
     assert re.search(
-        "Your token does not allow this. .*output is complete; push it by `hf upload someone/new ",
+        rf"Your token does not allow this. .*`hf upload someone/new '{output}' \. --delete '\*\.safetensors\*'`",
         main(*push, "someone/new", "--private", token=hub.read_token),
     )
-    shutil.rmtree(tmp_path / "output")
+    shutil.rmtree(output)
     assert main(*push, "new", "--private", token=hub.token) is None
     assert hub.repos["someone/new"].private
     assert '"someone/new"' in hub.files("someone/new")["README.md"].decode()

@@ -181,6 +181,9 @@ def test_rescaling_and_normalising_follow_their_arguments():
 def test_a_mean_of_wrong_length_is_an_error_of_ours(image_processor):
     with pytest.raises(ValueError, match="`image_mean` has 2 values, but must have 3"):
         image_processor(RGB, image_mean=[0.5, 0.5])
+    for value in (0, [0.5, 0.5, -1], None, "half"):
+        with pytest.raises(ValueError, match="`image_std` is .*, but must be "):
+            Phi3EmbedImageProcessor(image_std=value)
 
 
 def test_json_round_trip(tmp_path):

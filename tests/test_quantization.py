@@ -1,5 +1,7 @@
 """Loading by torchao's `quantization_config`. torchao is in a folder of its own: it prints at transformers' import."""
 
+import re
+
 import pytest
 import torch
 from conftest import ROOT, run_python
@@ -36,6 +38,13 @@ def test_int8_loads_by_quantization_config_and_is_saved_so(kind, cosine, tmp_pat
     assert cosine < float(given[0]) < 1  # not 1: it is quantised
     assert float(given[1]) == 0
     assert int(given[2]) == int(given[3]) > 10
+
+
+def test_the_readmes_snippet_runs_as_printed():
+    (snippet,) = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code = f"import os\nos.chdir({str(ROOT)!r})\n{snippet}"
+    count = "print(sum(type(each).__name__ == 'Int8Tensor' for each in model.state_dict().values()))"
+    assert int(run_python(code + count, PYTHONPATH=str(TORCHAO)).split()[-1]) > 10
 
 
 @torch.inference_mode()

@@ -3,13 +3,15 @@
 import base64
 import io
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 
-import httpx
+import httpx2
 import numpy as np
+import psutil
 import pytest
 from conftest import ROOT
 from PIL import Image
@@ -29,14 +31,17 @@ def address(tmp_path_factory):
     while True:
         assert server.poll() is None and time.monotonic() < stop, log.read_text()
         try:
-            if httpx.get(f"{address}/health").status_code == 200:
+            if httpx2.get(f"{address}/health").status_code == 200:
                 break
-        except httpx.TransportError:
+        except httpx2.TransportError:
             pass
         time.sleep(0.2)
     yield address
-    server.terminate()
+    workers = psutil.Process(server.pid).children(recursive=True)
+    server.send_signal(signal.SIGINT)
     server.wait(30)
+    for worker in psutil.wait_procs(workers, timeout=10)[1]:
+        worker.kill()
 
 
 def data_uri(image):
@@ -50,7 +55,7 @@ def test_images_become_the_vectors_that_sentence_transformers_gives(address):
     wanted = SentenceTransformer(str(ROOT / "tiny"), trust_remote_code=True).encode(images)
     for given, vectors in (data_uri(images[0]), wanted[:1]), ([data_uri(image) for image in images], wanted):
         body = {"input": given, "model": "phi3-embed"}
-        answer = httpx.post(f"{address}/v1/embeddings", json=body, timeout=60)
+        answer = httpx2.post(f"{address}/v1/embeddings", json=body, timeout=60)
         assert answer.status_code == 200, answer.text
         data = answer.json()["data"]
         assert [each["index"] for each in data] == list(range(len(vectors)))
@@ -59,5 +64,5 @@ def test_images_become_the_vectors_that_sentence_transformers_gives(address):
 
 @pytest.mark.parametrize("given", ["/etc/hostname", "http://127.0.0.1/a.png", "data:image/png;base64,bm8="])
 def test_what_is_no_image_is_the_clients_error(address, given):
-    answer = httpx.post(f"{address}/v1/embeddings", json={"input": given, "model": "phi3-embed"}, timeout=60)
+    answer = httpx2.post(f"{address}/v1/embeddings", json={"input": given, "model": "phi3-embed"}, timeout=60)
     assert answer.status_code == 400 and "An input is no image" in answer.text

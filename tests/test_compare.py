@@ -1,0 +1,429 @@
+"""examples/compare.py: figures of several models, the vectors that are kept, and the report in a browser."""
+
+import json
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
+)
+
+sys.path.insert(0, str(ROOT / "examples"))
+import compare  # noqa: E402
+from digits import NAMES, digits_split, neighbours, recall, unit  # noqa: E402
+from embedders import Picture, embed, load_phi3_model, process_for_phi3_model  # noqa: E402
+from figures import linear_cka, retrieval, text_to_image  # noqa: E402
+
+TINY = str(ROOT / "tiny")
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SMALL_VISION = SMALL | {"image_size": 32, "patch_size": 8}
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "examples" / "compare.py"), *map(str, arguments)]
+
+
+def run(*arguments):
+    return subprocess.run(command(*arguments), cwd="/", capture_output=True, text=True, timeout=300)
+
+
+def compare_here(monkeypatch, folder, *arguments):
+    """As from the command line, in this process, which spares the imports -> results.json."""
+    rest = ["--resamples", "100"] * ("--resamples" not in arguments)
+    rest += ["--output", folder / "out", "--cache", folder / "cache.sqlite"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, [*arguments, *rest])])
+    compare.main()
+    assert "Image embeddings compared" in (folder / "out" / "report.html").read_text()
+    return json.loads((folder / "out" / "results.json").read_text())
+
+
+def figure(results, name):
+    return next(each for each in results["figures"] if each["name"] == name)
+
+
+def noise(seed=0, size=(40, 40)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8))
+
+
+def as_pictures(images):
+    return [Picture(f"{number}", image.copy) for number, image in enumerate(images)]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A folder of 30 held-out digits of three classes, and a file that is none."""
+    folder = tmp_path_factory.mktemp("digits")
+    _, images, _, labels = digits_split()
+    for label in range(3):
+        (folder / NAMES[label]).mkdir()
+        for number in np.flatnonzero(labels == label)[:10]:
+            Image.fromarray(images[number]).save(folder / NAMES[label] / f"{number}.png")
+    (folder / "one" / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(digits, tmp_path_factory):
+    """Three models compared, and the arguments of that."""
+    folder = tmp_path_factory.mktemp("report")
+    arguments = ["--models", f"{TINY}:mean", f"{TINY}:tower", "pixels", "--images", digits, "--num_crops", 1]
+    arguments += ["--probe", 5, "--resamples", 200]
+    done = run(*arguments, "--output", folder / "out", "--cache", folder / "cache.sqlite")
+    assert done.returncode == 0, done.stderr
+    return folder / "out", arguments, done
+
+
+def test_figures_have_intervals_and_paired_tests(report):
+    folder, _, done = report
+    results = json.loads((folder / "results.json").read_text())
+    page = (folder / "report.html").read_text()
+    assert "recall@1" in done.stdout and "parameters" in done.stdout
+    for name in ("recall@1", "mAP", "linear-probe accuracy", "NMI", "blur: finds itself", "1/4 size: moved"):
+        found = figure(results, name)
+        for value in found["values"].values():
+            assert value["low"] <= value["value"] <= value["high"]
+        assert len(found["differences"]) == 3 and all(
+            0 < each["p"] <= each["p_adjusted"] for each in found["differences"]
+        )
+        assert name in page
+    vectors = load_file(folder / "embeddings.safetensors")
+    assert {name: each.shape for name, each in vectors.items()} == {
+        "tiny (mean)": (30, 128),
+        "tiny (tower)": (30, 64),
+        "pixels": (30, 3072),
+    }
+    labels = np.repeat(np.arange(3), 10)[np.argsort(np.repeat(["one", "two", "zero"], 10), kind="stable")]
+    for name, each in vectors.items():
+        expected = recall(neighbours(unit(each))[0], labels, 1)
+        assert figure(results, "recall@1")["values"][name]["value"] == pytest.approx(expected)
+
+
+def test_an_unreadable_file_is_named_counted_and_left_out_of_all(report):
+    folder, _, done = report
+    assert "Left out 1 of 31 pictures" in done.stdout and "one/broken.png" in done.stdout
+    about = json.loads((folder / "results.json").read_text())["about"]
+    assert about["left_out"]["unreadable"] == 1 and about["pictures"] == 30 and about["arguments"]["seed"] == 0
+
+
+def test_a_second_run_embeds_nothing_and_gives_the_same(report, monkeypatch, capsys):
+    folder, arguments, first = report
+    before = json.loads((folder / "results.json").read_text())
+    after = compare_here(monkeypatch, folder.parent, *arguments)
+    assert "Embedding" in first.stderr and "Embedding" not in capsys.readouterr().err
+    assert after["figures"] == before["figures"] and after["models"] == before["models"]
+
+
+def test_a_killed_run_goes_on_where_it_stopped(digits, tmp_path, monkeypatch, capsys):
+    cache = tmp_path / "cache.sqlite"
+    arguments = ["--models", f"{TINY}:global", "--images", digits, "--num_crops", 0, "--probe", 1]
+    arguments += ["--batch_size", 1, "--resamples", 100]
+    there = ["--output", tmp_path / "out", "--cache", cache]
+
+    def count():
+        with closing(sqlite3.connect(cache)) as database:
+            return database.execute("SELECT count(*) FROM vectors").fetchone()[0]
+
+    process = subprocess.Popen(command(*arguments, *there), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not cache.exists() or cache.stat().st_size < 8192 or count() < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = count()
+    assert 3 <= kept < 39 and not (tmp_path / "out" / "report.html").exists()
+    compare_here(monkeypatch, tmp_path, *arguments)
+    assert f"/{39 - kept} " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scheme, width", [("light", 1200), ("dark", 390)])
+def test_the_report_links_its_maps_by_mouse_list_and_keyboard(report, browser, scheme, width):
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    complaints, requests = [], []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto((report[0] / "report.html").as_uri())
+    maps, chosen = page.locator(".map"), page.locator(".map .chosen")
+    assert maps.count() == 3 and maps.nth(0).locator("circle").count() == 30 and chosen.count() == 0
+
+    maps.nth(0).locator("circle").nth(7).click()
+    numbers = {chosen.nth(each).get_attribute("data-number") for each in range(3)}
+    assert chosen.count() == 3 and len(numbers) == 1
+    assert page.locator(".map .near").count() == 15 and page.locator("#nearest .found img").count() == 15
+    status = page.locator("#chosen").inner_text()
+    maps.nth(1).focus()
+    way = next(
+        way
+        for way in ("ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown")
+        if page.keyboard.press(way) or page.locator("#chosen").inner_text() != status
+    )
+    assert way and chosen.count() == 3
+    page.keyboard.press("Escape")
+    assert chosen.count() == 0 and page.locator("#pick").input_value() == ""
+    page.select_option("#pick", "4")
+    assert [chosen.nth(each).get_attribute("data-number") for each in range(3)] == ["4"] * 3
+
+    page.locator(".map").nth(2).hover()
+    assert page.locator("article").count() == 12 and page.locator("article img").first.get_attribute("src")
+    assert page.evaluate("[...document.images].every(image => image.hasAttribute('alt'))")
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert not complaints and all(url.startswith(("file:", "data:")) for url in requests)
+    page.close()
+
+
+def test_the_summary_says_what_is_within_noise(report):
+    summary = (report[0] / "report.html").read_text().split('id="figures"')[0]
+    assert "Telling classes by a linear probe" in summary and "within noise" in summary
+    results = json.loads((report[0] / "results.json").read_text())
+    for name, words in (("recall@1", "Nearest picture"), ("mAP", "All pictures"), ("NMI", "Clusters")):
+        found = figure(results, name)
+        sentence = next(line for line in summary.splitlines() if f"<strong>{words}" in line)
+        is_noise = not any(each["beyond_noise"] for each in found["differences"])
+        assert ("the differences are within noise" in sentence) or not is_noise
+        best = max(found["values"], key=lambda label: found["values"][label]["value"])
+        assert sentence.split("</strong>")[1].split(best)[0].count("(") == 0  # the best comes first
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    return tmp_path
+
+
+def save_all(folder, classes):
+    """{class: pictures}, as a folder of folders."""
+    for name, images in classes.items():
+        (folder / "pictures" / name).mkdir()
+        for number, image in enumerate(images):
+            image.save(folder / "pictures" / name / f"{number}.png")
+
+
+FEW = {
+    "one picture": ({"a": [noise()]}, "there is one picture only"),
+    "one class": ({"a": [noise(0), noise(1), noise(2)]}, "there are no two classes"),
+    "one picture a class": ({f"c{n}": [noise(n)] for n in range(12)}, "no class has two pictures"),
+    "equal pictures": ({"a": [noise()] * 3, "b": [noise()] * 2}, "there is one picture only"),
+}
+
+
+@pytest.mark.parametrize("case", FEW)
+def test_a_figure_without_meaning_is_undefined_and_says_why(case, folder, monkeypatch):
+    classes, reason = FEW[case]
+    save_all(folder, classes)
+    results = compare_here(monkeypatch, folder, "--models", "pixels", "--images", folder / "pictures")
+    for name in ("recall@1", "linear-probe accuracy", "NMI"):
+        assert reason in figure(results, name)["values"]["pixels"]["undefined"]
+    assert results["about"]["left_out"]["copies"] == (4 if case == "equal pictures" else 0)
+
+
+def save_vit(path, image_processor=None, pooler=True, scale=1.0):
+    torch.manual_seed(0)
+    model = ViTModel(ViTConfig(**SMALL_VISION), add_pooling_layer=pooler)
+    with torch.no_grad():
+        model.embeddings.cls_token += 1
+        model.layernorm.weight *= scale
+    model.save_pretrained(path)
+    size = {"height": 32, "width": 32}
+    (image_processor or CLIPImageProcessorPil(size=size, do_center_crop=False)).save_pretrained(path)
+    return str(path)
+
+
+def test_a_model_that_gives_nan_has_no_figures_and_the_others_have(folder, monkeypatch):
+    broken = save_vit(folder / "broken", scale=float("nan"))
+    save_all(folder, {name: [noise(n + 3 * k) for n in range(3)] for k, name in enumerate("ab")})
+    results = compare_here(monkeypatch, folder, "--models", broken, "pixels", "--images", folder / "pictures")
+    values = figure(results, "mAP")["values"]
+    assert "6 of 6 vectors hold NaN" in values["broken"]["undefined"] and values["pixels"]["value"] > 0
+
+
+def test_a_picture_that_one_model_refuses_is_left_out_of_all(folder, monkeypatch, capsys):
+    strict = save_vit(folder / "strict", CLIPImageProcessorPil(do_resize=False, do_center_crop=False))
+    images = [noise(n, (32, 32)) for n in range(4)]
+    save_all(folder, {"a": [*images[:2], noise(9, (32, 48))], "b": images[2:]})
+    embedded = embed([strict, "pixels"], as_pictures([*images, noise(9, (32, 48))]), cache=folder / "other.sqlite")
+    assert list(embedded[0].refused) == ["4"] and np.isnan(embedded[0].vectors[4]).all()
+    assert np.isfinite(embedded[0].vectors[:4]).all() and not embedded[1].refused
+    monkeypatch.setattr(compare, "all_changes", lambda: compare.CHANGES | {"crop": lambda image: image.rotate(90)})
+    results = compare_here(monkeypatch, folder, "--models", strict, "pixels", "--images", folder / "pictures")
+    assert results["about"]["pictures"] == 4 and list(results["about"]["left_out"]["refused"]) == ["a/2.png"]
+    assert "Left out of all models: a/2.png" in capsys.readouterr().out
+
+
+BAD = {
+    "no such folder": (["--models", "./none"], "there is no folder ./none"),
+    "pooling of another model": (["--models", "pixels:mean"], "no pooling 'mean'"),
+    "a folder without a model": (["--models", str(ROOT / "tests")], "holds no model"),
+    "no such split": (["--models", "pixels", "--split", "val"], "no split 'val', but 'train', 'test'"),
+    "not on the hub": (["--models", "nobody/nothing"], "not to be had from the Hub"),
+    "too few": (["--models", "pixels", "--resamples", "5"], "--resamples is 5, but must be 100 at least"),
+    "output is a file": (["--models", "pixels", "--output", str(ROOT / "LICENSE")], "cannot be written to"),
+    "cache is no cache": (["--models", "pixels", "--cache", str(ROOT / "LICENSE")], "LICENSE cannot be used"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_told_in_a_line_before_the_work(case, folder, monkeypatch, capsys):
+    arguments, message = BAD[case]
+    given = ["--images", "digits", "--limit", "2", "--output", str(folder / "out"), "--cache", str(folder / "c")]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *given, *arguments])
+    with pytest.raises(SystemExit) as error:
+        compare.main()
+    assert error.value.code.startswith("compare: ") and message in error.value.code
+    assert "Embedding" not in capsys.readouterr().err
+
+
+def test_poolings_of_one_pass_are_those_of_the_model(tmp_path):
+    images = [Image.radial_gradient("L").resize(size).convert("RGB") for size in ((90, 30), (30, 90), (50, 50))]
+    specs = [TINY, f"{TINY}:mean", f"{TINY}:global", f"{TINY}:tower"]
+    together = embed(specs, as_pictures(images), num_crops=4, cache=tmp_path / "a")
+    alone = [embed([spec], as_pictures(images), num_crops=4, cache=tmp_path / "b")[0] for spec in specs]
+    for left, right in zip(together, alone):
+        np.testing.assert_allclose(left.vectors, right.vectors, atol=1e-4)
+    image_processor = AutoImageProcessor.from_pretrained(TINY, trust_remote_code=True)
+    inputs = image_processor(images, num_crops=4, return_tensors="pt")
+    for pooling, found in zip(("mean", "global"), together[1:]):
+        model = AutoModel.from_pretrained(TINY, trust_remote_code=True, pooling_mode=pooling).eval()
+        with torch.no_grad():
+            output = model(**inputs)
+        np.testing.assert_allclose(found.vectors, output.pooler_output.numpy(), atol=1e-4)
+    assert together[1].cost["tokens"] == np.mean(inputs.num_img_tokens.numpy())
+    assert together[3].vectors.shape == (3, 64) and together[0].cost["parameters"] == model.num_parameters()
+
+
+def save_clip(path):
+    torch.manual_seed(0)
+    text = SMALL | {"vocab_size": 12, "max_position_embeddings": 8, "eos_token_id": 1, "bos_token_id": 0}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=SMALL_VISION, projection_dim=8)).save_pretrained(path)
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPImageProcessorPil(**size).save_pretrained(path)
+    words = {word: number for number, word in enumerate(["<s>", "</s>", "a", "red", "blue", "square"])}
+    core = Tokenizer(models.WordLevel(words, unk_token="a"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="</s>", eos_token="</s>").save_pretrained(path)
+    return str(path)
+
+
+TOWERS = {"dinov2": (Dinov2Model, Dinov2Config), "siglip": (SiglipVisionModel, SiglipVisionConfig)}
+
+
+@pytest.mark.parametrize("name", ["clip", "vit", *TOWERS])
+def test_models_of_transformers_embed_by_their_own_processor(name, tmp_path):
+    if name == "clip":
+        path = save_clip(tmp_path / name)
+    else:
+        path = save_vit(tmp_path / name)
+        if name in TOWERS:
+            model_class, config_class = TOWERS[name]
+            model_class(config_class(**SMALL_VISION)).save_pretrained(path)
+    images = [noise(0), noise(1, (50, 30))]
+    found = embed([path], as_pictures(images), cache=tmp_path / "cache")[0]
+    model = AutoModel.from_pretrained(path).eval()
+    inputs = AutoImageProcessor.from_pretrained(path)(images, return_tensors="pt")
+    with torch.no_grad():
+        output = model.get_image_features(**inputs) if name == "clip" else model(**inputs)
+    np.testing.assert_allclose(found.vectors, output.pooler_output.numpy(), atol=1e-5)
+    assert found.cost["tokens"] == output.last_hidden_state.shape[1]
+
+
+def test_a_pooler_that_the_checkpoint_lacks_is_not_made_up(tmp_path):
+    path = save_vit(tmp_path / "vit", pooler=False)
+    found = embed([path], as_pictures([noise()]), cache=tmp_path / "cache")[0]
+    inputs = AutoImageProcessor.from_pretrained(path)([noise()], return_tensors="pt")
+    with torch.no_grad():
+        tokens = ViTModel.from_pretrained(path, add_pooling_layer=False)(**inputs).last_hidden_state
+    np.testing.assert_allclose(found.vectors, tokens[:, 0].numpy(), atol=1e-5)
+
+
+def test_captions_add_text_to_image_retrieval_for_models_with_a_text_side(folder, monkeypatch):
+    clip = save_clip(folder / "clip")
+    save_all(folder, {"a": [noise(n) for n in range(3)]})
+    rows = "".join(f"a/{n}.png,a {word} square\n" for n, word in enumerate(["red", "blue", "red blue"]))
+    (folder / "pictures" / "metadata.csv").write_text(f"file_name,caption\n{rows}")
+    results = compare_here(monkeypatch, folder, "--models", clip, "pixels", "--images", folder / "pictures")
+    values = [each for each in results["figures"] if each["group"] == "Text to image"][1]["values"]
+    assert values["clip"]["value"] == 1 and values["pixels"]["undefined"] == "it has no text side"
+    assert figure(results, "recall@1")["values"]["pixels"]["undefined"] == "there are no two classes"
+    texts = np.eye(3, dtype=np.float32)
+    assert text_to_image(texts, texts[[0, 2, 1]], ["a", "b", "c"])["recall@1"].tolist() == [1, 0, 0]
+
+
+def test_a_sentence_transformers_model(tmp_path):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Transformer
+
+    SentenceTransformer(modules=[Transformer(save_clip(tmp_path / "clip"))]).save(str(tmp_path / "st"))
+    images = [noise(0), noise(1)]
+    found = embed([str(tmp_path / "st")], as_pictures(images), ["a red square"], cache=tmp_path / "cache")[0]
+    model = SentenceTransformer(str(tmp_path / "st"))
+    np.testing.assert_allclose(found.vectors, model.encode(images), atol=1e-5)
+    np.testing.assert_allclose(found.texts, model.encode(["a red square"]), atol=1e-5)
+
+
+def test_arithmetic_on_spaces_whose_answer_is_known():
+    vectors = unit(np.array([[1, 0], [0.9, 0.1], [0, 1], [0.1, 0.9]])).astype(np.float32)
+    assert retrieval(vectors, np.array([0, 0, 1, 1]))["mAP"].tolist() == [1] * 4
+    assert retrieval(vectors, np.array([0, 1, 0, -1]))["mAP"].tolist() == pytest.approx([1 / 3, 1 / 3])
+    turn = np.array([[0, -1], [1, 0]], np.float32)
+    assert linear_cka(vectors, vectors @ turn) == pytest.approx(1)
+
+
+# The cookbook's comparison as its page has it, but for the images.
+COOKBOOK = """
+from transformers import CLIPProcessor, CLIPModel
+import torch
+
+# Load pre-trained CLIP model and processor
+clip_model = CLIPModel.from_pretrained("openai/clip-vit-base-patch32")
+clip_processor = CLIPProcessor.from_pretrained("openai/clip-vit-base-patch32")
+
+# Load Phi-3 model (vanilla or fine-tuned)
+phi3_model = load_phi3_model(fine_tuned=True)
+
+# Prepare your data
+inputs = clip_processor(images=images, return_tensors="pt")
+
+# Generate embeddings using CLIP (for comparison)
+with torch.no_grad():
+    clip_embeddings = clip_model.get_image_features(**inputs)
+
+# Generate embeddings using Phi-3
+phi3_inputs = process_for_phi3_model(images)
+with torch.no_grad():
+    phi3_embeddings = phi3_model.get_image_features(phi3_inputs)
+"""
+
+
+def test_the_cookbooks_comparison_runs_as_written(tmp_path, monkeypatch):
+    (tmp_path / "openai").mkdir()
+    save_clip(tmp_path / "openai" / "clip-vit-base-patch32")
+    monkeypatch.chdir(tmp_path)
+    images = [noise(0), noise(1, (50, 30))]
+    names = {"images": images, "load_phi3_model": load_phi3_model, "process_for_phi3_model": process_for_phi3_model}
+    exec(COOKBOOK, names)
+    assert names["clip_embeddings"].pooler_output.shape == (2, 8)
+    expected = embed([TINY], as_pictures(images), cache=tmp_path / "cache")[0].vectors
+    np.testing.assert_allclose(names["phi3_embeddings"].numpy(), expected, atol=1e-4)
+    with pytest.raises(ValueError, match="no folder phi3-vision-embed. Make it by"):
+        load_phi3_model()
