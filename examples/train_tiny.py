@@ -34,7 +34,6 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>", "<|image|>")
 WORDS = (*NAMES, "what", "which", "digit", "number", "is", "this", "the", "a", "picture", "of", "and", "?", ".")
-
 WORK = ROOT / ".tiny"
 POSITIONS = "vision_embed_tokens.img_processor.embeddings.position_embedding.weight"
 SEED = 0
@@ -116,12 +115,11 @@ def wave_positions(side, width):
 
 
 def enlarge(small, model):
-    """The weights of a model with small crops in one with large ones: its positions are read between the lines."""
+    """The weights of a model with small crops in one with large ones: its positions are interpolated."""
     weights = small.state_dict()
     first, others = weights[POSITIONS][:1], weights[POSITIONS][1:]
     side, new_side = (each.config.patches_per_side for each in (small, model))
-    grid = others.T.reshape(1, -1, side, side)
-    grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic")
+    grid = F.interpolate(others.T.reshape(1, -1, side, side), size=(new_side, new_side), mode="bicubic")
     model.load_state_dict(weights | {POSITIONS: torch.cat((first, grid.flatten(2)[0].T))})
 
 
@@ -217,11 +215,12 @@ def save(model, image_processor, tokenizer, folder):
     """A folder that is there once it is whole."""
     processor_class = get_class_from_dynamic_module("processing_phi3_embed.Phi3EmbedProcessor", ROOT)
     processor_class.register_for_auto_class("AutoProcessor")
-    WORK.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=WORK) as beside:
-        model.save_pretrained(beside)
-        processor_class(image_processor, tokenizer).save_pretrained(beside)
-        shutil.copytree(beside, folder)
+    folder.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+        whole = Path(beside) / "whole"
+        model.save_pretrained(whole)
+        processor_class(image_processor, tokenizer).save_pretrained(whole)
+        whole.rename(folder)
 
 
 def main():
@@ -230,6 +229,7 @@ def main():
     image_processor = AutoImageProcessor.from_pretrained(**where, num_crops=16)
     training, held_out, _, labels = digits_split()
     text = card(*evaluate(model, image_processor, tokenizer, held_out, labels), len(training), len(held_out))
+    shutil.rmtree(WORK / "tiny", ignore_errors=True)
     save(model, image_processor, tokenizer, WORK / "tiny")
     for path in (WORK / "tiny").iterdir():
         # Code and what is the same everywhere are links to the root's.
@@ -241,4 +241,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except subprocess.CalledProcessError as error:  # finetune.py has said what went wrong
+        sys.exit(error.returncode)
+    except KeyboardInterrupt:
+        sys.exit("\ntrain_tiny: Interrupted. The same command goes on.")
