@@ -27,7 +27,7 @@ from digits import (
 )
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerFast, set_seed
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedTokenizerFast, set_seed
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,10 +41,11 @@ COMMON = (
     "--data digits --task embedding --words --validation 0 --num_crops 0 --rotate 12 --shift 0.1 --zoom 0.15 "
     "--per_device_train_batch_size 32 --lr_scheduler_type cosine --weight_decay 0.05 --use_cpu"
 )
-# Pixels of a crop, and the arguments of finetune.py.
+# Pixels of a crop, and the arguments of finetune.py. Chosen with --validation 0.15, where raw pixels have a recall@1 of
+# 95.4 % and the second step of these ends at 97.7 %.
 STEPS = {
-    112: f"{COMMON} --learning_rate 1.5e-3 --warmup_steps 0.3 --num_train_epochs 24",
-    336: f"{COMMON} --learning_rate 5e-4 --warmup_steps 0.3 --num_train_epochs 2",
+    112: f"{COMMON} --learning_rate 1.5e-3 --warmup_steps 0.2 --num_train_epochs 40",
+    336: f"{COMMON} --learning_rate 5e-4 --warmup_steps 0.2 --num_train_epochs 4",
 }
 
 
@@ -196,8 +197,8 @@ but digits it knows nothing.
 `make tiny` re-creates it (`examples/train_tiny.py`, which trains by `examples/finetune.py`): {num_training} images,
 {held_out} held out by a stratified split with seed {split_seed}. Images of one digit are drawn together, and to the
 word embedding of its name, so the trained weights are the tower, the projection and the ten rows of the word
-embeddings from "zero" to "nine". **Not trained**, and as a fresh model has them: the two separators (zero: pooling
-leaves them out) and all other rows of the word embeddings.
+embeddings from "zero" to "nine". **Not trained**: the two separators (zero, as in a fresh model: pooling leaves them
+out) and all other rows of the word embeddings (random, as in a fresh model; weight decay made them a little shorter).
 
 ## Figures
 
@@ -225,7 +226,7 @@ def save(model, image_processor, tokenizer, folder):
 
 def main():
     where = {"pretrained_model_name_or_path": train(), "trust_remote_code": True}
-    model, tokenizer = AutoModel.from_pretrained(**where), AutoTokenizer.from_pretrained(**where)
+    model, tokenizer = AutoModel.from_pretrained(**where), make_tokenizer()
     image_processor = AutoImageProcessor.from_pretrained(**where, num_crops=16)
     training, held_out, _, labels = digits_split()
     text = card(*evaluate(model, image_processor, tokenizer, held_out, labels), len(training), len(held_out))
