@@ -41,8 +41,8 @@ COMMON = (
     "--data digits --task embedding --words --validation 0 --num_crops 0 --rotate 12 --shift 0.1 --zoom 0.15 "
     "--per_device_train_batch_size 32 --lr_scheduler_type cosine --weight_decay 0.05 --use_cpu"
 )
-# Pixels of a crop, and the arguments of finetune.py. Chosen with --validation 0.15, where raw pixels have a recall@1 of
-# 95.4 % and the second step of these ends at 97.7 %.
+# Pixels of a crop, and the arguments of finetune.py. Chosen with --validation 0.15: on that share of the
+# training digits they reach a recall@1 of 97.7 %, raw pixels 95.4 %.
 STEPS = {
     112: f"{COMMON} --learning_rate 1.5e-3 --warmup_steps 0.2 --num_train_epochs 40",
     336: f"{COMMON} --learning_rate 5e-4 --warmup_steps 0.2 --num_train_epochs 4",
