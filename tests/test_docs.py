@@ -69,7 +69,7 @@ def test_the_small_checkpoint_is_small_and_has_the_figures_of_its_card():
         labels,
     )
     assert (ROOT / "tiny" / "README.md").read_text() == train_tiny.card(rows, named, len(training), len(images))
-    assert rows["this checkpoint"][0] > 0.9
+    assert rows["this checkpoint"][0] > 0.95 and named > 0.95
 
 
 def test_what_the_small_checkpoint_learns_of_small_crops_lies_in_the_same_places_of_large_ones():
