@@ -1,14 +1,17 @@
 """
-Trains the checkpoint in tiny/: Phi-3-vision's image embedding with narrow layers, on scikit-learn's digits.
+Makes the checkpoint in tiny/: an untrained start, Phi-3-vision's image embedding with narrow layers, which finetune.py
+then trains on scikit-learn's digits. Interrupted, the same command goes on.
 
-Image embeddings are drawn to the word embedding of their digit's name, so that images find images and words do too.
+It trains in two steps. With crops of 112 pixels a patch is one pixel of a digit, and a picture costs a ninth; what is
+learned there is then enlarged to crops of 336 pixels, and trained on.
 """
 
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from digits import (
     HELD_OUT,
@@ -24,7 +27,6 @@ from digits import (
 )
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedTokenizerFast, set_seed
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -32,13 +34,19 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>", "<|image|>")
 WORDS = (*NAMES, "what", "which", "digit", "number", "is", "this", "the", "a", "picture", "of", "and", "?", ".")
-
-TRAINING_SEED = 0
-EPOCHS = 11
-BATCH_SIZE = 32
-LEARNING_RATE = 1.5e-3
-WEIGHT_DECAY = 0.05
-TEMPERATURE = 0.1
+WORK = ROOT / ".tiny"
+POSITIONS = "vision_embed_tokens.img_processor.embeddings.position_embedding.weight"
+SEED = 0
+COMMON = (
+    "--data digits --task embedding --words --validation 0 --num_crops 0 --rotate 12 --shift 0.1 --zoom 0.15 "
+    "--per_device_train_batch_size 32 --lr_scheduler_type cosine --weight_decay 0.05 --use_cpu"
+)
+# Pixels of a crop, and the arguments of finetune.py. Chosen with --validation 0.15: on that share of the
+# training digits they reach a recall@1 of 97.7 %, raw pixels 95.4 %.
+STEPS = {
+    112: f"{COMMON} --learning_rate 1.5e-3 --warmup_steps 0.2 --num_train_epochs 40",
+    336: f"{COMMON} --learning_rate 5e-4 --warmup_steps 0.2 --num_train_epochs 4",
+}
 
 
 def make_tokenizer():
@@ -61,14 +69,14 @@ def make_tokenizer():
     )
 
 
-def make_model(tokenizer):
+def make_model(tokenizer, crop_size):
     """A fresh model with Phi-3-vision's geometry of crops, patches and tokens, and narrow layers."""
     config = AutoConfig.from_pretrained(
         ROOT,
         trust_remote_code=True,
         vision_config={
             "model_type": "clip_vision_model",
-            "image_size": 336,
+            "image_size": crop_size,
             "patch_size": 14,
             "hidden_size": 64,
             "num_attention_heads": 2,
@@ -76,6 +84,7 @@ def make_model(tokenizer):
             "num_hidden_layers": 4,
             "projection_dim": 64,
         },
+        num_img_tokens=(crop_size // 28) ** 2,
         hidden_size=128,
         vocab_size=len(tokenizer),
         image_token_id=tokenizer.convert_tokens_to_ids("<|image|>"),
@@ -89,8 +98,7 @@ def make_model(tokenizer):
 @torch.no_grad()
 def prepare(model, image_processor, images):
     """Starts that let a training of minutes succeed: unit-gain matrices, known positions, and centred embeddings."""
-    table = model.get_input_embeddings().weight
-    positions = model.vision_embed_tokens.img_processor.embeddings.position_embedding.weight
+    table, positions = model.get_input_embeddings().weight, model.get_parameter(POSITIONS)
     for weight in model.parameters():
         if weight.ndim == 2 and weight is not table:
             torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
@@ -102,50 +110,45 @@ def prepare(model, image_processor, images):
 
 def wave_positions(side, width):
     """Sines and cosines of each patch's row and column, `(side ** 2, width)`."""
-    angles = torch.arange(side)[:, None] * 100.0 ** -torch.linspace(0, 1, width // 4)
+    angles = 24 / side * (torch.arange(side)[:, None] + 0.5) * 100.0 ** -torch.linspace(0, 1, width // 4)
     waves = torch.cat((angles.sin(), angles.cos()), dim=1)  # (side, width / 2)
     return torch.cat((waves.repeat_interleave(side, 0), waves.repeat(side, 1)), dim=1)
 
 
-def shifted(image, right, down):
-    """A digit moved by at most one of its pixels, with black where nothing was."""
-    return np.pad(image, 1)[1 - down : 9 - down, 1 - right : 9 - right]
+def enlarge(small, model):
+    """The weights of a model with small crops in one with large ones: its positions are interpolated."""
+    weights = small.state_dict()
+    first, others = weights[POSITIONS][:1], weights[POSITIONS][1:]
+    side, new_side = (each.config.patches_per_side for each in (small, model))
+    grid = F.interpolate(others.T.reshape(1, -1, side, side), size=(new_side, new_side), mode="bicubic")
+    model.load_state_dict(weights | {POSITIONS: torch.cat((first, grid.flatten(2)[0].T))})
 
 
-def train(model, image_processor, tokenizer, images, labels):
-    """Softmax over the cosines of an image's embedding with the names' word embeddings."""
-    rng = np.random.default_rng(TRAINING_SEED)
-    name_ids = torch.tensor(tokenizer.convert_tokens_to_ids(list(NAMES)))
-    labels = torch.from_numpy(labels)
-    table = model.get_input_embeddings().weight
-    decayed = [weight for weight in model.parameters() if weight.ndim == 2 and weight is not table]
-    others = [weight for weight in model.parameters() if weight.ndim != 2 or weight is table]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups)
-    steps = EPOCHS * -(-len(images) // BATCH_SIZE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
-    model.train()
-    with tqdm(total=steps, desc="Training", unit="step") as bar:
-        for _ in range(EPOCHS):
-            hits, losses = [], []
-            for batch in np.array_split(rng.permutation(len(images)), steps // EPOCHS):
-                moved = [shifted(images[number], *rng.integers(-1, 2, 2)) for number in batch]
-                # The global view alone: the same vector as with one crop, which is its twin.
-                inputs = image_processor(moved, num_crops=0, return_tensors="pt")
-                output = model(pixel_values=inputs.pixel_values, image_sizes=inputs.image_sizes).pooler_output
-                names = F.normalize(model.get_input_embeddings()(name_ids), dim=-1)
-                logits = F.normalize(output, dim=-1) @ names.T / TEMPERATURE
-                loss = F.cross_entropy(logits, labels[batch])
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-                hits.append((logits.argmax(-1) == labels[batch]).float().mean().item())
-                losses.append(loss.item())
-                bar.update()
-                bar.set_postfix(loss=f"{np.mean(losses):.3f}", right=f"{np.mean(hits):.1%}")
-    model.eval()
+def train():
+    """All steps -> the folder of the trained checkpoint."""
+    training, _, _, _ = digits_split()
+    done = None
+    for crop_size, arguments in STEPS.items():
+        start, output = WORK / f"start-{crop_size}", WORK / f"trained-{crop_size}"
+        if not start.exists():
+            set_seed(SEED)
+            tokenizer = make_tokenizer()
+            image_processor = AutoImageProcessor.from_pretrained(
+                ROOT,
+                trust_remote_code=True,
+                size={"height": crop_size, "width": crop_size},
+                num_img_tokens=(crop_size // 28) ** 2,
+            )
+            model = make_model(tokenizer, crop_size)
+            if done is None:
+                prepare(model, image_processor, training)
+            else:
+                enlarge(AutoModel.from_pretrained(done, trust_remote_code=True), model)
+            save(model, image_processor, tokenizer, start)
+        command = [sys.executable, ROOT / "examples" / "finetune.py", "--model", start, "--output_dir", output]
+        subprocess.run([*command, *arguments.split()], check=True)
+        done = output
+    return done
 
 
 def evaluate(model, image_processor, tokenizer, images, labels):
@@ -191,11 +194,11 @@ but digits it knows nothing.
 
 ## Training
 
-`make tiny` re-creates it (`examples/train_tiny.py`): {num_training} images, {held_out} held out by a stratified
-split with seed {split_seed}. The image embedding (`pooler_output`) is drawn to the word embedding of its digit's
-name, so the trained weights are the tower, the projection and the ten rows of the word embeddings from "zero" to
-"nine". **Not trained**, and as a fresh model has them: the two separators (zero: pooling leaves them out) and all
-other rows of the word embeddings.
+`make tiny` re-creates it (`examples/train_tiny.py`, which trains by `examples/finetune.py`): {num_training} images,
+{held_out} held out by a stratified split with seed {split_seed}. Images of one digit are drawn together, and to the
+word embedding of its name, so the trained weights are the tower, the projection and the ten rows of the word
+embeddings from "zero" to "nine". **Not trained**: the two separators (zero, as in a fresh model: pooling leaves them
+out) and all other rows of the word embeddings (random, as in a fresh model; weight decay made them a little shorter).
 
 ## Figures
 
@@ -209,34 +212,39 @@ Named by the nearest of the ten digit names, by text: {named}.
 """
 
 
-def save(model, image_processor, tokenizer, text):
-    """Into a folder beside tiny/, which takes its place once it is whole. The code stays at the root."""
+def save(model, image_processor, tokenizer, folder):
+    """A folder that is there once it is whole."""
     processor_class = get_class_from_dynamic_module("processing_phi3_embed.Phi3EmbedProcessor", ROOT)
     processor_class.register_for_auto_class("AutoProcessor")
-    with tempfile.TemporaryDirectory(dir=ROOT, prefix=".tiny-") as folder:
-        model.save_pretrained(folder)
-        processor_class(image_processor, tokenizer).save_pretrained(folder)
-        for module in Path(folder).glob("*.py"):
-            module.unlink()
-        shutil.rmtree(Path(folder) / "__pycache__", ignore_errors=True)
-        (Path(folder) / "README.md").write_text(text)
-        shutil.rmtree(TINY, ignore_errors=True)
-        shutil.copytree(folder, TINY)
+    folder.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+        whole = Path(beside) / "whole"
+        model.save_pretrained(whole)
+        processor_class(image_processor, tokenizer).save_pretrained(whole)
+        whole.rename(folder)
 
 
 def main():
-    set_seed(TRAINING_SEED)
-    image_processor = AutoImageProcessor.from_pretrained(ROOT, trust_remote_code=True)
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
-    training, held_out, training_labels, held_out_labels = digits_split()
-    prepare(model, image_processor, training)
-    train(model, image_processor, tokenizer, training, training_labels)
-    rows, named = evaluate(model, image_processor, tokenizer, held_out, held_out_labels)
-    text = card(rows, named, len(training), len(held_out))
-    save(model, image_processor, tokenizer, text)
+    where = {"pretrained_model_name_or_path": train(), "trust_remote_code": True}
+    model, tokenizer = AutoModel.from_pretrained(**where), make_tokenizer()
+    image_processor = AutoImageProcessor.from_pretrained(**where, num_crops=16)
+    training, held_out, _, labels = digits_split()
+    text = card(*evaluate(model, image_processor, tokenizer, held_out, labels), len(training), len(held_out))
+    shutil.rmtree(WORK / "tiny", ignore_errors=True)
+    save(model, image_processor, tokenizer, WORK / "tiny")
+    for path in (WORK / "tiny").iterdir():
+        # Code and what is the same everywhere are links to the root's.
+        if path.is_file() and not (TINY / path.name).is_symlink():
+            path.replace(TINY / path.name)
+    (TINY / "README.md").write_text(text)
+    shutil.rmtree(WORK)
     print(text)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except subprocess.CalledProcessError as error:  # finetune.py has said what went wrong
+        sys.exit(error.returncode)
+    except KeyboardInterrupt:
+        sys.exit("\ntrain_tiny: Interrupted. The same command goes on.")
