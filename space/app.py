@@ -379,12 +379,13 @@ def build(name):
         def picked(event: gr.SelectData):
             return event.index
 
-        # What is chosen while an earlier choice is worked on counts, and not only what is chosen when all is done.
-        latest = {"trigger_mode": "always_last"}
+        # What is chosen while an earlier choice is worked on counts, and not only what is chosen when all is done:
+        # every pick is taken, and of what follows from picks the last.
+        every, latest = {"trigger_mode": "multiple"}, {"trigger_mode": "always_last"}
         shown = {"show_progress": "minimal", **latest}
         sent.upload(upload, [sent, uploads], [uploads, pictures, others, chosen])
-        pictures.select(picked, None, chosen, show_progress="hidden", **latest)
-        others.select(picked, None, other, show_progress="hidden", **latest)
+        pictures.select(picked, None, chosen, show_progress="hidden", **every)
+        others.select(picked, None, other, show_progress="hidden", **every)
         gr.on(
             [page.load, chosen.change, few.change],
             show_neighbours,
