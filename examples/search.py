@@ -187,7 +187,7 @@ def load_model(name, revision=None):
         raise ValueError(f"There is no folder {name}. Give one with a model, or a Hub id.")
     options = {"trust_remote_code": True} | ({"revision": revision, "code_revision": revision} if revision else {})
     image_processor = AutoImageProcessor.from_pretrained(name, **options)
-    device = torch.accelerator.current_accelerator() or "cpu"
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     return AutoModel.from_pretrained(name, device_map=device, **options).eval(), image_processor
 
 

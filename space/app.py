@@ -61,7 +61,7 @@ def load(name, revision):
         raise ValueError(f"There is no folder {name}. Give one with a model, or a Hub id.")
     options = {"trust_remote_code": True} | ({"revision": revision, "code_revision": revision} if revision else {})
     image_processor = AutoImageProcessor.from_pretrained(name, **options)
-    device = torch.accelerator.current_accelerator() or "cpu"
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     model = AutoModel.from_pretrained(name, device_map=device, **options).eval()
     if not model.config.use_hd_transform:
         raise ValueError(f"{name} works without the HD transform, which this page shows.")
