@@ -30,7 +30,11 @@ def started(app, log, **environment):
     environment = {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False"} | environment
     with log.open("w") as written:
         process = subprocess.Popen(
-            [sys.executable, app], env=os.environ | environment, cwd="/", stdout=written, stderr=subprocess.STDOUT
+            [sys.executable, "-u", app],
+            env=os.environ | environment,
+            cwd="/",
+            stdout=written,
+            stderr=subprocess.STDOUT,
         )
         try:
             until = time.monotonic() + SECONDS
