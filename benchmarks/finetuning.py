@@ -36,8 +36,8 @@ PARTS = {
 }
 COMMON = "--validation 0 --num_crops 0 --per_device_train_batch_size 16"
 TRAININGS = {
-    "all": f"{COMMON} --train all --flip --learning_rate 1e-3 --num_train_epochs 8",
-    "head": f"{COMMON} --train head --learning_rate 3e-3 --num_train_epochs 20",
+    "all": f"{COMMON} --train all --flip --learning_rate 2e-4 --num_train_epochs 20",
+    "head": f"{COMMON} --train head --learning_rate 3e-3 --num_train_epochs 60",
 }
 
 
