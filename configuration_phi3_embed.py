@@ -166,8 +166,9 @@ def _changed(config_dict, changes):
     kept = {name: value for name, value in config_dict.items() if name not in stale}
     saved, given = kept.get("vision_config"), changes.get("vision_config")
     # As everywhere, a dict changes single settings of a tower of the same kind.
-    if isinstance(saved, dict) and isinstance(given, dict) and given.get("model_type") in (None, saved["model_type"]):
-        changes = changes | {"vision_config": saved | given}
+    if isinstance(saved, dict) and isinstance(given, dict):
+        is_same_kind = given.get("model_type") in (None, saved.get("model_type"))
+        changes = changes | {"vision_config": saved | given if is_same_kind else given}
     return kept | changes
 
 

@@ -607,10 +607,10 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
         missing = loading_info["missing_keys"]
         hint = "For a fresh, untrained model use `AutoModel.from_config(config, trust_remote_code=True)`."
         if model.base_model is not model and model.config.architectures == [type(model.base_model).__name__]:
-            # Without classes of its own nobody asked for a head: a pipeline would pass off its random answers.
             if model.config.id2label != PreTrainedConfig().id2label:
                 missing = {name for name in missing if name.startswith(f"{cls.base_model_prefix}.")}
-            hint = "To train them, name the classes by `id2label`, or their number by `num_labels`."
+            else:  # nobody asked for a head: a pipeline would pass off its random answers
+                hint = "To train them, name the classes by `id2label`, or their number by `num_labels`."
         if missing := sorted(missing):
             raise ValueError(
                 f"The checkpoint lacks {len(missing)} of the model's weights: {', '.join(missing)}. {hint}"
