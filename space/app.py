@@ -289,29 +289,41 @@ def show_crops(chosen, uploads, num_crops):
     return said, sheet(seen["crops"], seen["overview"], seen["grid"]), sheet(*tokens, seen["grid"])
 
 
-def show_matches(chosen, other, uploads, num_crops, side):
-    """Two pictures, each patch of them as bright as its best cosine with a patch of the other."""
-    seen = [look((collection + uploads)[number], num_crops) for number in (chosen, other)]
-    patches = [each["patches"][side] for each in seen]
-    masks = [inside(each, patch.shape[:2]) for each, patch in zip(seen, patches)]
-    cosines = np.einsum("abd,xyd->abxy", *patches, optimize=True)
-    best = cosines[:, :, masks[1]].max(-1), cosines[masks[0]].max(0)
-    said = (
-        "The brighter a patch, the better its best match in the other picture. Click in the first to follow a patch."
-    )
-    return said, *(heat(each, cosine, mask) for each, cosine, mask in zip(seen, best, masks))
-
-
-def follow_patch(chosen, other, uploads, num_crops, side, click: gr.SelectData):
-    """The clicked patch outlined in the first picture, and the second's patches as bright as their cosine with it."""
+def show_matches(chosen, other, uploads, num_crops, side, follows, across, down):
+    """
+    Two pictures, each patch of them as bright as its best cosine with a patch of the other; or one patch of the first
+    outlined, at these percentages of its sides, and the second's patches as bright as their cosine with it.
+    """
     first, second = (look((collection + uploads)[number], num_crops) for number in (chosen, other))
-    patches, shape = second["patches"][side], first["patches"][side].shape[:2]
-    at = (click.index[1] + first["box"][1], click.index[0] + first["box"][0])
-    place = tuple(int(each * count / pixels) for each, count, pixels in zip(at, shape, first["crops"].shape))
-    cosines, mask = patches @ first["patches"][side][place], inside(second, patches.shape[:2])
-    best, worst = cosines[mask].max(), cosines[mask].min()
-    said = f"The best match of the outlined patch has cosine {best:.3f}, the worst {worst:.3f}."
-    return said, outlined(first, place, shape), heat(second, cosines, mask)
+    patches = [each["patches"][side] for each in (first, second)]
+    masks = [inside(each, patch.shape[:2]) for each, patch in zip((first, second), patches)]
+    if follows:
+        place = patch_at(first, patches[0].shape, across, down)
+        cosines = patches[1] @ patches[0][place]
+        best, worst = cosines[masks[1]].max(), cosines[masks[1]].min()
+        said = f"The best match of the outlined patch has cosine {best:.3f}, the worst {worst:.3f}."
+        return said, outlined(first, place, patches[0].shape), heat(second, cosines, masks[1])
+    cosines = np.einsum("abd,xyd->abxy", *patches, optimize=True)
+    said = "The brighter a patch, the better its best match in the other picture."
+    return (
+        said,
+        heat(first, cosines[:, :, masks[1]].max(-1), masks[0]),
+        heat(second, cosines[masks[0]].max(0), masks[1]),
+    )
+
+
+def patch_at(seen, shape, across, down):
+    """Row and column of the patch at these percentages of the picture's width and height."""
+    (left, upper, right, lower), (height, width) = seen["box"], seen["crops"].shape[:2]
+    x, y = left + (right - left) * across / 100, upper + (lower - upper) * down / 100
+    return min(int(y * shape[0] / height), shape[0] - 1), min(int(x * shape[1] / width), shape[1] - 1)
+
+
+def clicked(chosen, uploads, num_crops, click: gr.SelectData):
+    """A click on the first picture -> that a patch is followed, and at which percentages of the sides it lies."""
+    left, upper, right, lower = look((collection + uploads)[chosen], num_crops)["box"]
+    x, y = click.index
+    return True, 100 * (x + 0.5) / (right - left), 100 * (y + 0.5) / (lower - upper)
 
 
 def build(name):
@@ -366,6 +378,13 @@ def build(name):
                     with gr.Row():
                         side = gr.Radio([CLIP, PHI3], value=PHI3, label="Patches of")
                         some = gr.Radio(value=4, **crops)
+                    with gr.Row(equal_height=True):
+                        follows = gr.Checkbox(
+                            label="Follow one patch", info="Or click it in your picture.", elem_id="follows"
+                        )
+                        percent = {"minimum": 0, "maximum": 100, "step": 0.5, "value": 50, "buttons": []}
+                        across = gr.Slider(label="Across, %", elem_id="across", **percent)
+                        down = gr.Slider(label="Down, %", elem_id="down", **percent)
                     match_said = gr.Markdown(elem_id="match-said")
                     with gr.Row():
                         maps = []
@@ -395,10 +414,10 @@ def build(name):
             **latest,
         )
         gr.on([page.load, chosen.change, many.change], show_crops, [chosen, uploads, many], [said, *sheets], **shown)
-        of_both = [chosen, other, uploads, some, side]
-        changes = [page.load, chosen.change, other.change, some.change, side.change]
+        of_both = [chosen, other, uploads, some, side, follows, across, down]
+        changes = [page.load, *(each.change for each in of_both if each is not uploads)]
         gr.on(changes, show_matches, of_both, [match_said, *maps], **shown)
-        maps[0].select(follow_patch, of_both, [match_said, *maps], **shown)
+        maps[0].select(clicked, [chosen, uploads, some], [follows, across, down], show_progress="hidden", **every)
     return page
 
 

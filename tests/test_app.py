@@ -117,11 +117,25 @@ def test_a_patch_matches_itself(page, side):
     page.get_by_label(side).check()
     page.locator("#others button img").first.click()
     expect(page.locator("#match-said")).to_contain_text("The brighter a patch")
-    expect(page.locator("#first img")).to_be_visible()
-    page.wait_for_function("document.querySelector('#first img').naturalHeight < 672")  # the temple is there
+    page.wait_for_function("document.querySelector('#first img')?.naturalHeight < 672")  # the temple is there
     page.locator("#first img").click(position={"x": 120, "y": 90})
+    expect(page.get_by_label("Follow one patch")).to_be_checked()
     expect(page.locator("#match-said")).to_contain_text("outlined patch has cosine 1.000")
     assert size(page, "#second img") == [672, 448]
+
+
+def test_a_patch_is_followed_by_keyboard(page):
+    page.get_by_role("tab", name="Patches").click()
+    page.get_by_label("Follow one patch").focus()
+    page.keyboard.press("Space")
+    said = page.locator("#match-said")
+    expect(said).to_contain_text("The best match of the outlined patch")
+    before = said.inner_text()
+    page.get_by_role("slider", name=re.compile("Across")).focus()
+    for _ in range(20):
+        page.keyboard.press("ArrowLeft")
+    expect(said).not_to_contain_text(before)
+    expect(said).to_contain_text("The best match of the outlined patch")
 
 
 @pytest.mark.parametrize("order", ["sub_glb", "glb_sub"])
