@@ -475,6 +475,8 @@ class Phi3EmbedProcessor(ProcessorMixin):
                 self._check_images_of_texts(images, text)
                 # A batch whose texts have no image at all is one of texts alone.
                 images = flatten_images(images) or None
+            if kwargs.get("add_special_tokens", kwargs.get("text_kwargs", {}).get("add_special_tokens", True)):
+                text = [sample.replace(self.image_token, self.image_token + self._after_image) for sample in text]
         return images, text, None, None
 
     def validate_inputs(self, images=None, text=None, **kwargs):
@@ -518,7 +520,7 @@ class Phi3EmbedProcessor(ProcessorMixin):
         return image_inputs, replacements
 
     def replace_image_token(self, image_inputs, image_idx, **kwargs) -> str:
-        return self.image_token * int(image_inputs["num_img_tokens"][image_idx]) + self._after_image
+        return self.image_token * int(image_inputs["num_img_tokens"][image_idx])
 
     def _get_num_multimodal_tokens(self, image_sizes=None, num_crops=None, **kwargs) -> MultiModalData:
         """Tokens and views of images of these sizes, `(height, width)` in pixels."""

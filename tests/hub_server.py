@@ -12,6 +12,8 @@ with HubServer() as hub:
     hub.log, hub.bytes_sent(r"GET .*model\\.safetensors")
 ```
 
+Models and datasets share the names: what is added is served as either.
+
 Tokens: `hub.token` may write under "someone/", `hub.read_token` may only read; writes need the first, reads of private
 and gated repos either. Repos of other names are made by `add_repo` alone.
 
@@ -379,7 +381,7 @@ class _Storage(_Handler):
         self.reply(200)
 
 
-REPO, REVISION = r"(?P<repo_id>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
+KIND, REPO, REVISION = "(?:models|datasets)", r"(?P<repo_id>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
 
 
 class _Api(_Handler):
@@ -389,19 +391,19 @@ class _Api(_Handler):
         r"GET /api/whoami-v2": "whoami",
         r"POST /api/repos/create": "create_repo",
         r"POST /api/validate-yaml": "validate_yaml",
-        rf"GET /api/models/{REPO}(?:/revision/{REVISION})?": "info",
-        rf"GET /api/models/{REPO}/tree/{REVISION}(?:/(?P<path>.*))?": "tree",
-        rf"GET /api/models/{REPO}/refs": "refs",
-        rf"GET /api/models/{REPO}/commits/{REVISION}": "commits",
-        rf"POST /api/models/{REPO}/paths-info/{REVISION}": "paths_info",
-        rf"POST /api/models/{REPO}/branch/{REVISION}": "create_branch",
-        rf"POST /api/models/{REPO}/tag/{REVISION}": "create_tag",
-        rf"POST /api/models/{REPO}/preupload/{REVISION}": "preupload",
-        rf"POST /api/models/{REPO}/commit/{REVISION}": "create_commit",
+        rf"GET /api/{KIND}/{REPO}(?:/revision/{REVISION})?": "info",
+        rf"GET /api/{KIND}/{REPO}/tree/{REVISION}(?:/(?P<path>.*))?": "tree",
+        rf"GET /api/{KIND}/{REPO}/refs": "refs",
+        rf"GET /api/{KIND}/{REPO}/commits/{REVISION}": "commits",
+        rf"POST /api/{KIND}/{REPO}/paths-info/{REVISION}": "paths_info",
+        rf"POST /api/{KIND}/{REPO}/branch/{REVISION}": "create_branch",
+        rf"POST /api/{KIND}/{REPO}/tag/{REVISION}": "create_tag",
+        rf"POST /api/{KIND}/{REPO}/preupload/{REVISION}": "preupload",
+        rf"POST /api/{KIND}/{REPO}/commit/{REVISION}": "create_commit",
         rf"POST /{REPO}\.git/info/lfs/objects/batch": "lfs_batch",
         rf"POST /{REPO}\.git/info/lfs/verify": "lfs_verify",
-        rf"(?:GET|HEAD) /{REPO}/resolve/{REVISION}/(?P<path>.+)": "resolve",
-        rf"(?:GET|HEAD) /api/resolve-cache/models/{REPO}/{REVISION}/(?P<path>.+)": "resolve_cache",
+        rf"(?:GET|HEAD) /(?:datasets/)?{REPO}/resolve/{REVISION}/(?P<path>.+)": "resolve",
+        rf"(?:GET|HEAD) /api/resolve-cache/{KIND}/{REPO}/{REVISION}/(?P<path>.+)": "resolve_cache",
     }
 
     def route(self, path, token):

@@ -1,6 +1,7 @@
 """examples/compare.py: figures of several models, the vectors that are kept, and the report in a browser."""
 
 import json
+import os
 import signal
 import sqlite3
 import subprocess
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -45,8 +48,10 @@ def command(*arguments):
     return [sys.executable, str(ROOT / "examples" / "compare.py"), *map(str, arguments)]
 
 
-def run(*arguments):
-    return subprocess.run(command(*arguments), cwd="/", capture_output=True, text=True, timeout=300)
+def run(*arguments, **environment):
+    return subprocess.run(
+        command(*arguments), cwd="/", env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def compare_here(monkeypatch, folder, *arguments):
@@ -269,6 +274,19 @@ def test_a_picture_that_one_model_refuses_is_left_out_of_all(folder, monkeypatch
     results = compare_here(monkeypatch, folder, "--models", strict, "pixels", "--images", folder / "pictures")
     assert results["about"]["pictures"] == 4 and list(results["about"]["left_out"]["refused"]) == ["a/2.png"]
     assert "Left out of all models: a/2.png" in capsys.readouterr().out
+
+
+def test_a_dataset_on_the_hub_is_compared_as_its_parquet_file_is(hub, folder, monkeypatch):
+    rows = {"image": [noise(n) for n in range(6)], "label": list("aaabbb")}
+    parquet = folder / "train.parquet"
+    Dataset.from_dict(rows, Features({"image": ImageFeature(), "label": Value("string")})).to_parquet(parquet)
+    hub.add_repo("someone/noise", {"data/train.parquet": parquet})
+    arguments = ["--models", "pixels", "--resamples", 100, "--cache", folder / "cache.sqlite", "--images"]
+    done = run(*arguments, "someone/noise", "--output", folder / "hub", **hub.environment(folder / "home"))
+    assert done.returncode == 0, done.stderr
+    here = compare_here(monkeypatch, folder, *arguments[:-3], "--images", parquet)
+    assert json.loads((folder / "hub" / "results.json").read_text())["figures"] == here["figures"]
+    assert here["about"]["classes"] == 2 and here["about"]["pictures"] == 6
 
 
 BAD = {

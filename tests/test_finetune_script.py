@@ -113,14 +113,38 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(trained, repository, pi
     assert losses(output) == pytest.approx(losses(trained), abs=2e-4)
 
 
-def test_two_processes_train_as_one_does(trained, repository, pictures, tmp_path):
-    arguments = ONE.replace("batch_size 8", "batch_size 4")
+@pytest.mark.parametrize("task", ["classification", "embedding"])
+def test_two_processes_train_as_one_does(task, trained, repository, pictures, tmp_path):
+    arguments = f"{ONE} --task {task}"
+    if task == "embedding":
+        trained = tmp_path / "one"
+        finetune.run(command(repository, pictures, trained, arguments))
     # accelerate starts several processes on one machine by this switch alone; --use_cpu is what they run on.
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
     launcher += ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
+    arguments = arguments.replace("batch_size 8", "batch_size 4")
     done = script(*command(repository, pictures, tmp_path / "two", arguments), launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(trained), abs=1e-3)
+
+
+def test_accumulated_and_checkpointed_gradients_train_as_whole_batches_do(trained, repository, pictures, tmp_path):
+    arguments = ONE.replace("batch_size 8", "batch_size 4 --gradient_accumulation_steps 2 --gradient_checkpointing")
+    finetune.run(command(repository, pictures, tmp_path / "out", arguments))
+    assert losses(tmp_path / "out") == pytest.approx(losses(trained), abs=1e-3)
+
+
+def test_bfloat16_trains_nearly_as_float32_does(trained, repository, pictures, tmp_path):
+    finetune.run([*command(repository, pictures, tmp_path), "--bf16"])
+    assert losses(tmp_path) == pytest.approx(losses(trained), abs=0.05) != pytest.approx(losses(trained), abs=1e-6)
+    saved = AutoModelForImageClassification.from_pretrained(tmp_path, trust_remote_code=True)
+    assert saved.dtype == torch.float32
+
+
+def test_a_training_that_does_not_get_better_stops_early(repository, pictures, tmp_path):
+    finetune.run([*command(repository, pictures, tmp_path, BY_EPOCH), *STILL])
+    history = read_metrics(tmp_path)["history"]
+    assert max(entry["step"] for entry in history) == 6 and sum("eval_accuracy" in entry for entry in history) == 3
 
 
 def test_pushed_it_is_a_pipeline_in_a_fresh_process(trained, repository, pictures, hub, tmp_path):
@@ -155,6 +179,7 @@ SHORT = (
     "--max_steps 4 --per_device_train_batch_size 8 --learning_rate 1e-3 --num_crops 0 --use_cpu --disable_tqdm true"
 )
 BY_EPOCH = f"{SHORT} --eval_strategy steps --eval_steps 2 --save_strategy steps --save_steps 2"
+STILL = ["--learning_rate", "0", "--max_steps", "20", "--early_stopping", "2"]
 
 
 def test_metadata_and_parquet_and_digits_are_trained_on_as_well(repository, pictures, tmp_path):
@@ -174,6 +199,15 @@ def test_metadata_and_parquet_and_digits_are_trained_on_as_well(repository, pict
         finetune.run(command(repository, data, tmp_path / "out" / Path(data).name, BY_EPOCH + column))
         config = json.loads((tmp_path / "out" / Path(data).name / "config.json").read_text())
         assert list(config["id2label"].values()) == classes
+
+
+def test_a_dataset_on_the_hub_is_trained_on(repository, pictures, hub, tmp_path):
+    hub.add_repo("someone/colours", pictures)
+    arguments = command(repository, "someone/colours", tmp_path / "out", SHORT + " --eval_strategy no")
+    done = script(*arguments, **hub.environment(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    assert "datasets:\n- someone/colours\n" in (tmp_path / "out" / "README.md").read_text()
+    assert list(json.loads((tmp_path / "out" / "config.json").read_text())["id2label"].values()) == [*COLORS]
 
 
 def test_a_stream_is_trained_on(repository, pictures, tmp_path):

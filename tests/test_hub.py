@@ -170,6 +170,39 @@ print(json.dumps(classify(Image.linear_gradient("L"))))
     assert {guess["label"] for guess in json.loads(stranger(classify, "someone/head"))} == {"cat", "dog", "bird"}
 
 
+def test_an_adapter_is_pushed_alone_and_comes_back_over_its_base(hub, folder, author, stranger):
+    hub.add_repo("someone/base", folder)
+    author(
+        """
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModel
+base = AutoModel.from_pretrained("someone/base", trust_remote_code=True)
+adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+adapted.push_to_hub("someone/adapter")
+"""
+    )
+    assert set(hub.files("someone/adapter")) >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert WEIGHTS not in hub.files("someone/adapter")
+    load = """
+from peft import PeftModel
+from transformers import AutoModel
+base = AutoModel.from_pretrained("someone/base", trust_remote_code=True)
+adapted = PeftModel.from_pretrained(base, "someone/adapter")
+"""
+    embed = """
+import torch
+images = {"pixel_values": torch.ones(1, 2, 3, 56, 56), "image_sizes": [(56, 56)]}
+with torch.no_grad():
+    print(adapted(**images).pooler_output.tolist())
+"""
+    wanted = author(embed)
+    stranger(load)
+    assert stranger(embed) == wanted
+    stranger("adapted = adapted.unload()")
+    assert stranger(embed) != wanted
+
+
 def test_the_readmes_way_is_one_commit_that_loads_by_its_hash(hub, tmp_path):
     section = re.search(r"\n## From and to the Hub\n(.*?)\n## ", README, re.DOTALL)[1]
     repo_id = re.search(r'"(someone/[^"]+)"', section)[1]

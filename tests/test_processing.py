@@ -348,6 +348,16 @@ def test_token_ids_are_those_of_the_pieces_one_by_one_as_in_the_original(process
     assert out["input_ids"][0] == wanted
 
 
+@pytest.mark.parametrize("arguments", [{"add_special_tokens": False}, {"text_kwargs": {"add_special_tokens": False}}])
+def test_without_special_tokens_no_piece_has_a_start(processor, tokenizer, arguments):
+    text = "what is <|image_1|> and <|image_2|> ?"
+    out = processor(images=[WIDE, TALL], text=text, **arguments)
+    wanted = []
+    for piece, count in zip(re.split(r"<\|image_\d+\|>", text), [*out["num_img_tokens"], 0]):
+        wanted += tokenizer(piece, add_special_tokens=False)["input_ids"] + [processor.image_token_id] * count
+    assert out["input_ids"][0] == wanted and tokenizer.bos_token_id not in wanted
+
+
 @pytest.mark.parametrize("images", [[WIDE, TALL, WIDE], [[WIDE, TALL], [], [WIDE]]], ids=["flat", "nested"])
 def test_batches_of_texts_with_none_one_and_two_images(processor, tokenizer, images):
     texts = ["<|image_1|> and <|image_2|>", "the cat", "what is <|image_1|>"]
