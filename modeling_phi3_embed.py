@@ -580,6 +580,11 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
             init.zeros_(module.glb_GN)
             init.zeros_(module.sub_GN)
 
+    def post_init(self):
+        super().post_init()
+        # A CLIP tower names the classes of the text side too. FSDP looks for each that is named.
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+
     @classmethod
     def from_pretrained(
         cls: type[Model], pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs
@@ -624,7 +629,14 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
             for model in Phi3EmbedPreTrainedModel.__subclasses__()
             if model._auto_class is not None
         }
-        super().save_pretrained(*args, **kwargs)
+        # FSDP gives the model a class of its own, which is of torch: its code would be saved in place of ours.
+        sharded = type(self)
+        if sharded.__name__.startswith("FSDP"):
+            self.__class__ = sharded.__mro__[2]
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = sharded
 
 
 class Phi3EmbedModel(Phi3EmbedPreTrainedModel):

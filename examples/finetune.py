@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from pictures import ACCEPTED, DIGITS, IMAGE, LABEL, NAME, load_pictures, read_picture, readable
 from PIL import Image, ImageEnhance, ImageOps
 from safetensors import SafetensorError
@@ -61,7 +61,8 @@ SHUFFLE_BUFFER = 1000
 MAX_CONFUSED = 40  # classes that a picture of confusions can show
 # Of transformers' arguments those that a training must keep to the end.
 KEPT = ("num_train_epochs", "max_steps", "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "seed")
-ARGUMENTS, METRICS, CURVES, CONFUSION = "arguments.json", "metrics.json", "curves.png", "confusion.png"
+ADAPTER, ARGUMENTS, METRICS = "adapter", "arguments.json", "metrics.json"
+CURVES, CONFUSION = "curves.png", "confusion.png"
 
 
 @dataclass
@@ -629,13 +630,14 @@ def fine_tune(options, arguments, splits, names):
         ids=ids,
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
-    if options.train == "lora":
-        if trainer.is_world_process_zero():
-            trainer.model.save_pretrained(output / "adapter")
-        trainer.model = trainer.model.merge_and_unload()
-    trainer.save_model(arguments.output_dir)
+    trainer.save_model(str(output / ADAPTER) if options.train == "lora" else arguments.output_dir)
     if trainer.is_world_process_zero():
-        (output / "training_args.bin").unlink(missing_ok=True)  # a pickle; arguments.json says it too
+        if options.train == "lora":
+            adapted = PeftModel.from_pretrained(load_model(options, names), output / ADAPTER)
+            adapted.merge_and_unload().save_pretrained(output)
+            processor.save_pretrained(output)
+        for path in (output, output / ADAPTER):
+            (path / "training_args.bin").unlink(missing_ok=True)  # a pickle; arguments.json says it too
     return trainer.state.log_history
 
 

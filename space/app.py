@@ -323,7 +323,7 @@ def clicked(chosen, uploads, num_crops, click: gr.SelectData):
     """A click on the first picture -> that a patch is followed, and at which percentages of the sides it lies."""
     left, upper, right, lower = look((collection + uploads)[chosen], num_crops)["box"]
     x, y = click.index
-    return True, 100 * (x + 0.5) / (right - left), 100 * (y + 0.5) / (lower - upper)
+    return True, round(100 * (x + 0.5) / (right - left), 1), round(100 * (y + 0.5) / (lower - upper), 1)
 
 
 def build(name):
