@@ -1,17 +1,23 @@
 """Numerical agreement with the original computation. The tolerances are those that its golden data state."""
 
+import sys
 import zlib
 
 import golden
 import numpy as np
+import onnxruntime
 import pytest
 import torch
+from conftest import ROOT
 from phi3_embed.configuration_phi3_embed import CLIP_VIT_LARGE_PATCH14_336, Phi3EmbedConfig
 from phi3_embed.convert_phi3_vision import published_names
 from phi3_embed.modeling_phi3_embed import Phi3EmbedModel
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor
 from PIL import Image
 from transformers import pipeline
+
+sys.path.insert(0, str(ROOT / "examples"))
+import export  # noqa: E402
 
 close = {"atol": 6e-5, "rtol": 1e-5}
 close_small = {"atol": 3e-5, "rtol": 0}
@@ -95,6 +101,18 @@ def test_a_pipelines_tokens_equal_the_original_at_full_size(full_model):
     pictures = [Image.fromarray(golden.image(**picture)) for picture in note["images"]]
     tokens = extract(pictures * 2, batch_size=2, return_tensors=True)[1][0].numpy()
     np.testing.assert_allclose(tokens[arrays["token_index"]], arrays["tokens"], **close)
+
+
+def test_onnx_tokens_equal_the_original_at_full_size(full_model, tmp_path):
+    arrays, note = golden.load("embedding_wide_nc1")
+    full_model.set_attn_implementation("sdpa")
+    image_processor = Phi3EmbedImageProcessor(num_crops=note["num_crops"])
+    export.export(full_model, image_processor).save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    inputs = preprocess(note)
+    (tokens,) = session.run(["last_hidden_state"], {key: inputs[key].numpy() for key in export.INPUTS})
+    np.testing.assert_allclose(tokens[0, arrays["token_index"]], arrays["tokens"], **close)
+    (tmp_path / "model.onnx").unlink()  # 1.3 GB
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
