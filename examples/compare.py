@@ -4,9 +4,9 @@ Embeddings of several models side by side: figures, and a report to look at.
     python examples/compare.py --models A B [C ...] --images DATA [--output report]
 
 A model is `SOURCE[@REVISION][:POOLING]` or `pixels`: see examples/embedders.py. DATA is a folder of pictures
-(subfolders are classes), a parquet file, the id of a dataset on the Hub, or `digits`. The output folder gets
-`report.html`, which opens without a network, `results.json`, and `embeddings.safetensors`. Vectors are kept: a second
-run does not embed again, and an interrupted one goes on.
+(subfolders are classes), a parquet file, the id of a dataset on the Hub, `digits` or `small-text`. The output folder
+gets `report.html`, which opens without a network, `results.json`, and `embeddings.safetensors`. Vectors are kept: a
+second run does not embed again, and an interrupted one goes on.
 """
 
 import argparse
@@ -87,7 +87,7 @@ class Data:
 def main():
     parser = argparse.ArgumentParser(description="Compare the embeddings of several models on your pictures.")
     parser.add_argument("--models", nargs="+", required=True, help="SOURCE[@REVISION][:mean|global|tower], or pixels")
-    parser.add_argument("--images", required=True, help="folder, parquet file, Hub dataset, or digits")
+    parser.add_argument("--images", required=True, help="folder, parquet file, Hub dataset, digits or small-text")
     parser.add_argument("--output", type=Path, default=Path("report"), help="folder to write (default: report)")
     parser.add_argument("--split", help="of the data; by default test if there is one, else the first")
     parser.add_argument("--image_column", help="by default the first column of images")

@@ -25,7 +25,7 @@ import torch
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
-from pictures import ACCEPTED, DIGITS, IMAGE, LABEL, NAME, load_pictures, read_picture, readable
+from pictures import ACCEPTED, DIGITS, IMAGE, LABEL, NAME, SMALL_TEXT, load_pictures, read_picture, readable
 from PIL import Image, ImageEnhance, ImageOps
 from safetensors import SafetensorError
 from sklearn.linear_model import LogisticRegression
@@ -803,7 +803,7 @@ def write_card(options, arguments, splits, names, rows, num_held_out, about, pat
         library_name="transformers",
         pipeline_tag="image-classification" if is_classifier else "image-feature-extraction",
         base_model=None if is_local else options.model,
-        datasets=None if Path(options.data).exists() or options.data == DIGITS else [options.data],
+        datasets=None if Path(options.data).exists() or options.data in (DIGITS, SMALL_TEXT) else [options.data],
         tags=["custom_code", "phi3_embed"] + ([] if is_classifier else ["sentence-transformers"]),
     )
     has_confusion = (path.parent / CONFUSION).exists()

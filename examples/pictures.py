@@ -1,4 +1,4 @@
-"""Pictures of a folder, a parquet file, a Hub dataset or the built-in digits, as `datasets` of one layout."""
+"""Pictures of a folder, a parquet file, a Hub dataset or a built-in set, as `datasets` of one layout."""
 
 import hashlib
 import io
@@ -10,16 +10,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDatasetDict, load_dataset
 from digits import NAMES, digits_split
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-DIGITS = "digits"
+DIGITS, SMALL_TEXT = "digits", "small-text"
 ACCEPTED = (
-    f"{DIGITS!r} (built in), a folder of pictures (subfolders are classes, or a metadata.csv or metadata.jsonl with a "
-    "column `file_name`), a parquet file, or the id of a dataset on the Hub"
+    f"{DIGITS!r} or {SMALL_TEXT!r} (built in), a folder of pictures (subfolders are classes, or a metadata.csv or "
+    "metadata.jsonl with a column `file_name`), a parquet file, or the id of a dataset on the Hub"
 )
 NAME, IMAGE, LABEL, TEXT = "name", "image", "label", "text"
 MAX_NAMED = 10
+WORDS = ["anchor", "basket", "candle", "dragon", "engine", "forest", "garden", "hammer", "island", "jacket"]
+PAGES_A_WORD, PAGE_SIZE, LETTER_SIZE, TIMES = 10, 672, 9, 80
 
 
 def load_pictures(source, image_column=None, label_column=None, text_column=None, streaming=False):
@@ -50,8 +52,8 @@ def load_pictures(source, image_column=None, label_column=None, text_column=None
 
 
 def _load(source, streaming):
-    if source == DIGITS:
-        splits = load_digits()
+    if source in (DIGITS, SMALL_TEXT):
+        splits = load_digits() if source == DIGITS else load_small_text()
         return IterableDatasetDict({k: v.to_iterable_dataset() for k, v in splits.items()}) if streaming else splits
     path = Path(source)
     if not path.exists() and (path.suffix or path.is_absolute() or source.startswith(".") or source.count("/") > 1):
@@ -77,6 +79,23 @@ def load_digits():
             for split, images, labels in (("train", training, training_labels), ("test", held_out, held_out_labels))
         }
     )
+
+
+def load_small_text():
+    """
+    Pages strewn with one word each, in letters that can be read at 672 x 672 pixels and not at half of that: HD crops
+    show them, and a single view does not.
+    """
+    rng, font = np.random.default_rng(0), ImageFont.load_default(LETTER_SIZE)
+    pages, labels = [], []
+    for label in np.repeat(range(len(WORDS)), PAGES_A_WORD).tolist():
+        page = Image.new("L", (PAGE_SIZE, PAGE_SIZE), int(rng.integers(200, 256)))
+        for x, y in rng.integers(0, PAGE_SIZE - LETTER_SIZE, (TIMES, 2)).tolist():
+            ImageDraw.Draw(page).text((x, y), WORDS[label], int(rng.integers(100)), font)
+        pages.append(page)
+        labels.append(label)
+    features = Features({IMAGE: datasets.Image(), LABEL: ClassLabel(names=WORDS)})
+    return DatasetDict({"train": Dataset.from_dict({IMAGE: pages, LABEL: labels}, features)})
 
 
 def _find_columns(splits, asked):

@@ -37,6 +37,14 @@ def test_16_bit_pictures_keep_their_greys(tmp_path):
     assert picture.mode == "RGB" and picture.getpixel((0, 0)) == (128, 128, 128)
 
 
+def test_pages_of_small_text_are_built_in_and_always_the_same():
+    first, again = (load_pictures("small-text")["train"] for _ in range(2))
+    assert [picture_hash(row["image"]) for row in first] == [picture_hash(row["image"]) for row in again]
+    assert len({picture_hash(row["image"]) for row in first}) == 100 and len(first.features["label"].names) == 10
+    page = np.asarray(read_picture(first[0]["image"]))
+    assert page.shape == (672, 672, 3) and 0 < (page < page[0, 0] - 20).mean() < 0.1  # ink is little
+
+
 def test_splits_and_a_stream_of_them(folder):
     for split in ("train", "test"):
         (folder / split).mkdir()
