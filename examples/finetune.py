@@ -9,27 +9,25 @@ last checkpoint. OUTPUT_DIR gets the best checkpoint, metrics.json, pictures of 
 """
 
 import errno
-import hashlib
 import json
-import math
 import re
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import datasets
-import matplotlib
 import numpy as np
 import torch
-from huggingface_hub import HfApi, ModelCardData
+from finetune_data import FEATURES, SIZE, Collator, Pairs, Pictures, Stream, load_splits, with_features
+from finetune_report import CONFUSION, CURVES, MAX_CONFUSED, draw_confusion, draw_curves, table_of, write, write_card
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
-from pictures import ACCEPTED, DIGITS, IMAGE, LABEL, NAME, SMALL_TEXT, load_pictures, read_picture, readable
-from PIL import Image, ImageEnhance, ImageOps
+from pictures import ACCEPTED, LABEL
+from PIL import Image
 from safetensors import SafetensorError
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
@@ -50,19 +48,11 @@ from transformers import (
 from transformers import logging as transformers_logging
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-FEATURES, SIZE = "features", "image_sizes"
-VALIDATION, TEST = ("validation", "valid", "val", "dev"), ("test", "held_out")
 # The probe is fitted on at most this many pictures of the training.
 PROBE = 5000
-SHUFFLE_BUFFER = 1000
-MAX_CONFUSED = 40  # classes that a picture of confusions can show
 # Of transformers' arguments those that a training must keep to the end.
 KEPT = ("num_train_epochs", "max_steps", "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "seed")
 ADAPTER, ARGUMENTS, METRICS = "adapter", "arguments.json", "metrics.json"
-CURVES, CONFUSION = "curves.png", "confusion.png"
 
 
 @dataclass
@@ -139,246 +129,6 @@ class Options:
 def _require(condition, name, value, accepted):
     if not condition:
         raise ValueError(f"--{name} is {value!r}, but must be {accepted}.")
-
-
-# Data
-
-
-def load_splits(options, seed):
-    """
-    -> {"train", "validation", "test"} and the classes' names; no "validation" where none is wanted. Splits that the
-    data lacks are made of its "train", class by class.
-
-    Raises:
-        ValueError: the data does not serve the task; what is wrong and how to mend it.
-    """
-    found = load_pictures(options.data, options.image_column, options.label_column, streaming=options.streaming)
-    first = next(iter(found.values()))
-    feature = (first.features or {}).get(LABEL)
-    if feature is None:
-        raise ValueError(f"{options.data} has no column of labels. Name it by --label_column, or give {ACCEPTED}.")
-    if not isinstance(feature, datasets.ClassLabel):
-        raise ValueError(
-            f"The labels of {options.data} are {feature}, but must be classes: words or whole numbers"
-            f"{'; streamed, a ClassLabel' if options.streaming else ''}."
-        )
-    train = found.get("train", first if len(found) == 1 else None)
-    if train is None:
-        raise ValueError(f"{options.data} has the splits {', '.join(found)}, but none of the name 'train'.")
-    splits = {"train": train}
-    for ours, theirs in (("validation", VALIDATION), ("test", TEST)):
-        if name := next((name for name in theirs if name in found), None):
-            splits[ours] = found[name]
-    if "test" not in splits and "validation" in splits:
-        splits["test"] = splits.pop("validation")
-    if options.streaming:
-        if "test" not in splits:
-            raise ValueError("A stream cannot be split: --streaming needs data with a test or validation split.")
-        return splits, feature.names
-    for name, split in splits.items():
-        split = readable(split, options.skip_broken)
-        if not len(split):
-            raise ValueError(f"The split {name!r} of {options.data} is empty.")
-        if None in (labels := split[LABEL][:]):
-            raise ValueError(f"{split[labels.index(None)][NAME]} has no label. Give it one, or remove it.")
-        splits[name] = split
-    _check_labels(splits, options.task, feature.names)
-    if "test" not in splits:
-        splits["train"], splits["test"] = split_by_class(splits["train"], options.held_out, seed, feature.names)
-    if "validation" not in splits and options.validation:
-        splits["train"], splits["validation"] = split_by_class(
-            splits["train"], options.validation, seed, feature.names
-        )
-    return splits, feature.names
-
-
-def _check_labels(splits, task, names):
-    sets = {name: set(split[LABEL][:]) for name, split in splits.items()}
-    if len(set.union(*sets.values())) < 2:
-        raise ValueError("All pictures have one and the same label. Give two classes or more.")
-    for name in sets if task == "classification" else ():
-        if unknown := sets[name] - sets["train"]:
-            listed = ", ".join(sorted(names[label] for label in unknown))
-            raise ValueError(
-                f"The labels differ between splits: {name!r} has {listed}, which 'train' lacks. Add pictures of them "
-                "there, or remove them here."
-            )
-
-
-def split_by_class(split, share, seed, names):
-    """A split -> what remains of it, and a share of every class, one picture at least."""
-    rng, labels, chosen = np.random.default_rng(seed), np.array(split[LABEL][:]), []
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        if len(members) == 1:
-            raise ValueError(
-                f"The class {names[label]!r} has one picture left for training and none to hold out. Give it more "
-                "pictures (two, and one more for --validation unless that is 0), or give a split of your own."
-            )
-        chosen += members[: max(1, round(share * len(members)))].tolist()
-    return split.select(sorted(set(range(len(labels))) - set(chosen))), split.select(sorted(chosen))
-
-
-def augment(picture, rng, options, crop_size):
-    """
-    A picture changed at random. It keeps its proportions, so the HD transform gives it the same grid of crops. A small
-    one is enlarged on the way, which the HD transform would do next, so that it is resampled once.
-    """
-    if options.flip and rng.random() < 0.5:
-        picture = ImageOps.mirror(picture)
-    if options.zoom or options.shift or options.rotate:
-        width, height = picture.size
-        factor = max(1, crop_size // (2 * max(width, height)))
-        angle = math.radians(rng.uniform(-options.rotate, options.rotate))
-        zoom = (1 + options.zoom) ** rng.uniform(-1, 1) * factor
-        right, down = rng.uniform(-options.shift, options.shift, 2)
-        cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
-        # Where the point (x, y) of the result lies in the picture; both turn about their centres.
-        x, y = width * factor / 2, height * factor / 2
-        rows = (
-            (cos, sin, width * (0.5 - right) - cos * x - sin * y),
-            (-sin, cos, height * (0.5 - down) + sin * x - cos * y),
-        )
-        border = np.asarray(picture)
-        border = np.concatenate((border[0], border[-1], border[:, 0], border[:, -1]))
-        picture = picture.transform(
-            (width * factor, height * factor),
-            Image.Transform.AFFINE,
-            (*rows[0], *rows[1]),
-            Image.Resampling.BICUBIC,
-            fillcolor=tuple(np.median(border, axis=0).astype(int).tolist()),
-        )
-    for kind in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color) if options.color else ():
-        picture = kind(picture).enhance(rng.uniform(1 - options.color, 1 + options.color))
-    return picture
-
-
-class Pictures(torch.utils.data.Dataset):
-    """
-    Rows of a split as the collator takes them. How a picture is changed follows from seed, epoch and number, so that a
-    training that was resumed, or runs in several processes, sees the same.
-    """
-
-    def __init__(self, split, options, seed, crop_size, trains=False):
-        self.split, self.options, self.seed, self.crop_size, self.trains = split, options, seed, crop_size, trains
-        self.epoch = 0
-
-    def __len__(self):
-        return len(self.split)
-
-    def __getitem__(self, number):
-        row = self.split[number]
-        return row if FEATURES in row else self.prepare(row, number)
-
-    def prepare(self, row, number):
-        try:
-            picture = read_picture(row[IMAGE])
-        except ValueError as error:
-            raise ValueError(f"{row[NAME]}: {error}. Leave such pictures out by --skip_broken.") from error
-        if self.trains and self.options.augments:
-            rng = np.random.default_rng((self.seed, self.epoch, number))
-            picture = augment(picture, rng, self.options, self.crop_size)
-        return {IMAGE: picture, LABEL: row[LABEL]}
-
-
-class Stream(torch.utils.data.IterableDataset):
-    """The same of a split that streams; shuffled within a buffer, anew in each epoch, when it trains."""
-
-    def __init__(self, pictures):
-        self.pictures = pictures
-        if pictures.trains:
-            pictures.split = pictures.split.shuffle(seed=pictures.seed, buffer_size=SHUFFLE_BUFFER)
-
-    def __iter__(self):
-        self.pictures.split.set_epoch(self.pictures.epoch)
-        for number, row in enumerate(self.pictures.split):
-            try:
-                prepared = self.pictures.prepare(row, number)
-            except ValueError as error:
-                if not self.pictures.options.skip_broken:
-                    raise
-                print(f"Left out {error}")
-                continue
-            yield prepared
-
-
-class Collator:
-    """Rows -> what the model's forward takes, and the labels."""
-
-    def __init__(self, image_processor, num_crops):
-        self.image_processor, self.num_crops = image_processor, num_crops
-
-    def __call__(self, rows):
-        labels = torch.tensor([row[LABEL] for row in rows])
-        if FEATURES not in rows[0]:
-            pictures = [row[IMAGE] for row in rows]
-            inputs = self.image_processor(pictures, num_crops=self.num_crops, return_tensors="pt")
-            return {"pixel_values": inputs["pixel_values"], SIZE: inputs[SIZE], "labels": labels}
-        features = [torch.as_tensor(row[FEATURES]) for row in rows]
-        padded = nn.utils.rnn.pad_sequence(features, batch_first=True)  # (images, most views, patches, C)
-        return {"pixel_values": padded, SIZE: torch.as_tensor(np.stack([row[SIZE] for row in rows])), "labels": labels}
-
-
-class Pairs(torch.utils.data.Sampler):
-    """Numbers of all pictures, two of a label side by side, so that each has its like in an even batch."""
-
-    def __init__(self, pictures, labels):
-        self.pictures, self.labels = pictures, np.asarray(labels)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __iter__(self):
-        rng = np.random.default_rng((self.pictures.seed, self.pictures.epoch))
-        pairs, single = [], []
-        for label in np.unique(self.labels):
-            members = rng.permutation(np.flatnonzero(self.labels == label)).tolist()
-            single += members[len(members) // 2 * 2 :]
-            pairs += zip(members[::2], members[1::2])
-        for number in rng.permutation(len(pairs)):
-            yield from pairs[number]
-        yield from single
-
-
-def with_features(split, model, collate, folder, batch_size):
-    """
-    A split with the tower's features in place of pictures: `(views, patches, C)` in float32, on disk, and found there
-    by the next run. A view of Phi-3-vision takes 2.4 MB.
-    """
-    digest = hashlib.sha256(f"{split._fingerprint} {collate.num_crops}".encode())
-    for weight in model.vision_embed_tokens.img_processor.state_dict().values():
-        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    side, width = model.config.patches_per_side, model.config.vision_config.hidden_size
-
-    @torch.inference_mode()
-    def encode(rows):
-        rows = [{IMAGE: read_picture(image), LABEL: label} for image, label in zip(rows[IMAGE], rows[LABEL])]
-        inputs = collate(rows)
-        pixels, views = inputs["pixel_values"].to(model.device), (inputs[SIZE] // model.config.crop_size).prod(-1) + 1
-        features = [
-            model.vision_embed_tokens.get_img_features(each[:count]).float().cpu().numpy()
-            for each, count in zip(pixels, views.tolist())
-        ]
-        return {FEATURES: features, SIZE: inputs[SIZE].tolist(), LABEL: inputs["labels"].tolist()}
-
-    folder.mkdir(parents=True, exist_ok=True)
-    return split.map(
-        encode,
-        batched=True,
-        batch_size=batch_size,
-        remove_columns=[name for name in split.column_names if name != LABEL],
-        features=datasets.Features(
-            {
-                LABEL: split.features[LABEL],
-                FEATURES: datasets.Array3D((None, side**2, width), "float32"),
-                SIZE: datasets.List(datasets.Value("int64")),
-            }
-        ),
-        writer_batch_size=batch_size,
-        cache_file_name=str(folder / f"{digest.hexdigest()[:16]}.arrow"),
-        new_fingerprint=digest.hexdigest()[:16],
-        desc="Tower",
-    ).with_format("numpy")
 
 
 # Model and training
@@ -566,13 +316,6 @@ def check_same_run(options, arguments, splits):
     return now
 
 
-def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text)
-    beside.replace(path)
-
-
 def fine_tune(options, arguments, splits, names):
     """Trains, and leaves the best model whole in OUTPUT_DIR -> the trainer's history."""
     output = Path(arguments.output_dir)
@@ -641,7 +384,7 @@ def fine_tune(options, arguments, splits, names):
     return trainer.state.log_history
 
 
-# Report
+# Figures
 
 
 @torch.inference_mode()
@@ -700,134 +443,6 @@ def evaluate(options, arguments, splits, names):
         probe.fit(F.normalize(fitted[0], dim=-1), fitted[1])
         rows[row]["linear probe"] = accuracy_score(labels, probe.predict(F.normalize(vectors, dim=-1)))
     return rows, len(labels), confusion
-
-
-def draw_curves(history, path):
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    figures = [f"eval_{name}" for name in ("accuracy", "macro F1", "recall@1", "recall@5")]
-    for axis, keys in zip(axes, (("loss", "eval_loss"), figures)):
-        for key in keys:
-            if points := [(entry["step"], entry[key]) for entry in history if key in entry]:
-                axis.plot(*zip(*points), marker=".", label=key.replace("eval_", "validation: "))
-        axis.set_xlabel("step")
-        if axis.lines:
-            axis.legend()
-    save_figure(figure, path)
-
-
-def draw_confusion(confusion, names, path):
-    shown = sorted(set(torch.cat(confusion).tolist()))
-    size = 3 + 0.4 * len(shown)
-    figure, axis = plt.subplots(figsize=(size, size), layout="constrained")
-    ConfusionMatrixDisplay.from_predictions(
-        *confusion,
-        labels=shown,
-        display_labels=[names[label] for label in shown],
-        xticks_rotation="vertical",
-        colorbar=False,
-        cmap="Blues",
-        ax=axis,
-    )
-    axis.set(xlabel="said", ylabel="is")
-    save_figure(figure, path)
-
-
-def save_figure(figure, path):
-    beside = path.with_suffix(".part.png")
-    figure.savefig(beside, dpi=110)
-    beside.replace(path)
-    plt.close(figure)
-
-
-CARD = """---
-{data}
----
-
-# {title}
-
-{base}, fine-tuned for {task} on {source} by phi3-embed's `examples/finetune.py`.
-
-## Figures
-
-On {num_held_out} pictures that took no part in the training. recall@k: a picture has one of its own label among the k
-others that are nearest to it by cosine. Linear probe: logistic regression on the vectors of the training pictures.
-
-{table}
-
-![loss and validation](curves.png)
-{confusion}
-## Data
-
-{about}
-
-## Arguments
-
-```json
-{arguments}
-```
-
-## Use
-
-```python
-{use}
-```
-
-`trust_remote_code=True` runs the code in this repository: pin `revision` to a commit that you have read.
-"""
-USE = {
-    "classification": """from transformers import pipeline
-
-classify = pipeline("image-classification", model="{name}", trust_remote_code=True)
-print(classify("picture.png"))""",
-    "embedding": """from sentence_transformers import SentenceTransformer
-
-embedder = SentenceTransformer("{name}", trust_remote_code=True)
-vectors = embedder.encode(["one.png", "other.png"])
-print(embedder.similarity(vectors, vectors))""",
-}
-
-
-def table_of(rows):
-    columns = list(rows["fine-tuned"])
-    lines = [f"| | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
-    for name, row in rows.items():
-        lines.append(f"| {name} | {' | '.join(f'{row[column]:.1%}' for column in columns)} |")
-    return "\n".join(lines)
-
-
-def write_card(options, arguments, splits, names, rows, num_held_out, about, path):
-    title = arguments.hub_model_id or path.parent.resolve().name
-    is_classifier = options.task == "classification"
-    is_local = Path(options.model).exists()
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-classification" if is_classifier else "image-feature-extraction",
-        base_model=None if is_local else options.model,
-        datasets=None if Path(options.data).exists() or options.data in (DIGITS, SMALL_TEXT) else [options.data],
-        tags=["custom_code", "phi3_embed"] + ([] if is_classifier else ["sentence-transformers"]),
-    )
-    has_confusion = (path.parent / CONFUSION).exists()
-    counts = "" if options.streaming else ": " + ", ".join(f"{len(split)} in {name}" for name, split in splits.items())
-    text = CARD.format(
-        data=data.to_yaml(),
-        title=title,
-        base=Path(options.model).resolve().name if is_local else options.model,
-        task=options.task,
-        source=without_path(options.data),
-        num_held_out=num_held_out,
-        table=table_of(rows),
-        confusion="\n![which class is taken for which](confusion.png)\n" if has_confusion else "",
-        about=f"{without_path(options.data)}{counts}. Labels: {', '.join(names[:MAX_CONFUSED])}"
-        f"{', ...' if len(names) > MAX_CONFUSED else ''}.",
-        arguments=json.dumps(about | {name: without_path(about[name]) for name in ("model", "data")}, indent=2),
-        use=USE[options.task].format(name=title),
-    )
-    write(path, text)
-
-
-def without_path(source):
-    """A folder's or file's own name: a card does not tell where it lay."""
-    return Path(source).resolve().name if Path(source).exists() else source
 
 
 # Pushing
