@@ -28,6 +28,8 @@ CONTENDERS = (
     "torch.ao int8 dynamic",
     "torch.ao int8 dynamic, MLP alone",
     "torchao int8 dynamic",
+    "bitsandbytes int8",
+    "bitsandbytes nf4",
 )
 # Of a contender's process.
 model = inputs = None
@@ -69,6 +71,12 @@ def load_model(name, folder):
 
         weight_only, dynamic = Int8WeightOnlyConfig(granularity=PerGroup(64)), Int8DynamicActivationInt8WeightConfig()
         settings["quantization_config"] = TorchAoConfig(dynamic if "dynamic" in name else weight_only)
+    if name.startswith("bitsandbytes"):
+        from transformers import BitsAndBytesConfig
+
+        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        settings["quantization_config"] = BitsAndBytesConfig(**(four if "nf4" in name else {"load_in_8bit": True}))
+        settings["device_map"] = "cpu"
     loaded = AutoModel.from_pretrained(folder, **settings).eval()
     if name.startswith("torch.ao"):
         for layer in loaded.vision_embed_tokens.img_processor.encoder.layers:

@@ -199,6 +199,7 @@ but digits it knows nothing.
 word embedding of its name, so the trained weights are the tower, the projection and the ten rows of the word
 embeddings from "zero" to "nine". **Not trained**: the two separators (zero, as in a fresh model: pooling leaves them
 out) and all other rows of the word embeddings (random, as in a fresh model; weight decay made them a little shorter).
+Runs differ a little, by the order of sums: two gave a recall@1 of 97.5% and of 98.9%.
 
 ## Figures
 

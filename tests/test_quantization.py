@@ -1,4 +1,7 @@
-"""Loading by torchao's `quantization_config`. torchao is in a folder of its own: it prints at transformers' import."""
+"""
+Loading by the `quantization_config` of torchao and of bitsandbytes. torchao is in a folder of its own: it prints at
+transformers' import.
+"""
 
 import re
 
@@ -6,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, run_python
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel, BitsAndBytesConfig
 
 TORCHAO = ROOT / ".venv" / "torchao"
 # Prints the cosines of each image's vector, and how many layers are quantised, as loaded and after saving again.
@@ -41,6 +44,28 @@ def test_int8_loads_by_quantization_config_and_is_saved_so(kind, cosine, tmp_pat
     assert cosine < float(given[0]) < 1  # not 1: it is quantised
     assert float(given[1]) == 0
     assert int(given[2]) == int(given[3]) > 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "layer", "cosine"),
+    [
+        ({"load_in_8bit": True}, "Linear8bitLt", 0.9995),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "Linear4bit", 0.99),
+    ],
+)
+@torch.inference_mode()
+def test_bitsandbytes_loads_and_is_saved_so(settings, layer, cosine, tmp_path):
+    where = {"pretrained_model_name_or_path": ROOT / "tiny", "trust_remote_code": True}
+    image = [Image.radial_gradient("L")]
+    inputs = AutoImageProcessor.from_pretrained(**where)(image, num_crops=1, return_tensors="pt")
+    wanted = AutoModel.from_pretrained(**where)(**inputs).pooler_output
+    model = AutoModel.from_pretrained(**where, quantization_config=BitsAndBytesConfig(**settings), device_map="cpu")
+    model.save_pretrained(tmp_path)  # before its first use, at which bitsandbytes packs 4-bit weights for CPUs
+    given = model(**inputs).pooler_output
+    assert cosine < torch.cosine_similarity(given.float(), wanted).item() < 1
+    assert sum(type(module).__name__ == layer for module in model.modules()) > 10
+    again = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, device_map="cpu")
+    torch.testing.assert_close(again(**inputs).pooler_output, given)
 
 
 def test_the_readmes_snippet_runs_as_printed():
