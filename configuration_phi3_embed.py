@@ -323,7 +323,8 @@ class Phi3EmbedConfig(PreTrainedConfig):
                     f"`vision_config` of type {vision_config.model_type!r} has no `{name}`, but must be that of a "
                     "vision transformer alone, such as 'clip_vision_model', 'siglip_vision_model' or 'dinov2'."
                 )
-        for name in ("depths", "num_frames"):
+        # `mask_ratio`: it hides patches at random, or at 0 shuffles them.
+        for name in ("depths", "num_frames", "mask_ratio"):
             if hasattr(vision_config, name):
                 raise ValueError(
                     f"`vision_config` of type {vision_config.model_type!r} has `{name}`, but must be that of a plain "
@@ -347,6 +348,12 @@ class Phi3EmbedConfig(PreTrainedConfig):
             "embd_pdrop",
             self.embd_pdrop,
             "a probability in [0, 1)",
+        )
+        _require(
+            isinstance(self.initializer_range, (int, float)) and self.initializer_range >= 0,
+            "initializer_range",
+            self.initializer_range,
+            "a standard deviation of 0 or more",
         )
         _require(
             self.image_token_id is None or (_is_int(self.image_token_id, 0) and self.image_token_id < self.vocab_size),

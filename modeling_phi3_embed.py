@@ -210,6 +210,11 @@ class Phi3ImageEmbedding(nn.Module):
             )
         elif kwargs:
             config = Phi3EmbedConfig.from_dict(config.to_dict() | {"num_img_tokens": None} | kwargs)
+        if wte is not None and wte.embedding_dim != config.hidden_size:
+            raise ValueError(
+                f"`wte` has rows of width {wte.embedding_dim}, but must have those of `hidden_size`, "
+                f"{config.hidden_size}."
+            )
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size) if wte is None else wte
         self.img_processor = build_vision_tower(config)
@@ -236,6 +241,11 @@ class Phi3ImageEmbedding(nn.Module):
         return self.img_processor(pixel_values.to(self.img_processor.dtype), **kwargs)
 
     def _select_features(self, features):
+        if features.ndim != 3:
+            raise ValueError(
+                f"The tower gives features of shape {tuple(features.shape)}, but must give (crops, patches, width). "
+                "Set `vision_config` to that of a plain vision transformer."
+            )
         # Towers put 0 (SigLIP), 1 (CLIP) or more (DINOv2 with registers) tokens before the patches, the class token
         # first.
         num_prefix = features.shape[1] - self.config.patches_per_side**2
@@ -420,12 +430,16 @@ class Phi3ImageEmbedding(nn.Module):
 # Checks of what callers give. They read values, which a traced graph cannot, so they are left out of one.
 
 
-def _check_pixels(config, pixel_values):
-    if not isinstance(pixel_values, torch.Tensor):
+def _check_tensor(name, value):
+    if not isinstance(value, torch.Tensor):
         raise ValueError(
-            f"`pixel_values` are of type {type(pixel_values).__name__}, but must be a tensor: call the image "
-            "processor with `return_tensors='pt'`."
+            f"`{name}` are of type {type(value).__name__}, but must be a tensor: call the processor with "
+            "`return_tensors='pt'`."
         )
+
+
+def _check_pixels(config, pixel_values):
+    _check_tensor("pixel_values", pixel_values)
     shape, channels, size = tuple(pixel_values.shape), config.vision_config.num_channels, config.crop_size
     width = config.vision_config.hidden_size
     if config.use_hd_transform:
@@ -453,7 +467,13 @@ def _check_pixels(config, pixel_values):
 def _check_image_sizes(config, pixel_values, image_sizes):
     if image_sizes is None:
         raise ValueError("`image_sizes` are missing: the HD transform needs the size of each image's grid of crops.")
-    sizes = torch.as_tensor(image_sizes)
+    try:
+        sizes = torch.as_tensor(image_sizes)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`image_sizes` are {image_sizes!r:.80}, but must be ints of shape ({len(pixel_values)}, 2), a height and "
+            "a width for each image of `pixel_values`."
+        ) from error
     if sizes.numel() != 2 * pixel_values.shape[0] or sizes.shape[-1] != 2 or sizes.is_floating_point():
         raise ValueError(
             f"`image_sizes` are of shape {tuple(sizes.shape)} and dtype {sizes.dtype}, but must be ints of shape "
@@ -502,6 +522,7 @@ def _check_input_ids(input_ids, num_embeddings):
 
 
 def _check_inputs_embeds(inputs_embeds, width):
+    _check_tensor("inputs_embeds", inputs_embeds)
     if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != width:
         raise ValueError(
             f"`inputs_embeds` are of shape {tuple(inputs_embeds.shape)}, but must be (batch_size, sequence_length, "
@@ -510,6 +531,7 @@ def _check_inputs_embeds(inputs_embeds, width):
 
 
 def _check_labels(config, labels, num_images):
+    _check_tensor("labels", labels)
     is_single_label = config.num_labels > 1 and (
         config.problem_type == "single_label_classification"
         or (config.problem_type is None and not labels.is_floating_point())
@@ -615,7 +637,7 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
             if model.config.id2label != PreTrainedConfig().id2label:
                 missing = {name for name in missing if name.startswith(f"{cls.base_model_prefix}.")}
             else:  # nobody asked for a head: a pipeline would pass off its random answers
-                hint = "To train them, name the classes by `id2label`, or their number by `num_labels`."
+                hint = "To train them, name the classes by `id2label`, or their number (if not 2) by `num_labels`."
         if missing := sorted(missing):
             raise ValueError(
                 f"The checkpoint lacks {len(missing)} of the model's weights: {', '.join(missing)}. {hint}"

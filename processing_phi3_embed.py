@@ -36,7 +36,7 @@ class Phi3EmbedImageProcessorKwargs(TypedDict, total=False):
 
     num_crops: int
     num_img_tokens: int
-    size: int | dict[str, int] | SizeDict
+    size: dict[str, int] | SizeDict
     do_rescale: bool
     rescale_factor: float
     do_normalize: bool
@@ -353,6 +353,8 @@ def _affine(do_rescale, rescale_factor, do_normalize, image_mean, image_std):
     factor = rescale_factor if do_rescale else 1.0
     mean, std = (image_mean, image_std) if do_normalize else (0.0, 1.0)
     mean, std = (_per_channel(name, value) for name, value in (("image_mean", mean), ("image_std", std)))
+    if not (isinstance(factor, (int, float, np.floating)) and 0 < factor < math.inf):
+        raise ValueError(f"`rescale_factor` is {factor!r}, but must be a positive number.")
     if not (std > 0).all():
         raise ValueError(f"`image_std` is {image_std!r}, but must be positive.")
     return (factor / std).astype(np.float32), (-mean / std).astype(np.float32)
@@ -400,10 +402,12 @@ def _check_geometry(num_crops, size, num_img_tokens):
     _check_num_crops(num_crops)
     if not size.height or size.height != size.width:
         raise ValueError(
-            f"`size` is {dict(size)}, but must have one and the same `height` and `width`, that of a crop."
+            f"`size` is {dict(size)}, but must have one and the same `height` and `width`, that of a crop, "
+            "such as {'height': 336, 'width': 336}."
         )
-    if num_img_tokens < 1 or math.isqrt(num_img_tokens) ** 2 != num_img_tokens:
-        raise ValueError(f"`num_img_tokens` is {num_img_tokens}, but must be a square: the tokens of one crop.")
+    is_count = isinstance(num_img_tokens, (int, np.integer)) and num_img_tokens > 0
+    if not is_count or math.isqrt(num_img_tokens) ** 2 != num_img_tokens:
+        raise ValueError(f"`num_img_tokens` is {num_img_tokens!r}, but must be a square: the tokens of one crop.")
 
 
 class Phi3EmbedProcessor(ProcessorMixin):

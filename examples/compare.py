@@ -175,6 +175,11 @@ def load_data(arguments):
     if name not in splits:
         raise ValueError(f"The data has no split {name!r}, but {', '.join(map(repr, splits))}. Give one as --split.")
     split = splits[name]
+    if TEXT in split.features and getattr(split.features[TEXT], "dtype", None) not in ("string", "large_string"):
+        raise ValueError(
+            f"The captions are {split.features[TEXT]}, but must be a text a picture. Name a column of such by "
+            "--text_column."
+        )
     if arguments.limit and arguments.limit < len(split):
         kept = np.sort(np.random.default_rng(arguments.seed).permutation(len(split))[: arguments.limit])
         split = split.select(kept.tolist())
@@ -190,7 +195,7 @@ def load_data(arguments):
         pictures,
         np.full(len(split), UNLABELLED) if labels is None else np.array(labels),
         split.features[LABEL].names if is_classes else [],
-        [str(each or "") for each in split[TEXT]] if TEXT in split.features else None,
+        [each or "" for each in split[TEXT]] if TEXT in split.features else None,
     )
     kept = list({picture.key: number for number, picture in reversed(list(enumerate(pictures)))}.values())[::-1]
     if len(kept) < len(pictures):
@@ -311,7 +316,7 @@ def measure(data, probe, embedded, spaces, labels, seed):
     }
     add(ROBUSTNESS, means, undefined | dict.fromkeys(units.keys() - whole.keys(), "see above"))
 
-    if data.captions is not None:
+    if data.captions is not None and any(data.captions):
         texts = {label: each.texts for label, each in zip(labels, embedded) if label in units}
         found = {
             label: text_to_image(unit(each), units[label]["all"], data.captions)

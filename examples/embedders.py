@@ -39,6 +39,7 @@ POOLINGS = ("mean", "global", "tower")
 SPEC = re.compile(rf"(?P<source>.+?)(@(?P<revision>[\w./-]+))?(:(?P<pooling>{'|'.join(POOLINGS)}))?")
 BATCH_SIZE = 8
 TIMED_PICTURES = 8
+CLASS_TOKENS = ("cls_token", "class_embedding")  # what towers call it
 # What of a folder makes its vectors: a change of any makes them others.
 COUNTED_SUFFIXES = {".json", ".safetensors", ".bin", ".py", ".txt", ".model"}
 
@@ -237,6 +238,9 @@ def _load_transformers(source, num_crops):
     if missing:
         raise ValueError(f"the checkpoint lacks {len(missing)} weights: {', '.join(missing[:3])}, ...")
     has_pooler = not report["missing_keys"]
+    if getattr(model.config, "mask_ratio", None) is not None:
+        raise ValueError(f"{type(model).__name__} hides patches at random, so that it has no one vector of a picture")
+    has_class_token = any(name.endswith(CLASS_TOKENS) for name, _ in model.named_parameters())
     image_processor = AutoImageProcessor.from_pretrained(source.name, revision=source.revision)
     is_dual = hasattr(model, "get_image_features")
     if not is_dual and model.main_input_name != "pixel_values":
@@ -248,7 +252,9 @@ def _load_transformers(source, num_crops):
         output = (model.get_image_features if is_dual else model)(pixel_values=pixel_values)
         tokens, vectors = output.last_hidden_state, output.get("pooler_output")
         if vectors is None or not has_pooler:
-            vectors = tokens[:, 0]
+            # Tokens (n, length, d), or a map (n, d, height, width).
+            tokens_last = tokens if tokens.ndim == 3 else tokens.flatten(2).mT
+            vectors = tokens[:, 0] if has_class_token else tokens_last.mean(1)
         num_tokens = [tokens.shape[1] if tokens.ndim == 3 else tokens[0, 0].numel()] * len(images)
         return {None: (vectors.flatten(1).float().numpy(force=True), num_tokens)}
 

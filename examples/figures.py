@@ -147,9 +147,10 @@ def overlap(left, right):
 
 
 def text_to_image(texts, vectors, captions):
-    """{figure: for each caption whether a picture with that caption is among the nearest}."""
-    found = search(vectors, texts, max(RANKS))
-    is_hit = np.asarray(captions)[found] == np.asarray(captions)[:, None]
+    """{figure: for each caption that is not empty whether a picture with that caption is among the nearest}."""
+    captions = np.asarray(captions)
+    given = captions != ""
+    is_hit = captions[search(vectors, texts[given], max(RANKS))] == captions[given, None]
     return {f"recall@{rank}": is_hit[:, :rank].any(1).astype(np.float64) for rank in RANKS}
 
 

@@ -26,10 +26,14 @@ from transformers import (
     CLIPModel,
     Dinov2Config,
     Dinov2Model,
+    IJepaConfig,
+    IJepaModel,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
     SiglipVisionModel,
     ViTConfig,
+    ViTMAEConfig,
+    ViTMAEModel,
     ViTModel,
 )
 
@@ -365,6 +369,23 @@ def test_models_of_transformers_embed_by_their_own_processor(name, tmp_path):
     assert found.cost["tokens"] == output.last_hidden_state.shape[1]
 
 
+def test_without_pooler_and_class_token_a_vector_is_the_mean_of_the_tokens(tmp_path):
+    path = save_vit(tmp_path / "ijepa")
+    IJepaModel(IJepaConfig(**SMALL_VISION), add_pooling_layer=False).save_pretrained(path)
+    found = embed([path], as_pictures([noise()]), cache=tmp_path / "cache")[0]
+    inputs = AutoImageProcessor.from_pretrained(path)([noise()], return_tensors="pt")
+    with torch.no_grad():
+        tokens = AutoModel.from_pretrained(path).eval()(**inputs).last_hidden_state
+    np.testing.assert_allclose(found.vectors, tokens.mean(1).numpy(), atol=1e-5)
+
+
+def test_a_model_that_hides_patches_at_random_is_refused(tmp_path):
+    path = save_vit(tmp_path / "mae")
+    ViTMAEModel(ViTMAEConfig(**SMALL_VISION)).save_pretrained(path)
+    with pytest.raises(ValueError, match="mae cannot be loaded: ViTMAEModel hides patches at random"):
+        embed([path], as_pictures([noise()]), cache=tmp_path / "cache")
+
+
 def test_a_pooler_that_the_checkpoint_lacks_is_not_made_up(tmp_path):
     path = save_vit(tmp_path / "vit", pooler=False)
     found = embed([path], as_pictures([noise()]), cache=tmp_path / "cache")[0]
@@ -385,6 +406,15 @@ def test_captions_add_text_to_image_retrieval_for_models_with_a_text_side(folder
     assert figure(results, "recall@1")["values"]["pixels"]["undefined"] == "there are no two classes"
     texts = np.eye(3, dtype=np.float32)
     assert text_to_image(texts, texts[[0, 2, 1]], ["a", "b", "c"])["recall@1"].tolist() == [1, 0, 0]
+    assert text_to_image(texts, texts[[0, 2, 1]], ["a", "", ""])["recall@1"].tolist() == [1]  # no caption, no query
+
+
+def test_several_captions_a_picture_are_refused(folder, monkeypatch):
+    save_all(folder, {"a": [noise(n) for n in range(2)]})
+    rows = "".join(json.dumps({"file_name": f"a/{n}.png", "caption": ["one", "other"]}) + "\n" for n in range(2))
+    (folder / "pictures" / "metadata.jsonl").write_text(rows)
+    with pytest.raises(SystemExit, match=r"(?s)captions are List.*but must be a text a picture. Name .*--text_column"):
+        compare_here(monkeypatch, folder, "--models", "pixels", "--images", folder / "pictures")
 
 
 def test_a_sentence_transformers_model(tmp_path):

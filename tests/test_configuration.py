@@ -126,6 +126,9 @@ def test_hd_num_tokens(grid, tokens):
         ({"vision_config": "clip"}, "`vision_config` is 'clip', but must be a dict or a PreTrainedConfig"),
         ({"vision_config": {"model_type": "swin"}}, "of type 'swin' has `depths`, .* plain vision transformer"),
         ({"vision_config": {"model_type": "videomae"}}, "of type 'videomae' has `num_frames`"),
+        ({"vision_config": {"model_type": "vit_mae"}}, "of type 'vit_mae' has `mask_ratio`"),
+        ({"initializer_range": "a"}, "`initializer_range` is 'a', but must be a standard deviation"),
+        ({"initializer_range": -1.0}, "`initializer_range` is -1.0, but must be a standard deviation"),
         ({"tower": {"num_attention_heads": 7}}, "(?s)is no config of a 'clip_vision_model': .*attention heads"),
         (
             {"img_processor": {"layer_idx": -1}},

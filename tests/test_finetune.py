@@ -62,6 +62,7 @@ def test_the_loss_by_problem_type(settings, labels, loss):
     [
         (torch.tensor([0, 1, 2, 3]), "hold 3, but must be from 0 to 2, or -100"),
         (torch.tensor([0, -1, 2, 1]), "hold -1, but must be from 0 to 2, or -100"),
+        ([0, 1, 2, 0], "`labels` are of type list, but must be a tensor"),
         (torch.tensor([0, 1]), r"shape \(2,\) and dtype torch.int64, .* must be ints of shape \(4,\)"),
         (torch.tensor([[1, 0, 1]] * 4), r"shape \(4, 3\) and dtype torch.int64"),
         (torch.tensor([0.0, 1, 2, 0]), r"must be floating point of shape \(4, 3\)"),
@@ -148,8 +149,12 @@ def test_a_head_that_nobody_asked_for_is_an_error(base_folder):
     """A pipeline would answer by weights that are random."""
     with pytest.raises(ValueError, match="lacks 2 .*classifier.weight. To train them, name the classes by `id2label`"):
         pipeline("image-classification", model=str(base_folder), trust_remote_code=True)
-    head = AutoModelForImageClassification.from_pretrained(base_folder, trust_remote_code=True, num_labels=3)
-    assert head.classifier.out_features == 3
+    for named in ({"num_labels": 3}, {"id2label": {0: "cat", 1: "no cat", 2: "both"}}):
+        head = AutoModelForImageClassification.from_pretrained(base_folder, trust_remote_code=True, **named)
+        assert head.classifier.out_features == 3
+    # In a config two classes without names are those of a model that has none.
+    with pytest.raises(ValueError, match=r"by `id2label`, or their number \(if not 2\) by `num_labels`"):
+        AutoModelForImageClassification.from_pretrained(base_folder, trust_remote_code=True, num_labels=2)
 
 
 def test_a_trained_head_starts_again_with_other_classes(head_folder):

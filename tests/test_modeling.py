@@ -198,6 +198,17 @@ def test_phi3_image_embedding_shares_word_embeddings_and_takes_microsofts_settin
     assert isinstance(embedding.projector.img_projection, nn.Linear)
     hidden = embedding(torch.tensor([[1] + 16 * [-1]]), small_pixels((0, 0))["pixel_values"][:, 0])
     assert hidden.shape == (1, 17, 48) and torch.equal(hidden[0, 0], wte.weight[1])
+    with pytest.raises(ValueError, match="`wte` has rows of width 7, but must have those of `hidden_size`, 48"):
+        Phi3ImageEmbedding(small_config(), nn.Embedding(100, 7))
+
+
+def test_a_tower_that_gives_no_tokens_is_an_error_of_ours():
+    tower = {"model_type": "vitdet", "image_size": 56, "patch_size": 14, "window_size": 0}
+    model = Phi3EmbedModel(small_config(tower, layer_idx=-1))
+    with pytest.raises(
+        ValueError, match=r"features of shape \(2, 32, 4, 4\), but must give \(crops, patches, width\)"
+    ):
+        model(**small_pixels((1, 1)))
 
 
 def test_phi3_image_embedding_takes_microsofts_own_config():
@@ -523,6 +534,9 @@ NAN[0, 0, 0, 0, 0] = math.nan
         ({"input_ids": torch.tensor([[100]])}, "hold 100, but the vocabulary ends at 99"),
         ({"input_ids": torch.tensor([[1.0]])}, "must be int64 or int32"),
         ({"input_ids": torch.tensor([[1]]), "inputs_embeds": torch.zeros(1, 1, 48)}, "Both"),
+        ({"image_sizes": [[56, 112], [56]]}, r"are \[\[56, 112\], \[56\]\], but must be ints of shape \(2, 2\)"),
+        ({"image_sizes": "336x336"}, "are '336x336', but must be ints"),
+        ({"inputs_embeds": [[0.0] * 48], "input_ids": None}, "`inputs_embeds` are of type list, but must be a tensor"),
         ({"pixel_values": None}, "without `pixel_values`"),
         ({"pixel_values": None, "image_sizes": None}, "Nothing was given"),
     ],
