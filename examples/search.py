@@ -32,7 +32,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table as RichTable
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel, PreTrainedConfig
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -157,7 +157,7 @@ def load_asked(arguments, made_by):
     The model asked for, by default that of the index: model, image processor, and by what the index is made.
 
     Raises:
-        ValueError: the index is made by another model or with other crops.
+        ValueError: the index is made by another model, with other settings or with other crops.
     """
     wanted = made_by or {"model": str(TINY), "revision": None, "num_crops": None}
     name = arguments.model or wanted["model"]
@@ -172,8 +172,9 @@ def load_asked(arguments, made_by):
         "revision": getattr(model.config, "_commit_hash", None),
         "num_crops": image_processor.num_crops if num_crops is None else num_crops,
         "checksum": checksum(model),
+        "settings": settings(model, image_processor),
     }
-    if made_by and any(given[key] != made_by[key] for key in ("num_crops", "checksum")):
+    if made_by and any(given[key] != made_by.get(key) for key in ("num_crops", "checksum", "settings")):
         raise ValueError(
             f"{arguments.index} is made by {described(made_by)}, but this is {described(given)}. Their vectors cannot "
             "be compared. Give the same model and number of crops, or make another index."
@@ -200,9 +201,25 @@ def checksum(model):
     return digest.hexdigest()
 
 
+def settings(model, image_processor):
+    """What the config and the image processor say of how a picture becomes a vector, the number of crops apart."""
+    # What every config has tells of the file, the classes' names or the output, and nothing of the vectors.
+    of_all = PreTrainedConfig().to_dict().keys() | {"auto_map", "bos_token_id", "eos_token_id", "pad_token_id"}
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    kept = {key: value for key, value in config.items() if key not in of_all}
+    kept["vision_config"] = {key: value for key, value in config["vision_config"].items() if key not in of_all}
+    processing = json.loads(image_processor.to_json_string())
+    names = ("size", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+    return kept | {name: processing[name] for name in names}
+
+
 def described(made_by):
     at = f" at {made_by['revision'][:12]}" if made_by["revision"] else ""
-    return f"{made_by['model']}{at} (weights {made_by['checksum'][:12]}, num_crops {made_by['num_crops']})"
+    digest = hashlib.sha256(json.dumps(made_by.get("settings"), sort_keys=True).encode()).hexdigest()
+    return (
+        f"{made_by['model']}{at} (weights {made_by['checksum'][:12]}, settings {digest[:12]}, num_crops "
+        f"{made_by['num_crops']})"
+    )
 
 
 def read_made_by(folder, required=True):

@@ -109,6 +109,29 @@ def test_an_index_of_another_model_or_of_other_crops_is_refused(folder, tmp_path
         run(monkeypatch, capsys, "query", folder / "a" / "it's 0.png", index)
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("config.json", '"pooling_mode": "mean"', '"pooling_mode": "global"'),
+        ("config.json", '"layer_norm_eps": 1e-05', '"layer_norm_eps": 1e-03'),
+        ("processor_config.json", "0.48145466", "0.5"),
+    ],
+    ids=["config", "tower", "image_processor"],
+)
+def test_an_index_of_other_settings_is_refused(file, old, new, folder, tmp_path, monkeypatch, capsys):
+    index, other = tmp_path / "index", tmp_path / "other"
+    shutil.copytree(ROOT / "tiny", other)
+    picture = folder / "a" / "it's 0.png"
+    run(monkeypatch, capsys, "index", picture, index, *FEW_CROPS, "--model", other)
+    AutoModel.from_pretrained(other, trust_remote_code=True).save_pretrained(other)  # the same model, saved anew
+    assert "Already there: 1." in run(monkeypatch, capsys, "add", picture, index)
+    before = (other / file).read_text()
+    assert old in before
+    (other / file).write_text(before.replace(old, new))
+    with pytest.raises(SystemExit, match=r"is made by .*settings .*but this is .*settings .*make another index"):
+        run(monkeypatch, capsys, "add", picture, index)
+
+
 def test_vectors_that_are_not_finite_are_left_out(folder, tmp_path, monkeypatch, capsys):
     index, model = tmp_path / "index", tmp_path / "model"
     shutil.copytree(ROOT / "tiny", model)
@@ -149,8 +172,9 @@ def test_vectors_that_are_not_finite_are_left_out(folder, tmp_path, monkeypatch,
 )
 def test_what_cannot_be_is_told_in_a_line(arguments, message, folder, tmp_path, monkeypatch, capsys):
     index = tmp_path / "index"
-    checksum = search.checksum(AutoModel.from_pretrained(search.TINY, trust_remote_code=True))
-    made_by = {"model": str(search.TINY), "revision": None, "num_crops": 0, "checksum": checksum}
+    model, image_processor = search.load_model(str(search.TINY))
+    made_by = {"model": str(search.TINY), "revision": None, "num_crops": 0, "checksum": search.checksum(model)}
+    made_by["settings"] = search.settings(model, image_processor)
     search.make_index(index, 128, made_by)
     given = [part.format(folder=folder, index=index, none=tmp_path / "none") for part in arguments]
     with pytest.raises(SystemExit, match=message) as error:
