@@ -269,7 +269,7 @@ def known_pictures(table):
 
 def add_pictures(table, rows, model, image_processor, num_crops):
     """Embeds what the index does not hold yet, batch by batch -> {content hash: path} of all rows that can be read."""
-    known, found, added, left_out, batch = known_pictures(table), {}, 0, [], []
+    known, found, added, copies, left_out, batch = known_pictures(table), {}, 0, 0, [], []
 
     def write():
         vectors = embed_images(model, image_processor, [picture for *_, picture in batch], num_crops)
@@ -290,7 +290,9 @@ def add_pictures(table, rows, model, image_processor, num_crops):
         path = row[IMAGE]["path"] if row[IMAGE]["bytes"] is None else row[NAME]
         try:
             digest = picture_hash(row[IMAGE])
-            if digest not in known and digest not in found:
+            if digest in found:
+                copies += 1
+            elif digest not in known:
                 batch.append((digest, path, read_picture(row[IMAGE])))
             found.setdefault(digest, path)
         except (OSError, ValueError) as error:
@@ -299,7 +301,6 @@ def add_pictures(table, rows, model, image_processor, num_crops):
             added += write()
     if batch:
         added += write()
-    copies = len(rows) - len(left_out) - len(found)
     console.print(f"Added {added}. Already there: {len(known.keys() & found.keys())}. Further copies: {copies}.")
     if left_out:
         named = "\n".join(left_out[:MAX_NAMED] + ["..."] * (len(left_out) > MAX_NAMED))

@@ -141,6 +141,7 @@ def test_vectors_that_are_not_finite_are_left_out(folder, tmp_path, monkeypatch,
     broken.save_pretrained(model)
     said = run(monkeypatch, capsys, "index", folder, index, *FEW_CROPS, "--model", model)
     assert "its vector is not finite" in said and "holds 0 pictures" in said
+    assert "Added 0. Already there: 0. Further copies: 1." in said and "Left out 13 of 14" in said
 
 
 @pytest.mark.parametrize(
