@@ -32,6 +32,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel
+from transformers.utils import cached_file, extract_commit_hash
 
 MAX_NAMED = 10
 TINY = Path(__file__).resolve().parent.parent / "tiny"
@@ -67,11 +68,13 @@ def run(arguments):
     shards = list(make_shards(source, arguments.image_column, arguments.shard_size))
     if not shards:
         raise ValueError(f"{source} holds no images. Give a folder of pictures, parquet or tar files.")
-    begin(folder, shards, {"model": model, "revision": arguments.revision, "num_crops": arguments.num_crops})
+    revision, weights = version(model, arguments.revision)
+    settings = {"model": model, "weights": weights, "num_crops": arguments.num_crops}
+    begin(folder, shards, settings | {"image_column": arguments.image_column})
     todo = [shard for shard in shards if not (folder / file_name(shard["number"])).exists()]
     print(f"{sum(map(size, shards))} images in {len(shards)} shards, of which {len(shards) - len(todo)} are done.")
     if todo:
-        embed(todo, folder, arguments.copies, model, arguments.revision, arguments.num_crops)
+        embed(todo, folder, arguments.copies, model, revision, arguments.num_crops)
     report_broken(folder, shards)
 
 
@@ -159,6 +162,22 @@ def size(shard):
 
 def file_name(number):
     return f"{number:08}.parquet"
+
+
+def version(model, revision):
+    """
+    What a name does not tell -> the revision that all workers load, and what tells two versions of a model apart: of a
+    Hub id its commit, of a folder the SHA-256 of the files that a model is loaded from.
+    """
+    if not Path(model).is_dir():
+        commit = extract_commit_hash(cached_file(model, "config.json", revision=revision), None)
+        return commit, commit
+    digest = hashlib.sha256()
+    for path in sorted(Path(model).iterdir()):
+        if path.suffix in (".json", ".py", ".safetensors", ".bin"):
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return revision, digest.hexdigest()
 
 
 def begin(folder, shards, settings):

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_python
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -177,3 +178,60 @@ def test_other_pictures_are_not_mixed_into_a_folder(tmp_path):
     embed_ray.begin(tmp_path, shards, {"num_crops": 1})
     with pytest.raises(ValueError, match="was begun with other num_crops, names"):
         embed_ray.begin(tmp_path, [{"names": ["b.png"], "number": 0}], {"num_crops": 2})
+
+
+@pytest.fixture
+def began(monkeypatch):
+    """Runs the command in this process, without its work -> the revision that the workers would load."""
+    given = []
+    monkeypatch.setattr(embed_ray, "embed", lambda *arguments: given.append(arguments[4]))
+    monkeypatch.setattr(embed_ray, "report_broken", lambda *_: None)
+
+    def begin(source, folder, *more):
+        monkeypatch.setattr(sys, "argv", ["embed_ray.py", *map(str, (source, folder, *more))])
+        embed_ray.main()
+        return given[-1]
+
+    return begin
+
+
+def test_images_of_another_column_are_not_mixed_into_a_folder(began, tmp_path):
+    source = tmp_path / "pairs.parquet"
+    Dataset.from_dict({"image": [b"a"], "other": [b"b"]}).to_parquet(source)
+    began(source, tmp_path / "out")
+    with pytest.raises(SystemExit, match="was begun with other image_column "):
+        began(source, tmp_path / "out", "--image-column", "other")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "processor_config.json"])
+def test_vectors_of_a_folder_that_has_changed_are_not_mixed_in(file, began, tmp_path):
+    model = shutil.copytree(ROOT / "tiny", tmp_path / "model")
+    Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
+    arguments = (tmp_path / "one.png", tmp_path / "out", "--model", model)
+    began(*arguments)
+    (model / "README.md").write_text("What is not loaded does not count.")
+    began(*arguments)
+    content = (model / file).read_bytes()
+    (model / file).write_bytes(content.replace(b"0.48145466", b"0.50000000") if ".json" in file else content[::-1])
+    with pytest.raises(SystemExit, match="was begun with other weights "):
+        began(*arguments)
+
+
+def test_vectors_of_a_branch_that_has_moved_are_not_mixed_in(hub, tmp_path):
+    first = hub.add_repo(
+        "someone/tiny", {path.name: path.read_bytes() for path in (ROOT / "tiny").iterdir() if path.is_file()}
+    )
+    Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
+    code = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import embed_ray
+embed_ray.embed, embed_ray.report_broken = lambda *arguments: print(arguments[4]), lambda *_: None
+embed_ray.main()
+"""
+    arguments = [ROOT / "examples", tmp_path / "one.png", tmp_path / "out", "--model", "someone/tiny"]
+    environment = hub.environment(tmp_path / "home")
+    assert run_python(code, *arguments, **environment).split()[-1] == first  # which the workers are given
+    hub.commit("someone/tiny", {"README.md": b"moved"})
+    with pytest.raises(AssertionError, match="was begun with other weights "):
+        run_python(code, *arguments, **environment)
