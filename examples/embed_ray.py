@@ -223,7 +223,10 @@ class Preprocess:
             try:
                 if isinstance(file, Exception):
                     raise file
-                pictures.append(ImageOps.exif_transpose(Image.open(io.BytesIO(file))).convert("RGB"))
+                picture = ImageOps.exif_transpose(Image.open(io.BytesIO(file)))
+                if picture.mode not in ("RGB", "L"):  # which the image processor may refuse: this one, not its shard
+                    self.image_processor(picture, num_crops=0)
+                pictures.append(picture)
                 errors.append("")
             except UnidentifiedImageError:  # whose message names a buffer
                 errors.append("it is no picture of a known format")

@@ -165,14 +165,29 @@ def read_picture(image):
         ValueError: it cannot be read.
     """
     try:
-        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(picture_bytes(image))))
-        if picture.mode.startswith("I;16"):  # which `convert` would cut off at 255
-            picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
-        return picture.convert("RGB")
+        return to_rgb(ImageOps.exif_transpose(Image.open(io.BytesIO(picture_bytes(image)))))
     except UnidentifiedImageError as error:
         raise ValueError("it cannot be read as a picture: it is none, or of an unknown format") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"it cannot be read as a picture: {error}") from error
+
+
+def to_rgb(picture):
+    """
+    A PIL image -> the same in RGB. Greys of 16 bits are scaled, which `convert` would cut off at 255.
+
+    Raises:
+        ValueError: its numbers (mode I or F) do not span 0..255, and what they span is not known.
+    """
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+    elif picture.mode in ("I", "F"):
+        low, high = picture.getextrema()
+        if not (low >= 0 and high <= 255) or (picture.mode == "F" and 0 < high <= 1):
+            raise ValueError(
+                f"its values (mode {picture.mode}) go from {low} to {high}, but must be in 0..255: scale it first"
+            )
+    return picture.convert("RGB")
 
 
 def readable(split, skip_broken=False):

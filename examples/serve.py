@@ -42,17 +42,25 @@ class Embeddings(litserve.LitAPI):
 
     def predict(self, images):
         images = [images] if isinstance(images, str) else images
-        return self.model.encode([read_image(image) for image in images]).tolist()
+        images = [read_image(image) for image in images]
+        try:
+            return self.model.encode(images).tolist()
+        except ValueError as error:
+            raise HTTPException(400, f"An input cannot be embedded: {error}") from error
 
 
 def read_image(uri):
-    """A data URI -> PIL image in RGB. Raises HTTP status 400 for anything else."""
+    """
+    A data URI -> PIL image. Raises HTTP status 400 for anything else.
+
+    In the file's own mode: the image processor scales 16-bit greys, which `convert` would cut off at 255.
+    """
     try:
         head, _, content = uri.partition(",")
         if not (head.startswith("data:image/") and head.endswith(";base64")):
             raise ValueError("it does not begin with `data:image/...;base64,`")
         image = Image.open(io.BytesIO(base64.b64decode(content, validate=True)))
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return ImageOps.exif_transpose(image)
     except (AttributeError, OSError, SyntaxError, ValueError, binascii.Error, Image.DecompressionBombError) as error:
         raise HTTPException(400, f"An input is no image: {error}. Give data URIs of images.") from error
 

@@ -80,11 +80,29 @@ def read_picture(path):
         with Image.open(path) as image:
             if image.width * image.height > MAX_MEGAPIXELS * 1e6:
                 raise ValueError(f"it has {image.width} x {image.height} pixels. Scale it down first")
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is no picture, or of an unknown format.") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be read: {error}.") from error
+
+
+def to_rgb(picture):
+    """
+    A PIL image -> the same in RGB. Greys of 16 bits are scaled, which `convert` would cut off at 255.
+
+    Raises:
+        ValueError: its numbers (mode I or F) do not span 0..255, and what they span is not known.
+    """
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+    elif picture.mode in ("I", "F"):
+        low, high = picture.getextrema()
+        if not (low >= 0 and high <= 255) or (picture.mode == "F" and 0 < high <= 1):
+            raise ValueError(
+                f"its values (mode {picture.mode}) go from {low} to {high}, but must be in 0..255. Scale it first"
+            )
+    return picture.convert("RGB")
 
 
 def first_pictures():

@@ -160,6 +160,19 @@ def test_patches_lie_where_the_picture_shows_them(order, monkeypatch):
     assert app.inside(seen, (24, 24)).sum(0).tolist() == [18] * 24
 
 
+def test_16_bit_pictures_keep_their_greys_and_numbers_of_an_unknown_range_are_refused(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "space"))
+    import app
+
+    Image.fromarray(np.full((4, 4), 128 * 257, np.uint16)).save(tmp_path / "grey.png")
+    picture = app.read_picture(tmp_path / "grey.png")
+    assert picture.mode == "RGB" and picture.getpixel((0, 0)) == (128, 128, 128)
+    for number in (300, 0.5):
+        Image.new("F", (4, 4), number).save(tmp_path / "numbers.tiff")
+        with pytest.raises(ValueError, match="numbers.tiff cannot be read: its values .* must be in 0..255"):
+            app.read_picture(tmp_path / "numbers.tiff")
+
+
 def test_what_cannot_be_shown_is_told_in_a_message(page, address, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     (tmp_path / "heavy.png").write_bytes(bytes(50 * 2**20))

@@ -37,6 +37,21 @@ def test_16_bit_pictures_keep_their_greys(tmp_path):
     assert picture.mode == "RGB" and picture.getpixel((0, 0)) == (128, 128, 128)
 
 
+@pytest.mark.parametrize(
+    ("value", "number"), [(300, np.int32), (0.5, np.float32), (-1, np.float32), (np.nan, np.float32)]
+)
+def test_numbers_of_an_unknown_range_are_refused(value, number, tmp_path):
+    PILImage.fromarray(np.full((4, 4), value, number)).save(tmp_path / "numbers.tiff")
+    with pytest.raises(ValueError, match="cannot be read as a picture: its values .* must be in 0..255: scale it"):
+        read_picture(load_pictures(tmp_path)["train"][0]["image"])
+
+
+def test_numbers_in_0_to_255_are_greys(tmp_path):
+    PILImage.fromarray(np.full((4, 4), 128, np.float32)).save(tmp_path / "grey.tiff")
+    picture = read_picture(load_pictures(tmp_path)["train"][0]["image"])
+    assert picture.mode == "RGB" and picture.getpixel((0, 0)) == (128, 128, 128)
+
+
 def test_pages_of_small_text_are_built_in_and_always_the_same():
     first, again = (load_pictures("small-text")["train"] for _ in range(2))
     assert [picture_hash(row["image"]) for row in first] == [picture_hash(row["image"]) for row in again]

@@ -235,3 +235,14 @@ embed_ray.main()
     hub.commit("someone/tiny", {"README.md": b"moved"})
     with pytest.raises(AssertionError, match="was begun with other weights "):
         run_python(code, *arguments, **environment)
+
+
+def test_16_bit_images_keep_their_greys_and_what_is_refused_is_an_error_of_that_image(tmp_path):
+    greys = np.linspace(0, 255, 64**2).round().reshape(64, 64).astype(np.uint8)
+    Image.fromarray(greys).save(tmp_path / "a.png")
+    Image.fromarray(greys.astype(np.uint16) * 257).save(tmp_path / "b.png")
+    Image.new("F", (9, 9), 300.0).save(tmp_path / "c.tiff")
+    (shard,) = embed_ray.make_shards(tmp_path, "image", 3)
+    row = embed_ray.Preprocess(str(ROOT / "tiny"), None, 1)(shard)
+    assert row["errors"][:2] == ["", ""] and "values from 300.0 to 300.0, but must be in 0..255" in row["errors"][2]
+    assert len(row["pixel_values"]) == 2 and (row["pixel_values"][0] == row["pixel_values"][1]).all()

@@ -44,14 +44,15 @@ def address(tmp_path_factory):
         worker.kill()
 
 
-def data_uri(image):
+def data_uri(image, kind="png"):
     buffer = io.BytesIO()
-    image.save(buffer, "png")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    image.save(buffer, kind)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def test_images_become_the_vectors_that_sentence_transformers_gives(address):
-    images = [Image.linear_gradient("L"), Image.radial_gradient("L").resize((400, 200))]
+    deep = Image.fromarray(np.linspace(0, 65535, 64**2).reshape(64, 64).astype(np.uint16))
+    images = [Image.linear_gradient("L"), Image.radial_gradient("L").resize((400, 200)), deep]
     wanted = SentenceTransformer(str(ROOT / "tiny"), trust_remote_code=True).encode(images)
     for given, vectors in (data_uri(images[0]), wanted[:1]), ([data_uri(image) for image in images], wanted):
         body = {"input": given, "model": "phi3-embed"}
@@ -66,3 +67,9 @@ def test_images_become_the_vectors_that_sentence_transformers_gives(address):
 def test_what_is_no_image_is_the_clients_error(address, given):
     answer = httpx2.post(f"{address}/v1/embeddings", json={"input": given, "model": "phi3-embed"}, timeout=60)
     assert answer.status_code == 400 and "An input is no image" in answer.text
+
+
+def test_numbers_of_an_unknown_range_are_the_clients_error(address):
+    given = data_uri(Image.new("F", (8, 8), 300.0), "tiff")
+    answer = httpx2.post(f"{address}/v1/embeddings", json={"input": given, "model": "phi3-embed"}, timeout=60)
+    assert answer.status_code == 400 and "values from 300.0 to 300.0, but must be in 0..255" in answer.text
