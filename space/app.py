@@ -333,8 +333,10 @@ def show_matches(chosen, other, uploads, num_crops, side, follows, across, down)
 def patch_at(seen, shape, across, down):
     """Row and column of the patch at these percentages of the picture's width and height."""
     (left, upper, right, lower), (height, width) = seen["box"], seen["crops"].shape[:2]
-    x, y = left + (right - left) * across / 100, upper + (lower - upper) * down / 100
-    return min(int(y * shape[0] / height), shape[0] - 1), min(int(x * shape[1] / width), shape[1] - 1)
+    # At 100 % the last pixel: the edge behind it belongs to the next patch, of padding or of none.
+    x = min(left + (right - left) * across / 100, right - 1)
+    y = min(upper + (lower - upper) * down / 100, lower - 1)
+    return int(y * shape[0] / height), int(x * shape[1] / width)
 
 
 def clicked(chosen, uploads, num_crops, click: gr.SelectData):

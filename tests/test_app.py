@@ -118,8 +118,13 @@ def test_a_patch_matches_itself(page, side):
     page.locator("#others button img").first.click()
     expect(page.locator("#match-said")).to_contain_text("The brighter a patch")
     page.wait_for_function("document.querySelector('#first img')?.naturalHeight < 672")  # the temple is there
-    page.locator("#first img").click(position={"x": 120, "y": 90})
+    shown = page.locator("#first img").bounding_box()
+    page.locator("#first img").click(position={"x": shown["width"] / 4, "y": shown["height"] / 3})
     expect(page.get_by_label("Follow one patch")).to_be_checked()
+    for slider, percent in (("#across", 25), ("#down", 33.3)):
+        number = page.locator(f"{slider} input[type=number]")
+        expect(number).not_to_have_value("50")
+        assert float(number.input_value()) == pytest.approx(percent, abs=0.6)  # the browser clicks whole pixels
     expect(page.locator("#match-said")).to_contain_text("outlined patch has cosine 1.000")
     assert size(page, "#second img") == [672, 448]
 
@@ -158,6 +163,11 @@ def test_patches_lie_where_the_picture_shows_them(order, monkeypatch):
     moved = np.linalg.norm(seen["overview_tokens"] - without["overview_tokens"], axis=-1)
     assert moved.shape == (12, 12) and np.unravel_index(moved.argmax(), moved.shape) == (5, 9)
     assert app.inside(seen, (24, 24)).sum(0).tolist() == [18] * 24
+    assert app.patch_at(seen, (24, 24), 100 * 518 / 672, 100 * 212 / 500) == (10, 18)  # the centre of the mark
+    assert app.patch_at(seen, (24, 24), 0, 0) == (3, 0)
+    edge = app.look(app.Entry(Image.new("RGB", (672, 504)), ""), 4)  # its lower edge lies between two patches
+    assert edge["box"] == (0, 84, 672, 588)
+    assert app.patch_at(edge, (24, 24), 100, 100) == (20, 23)
 
 
 def test_16_bit_pictures_keep_their_greys_and_numbers_of_an_unknown_range_are_refused(tmp_path, monkeypatch):
