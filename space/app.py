@@ -273,12 +273,20 @@ def upload(paths, uploads):
     if not added:
         raise gr.Error("<br>".join(wrong), print_exception=False)
     if len(uploads) + len(added) > MAX_UPLOADS:
+        forget(added)
         raise gr.Error(f"This page holds {MAX_UPLOADS} uploads at most.", print_exception=False)
     if wrong:
         gr.Warning("<br>".join(wrong))
     uploads = uploads + added
     shown = show_collection(uploads)
     return uploads, shown, shown, len(shown) - 1
+
+
+def forget(uploads):
+    """Of uploads nothing stays: of a session that has ended (an hour ago, says gradio), or that were not taken."""
+    for item in uploads:
+        item.thumbnail.unlink(missing_ok=True)
+    look.cache_clear()  # which holds the last pictures
 
 
 def show_neighbours(chosen, uploads, num_crops, progress=gr.Progress()):  # noqa: B008
@@ -356,7 +364,7 @@ def build(name):
     gallery = {"interactive": False, "object_fit": "contain", "buttons": [], "show_label": False}
     pick = {"value": show_collection([]), "allow_preview": False, **gallery}
     with gr.Blocks(title="Phi-3 and CLIP embeddings", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        uploads, chosen, other = gr.State([]), gr.State(FIRST), gr.State(FIRST + 1)
+        uploads, chosen, other = gr.State([], delete_callback=forget), gr.State(FIRST), gr.State(FIRST + 1)
         gr.Markdown(
             "# Phi-3's image embeddings beside CLIP's\n"
             f"The image embedding {about}. *Phi-3* is the mean of a picture's image tokens; *CLIP's tower* is the "

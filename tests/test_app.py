@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -48,9 +49,16 @@ def started(app, log, **environment):
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def temporary(tmp_path_factory):
+    return tmp_path_factory.mktemp("temporary")
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory, temporary):
     log = tmp_path_factory.mktemp("app") / "log"
-    with started(ROOT / "space" / "app.py", log) as address:
+    # By the second variable what a session holds is deleted a second after its end, rather than an hour.
+    environment = {"TMPDIR": str(temporary), "GRADIO_IS_E2E_TEST": "1"}
+    with started(ROOT / "space" / "app.py", log, **environment) as address:
         yield address
     assert "Traceback" not in log.read_text()
 
@@ -181,6 +189,30 @@ def test_16_bit_pictures_keep_their_greys_and_numbers_of_an_unknown_range_are_re
         Image.new("F", (4, 4), number).save(tmp_path / "numbers.tiff")
         with pytest.raises(ValueError, match="numbers.tiff cannot be read: its values .* must be in 0..255"):
             app.read_picture(tmp_path / "numbers.tiff")
+
+
+def test_uploads_that_are_too_many_leave_no_thumbnails(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "space"))
+    import app
+
+    Image.new("L", (8, 8), 77).save(tmp_path / "mine.png")
+    before = set(Path(app.THUMBNAILS.name).iterdir())
+    with pytest.raises(app.gr.Error, match="30 uploads at most"):
+        app.upload([tmp_path / "mine.png"] * 31, [])
+    assert set(Path(app.THUMBNAILS.name).iterdir()) == before
+
+
+def test_uploads_leave_the_disk_with_their_session(page, temporary, tmp_path):
+    before = set(temporary.glob("tmp*/*.png"))
+    Image.new("L", (8, 8), 77).save(tmp_path / "mine.png")
+    upload(page, tmp_path / "mine.png")
+    expect(page.locator("#pictures")).to_contain_text("mine.png")
+    (thumbnail,) = set(temporary.glob("tmp*/*.png")) - before
+    page.context.close()
+    until = time.monotonic() + SECONDS
+    while thumbnail.exists():
+        assert time.monotonic() < until
+        time.sleep(0.2)
 
 
 def test_what_cannot_be_shown_is_told_in_a_message(page, address, tmp_path):
