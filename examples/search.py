@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, PreTrainedConfig
+from transformers.utils import cached_file, extract_commit_hash
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -163,13 +164,12 @@ def load_asked(arguments, made_by):
     name = arguments.model or wanted["model"]
     if Path(name).is_dir():
         name = str(Path(name).resolve())
-    model, image_processor = load_model(
-        name, arguments.revision or (wanted["revision"] if name == wanted["model"] else None)
-    )
+    revision = arguments.revision or (wanted["revision"] if name == wanted["model"] else None)
+    model, image_processor = load_model(name, revision)
     num_crops = wanted["num_crops"] if arguments.num_crops is None else arguments.num_crops
     given = {
         "model": name,
-        "revision": getattr(model.config, "_commit_hash", None),
+        "revision": None if Path(name).is_dir() else commit_of(name, revision),
         "num_crops": image_processor.num_crops if num_crops is None else num_crops,
         "checksum": checksum(model),
         "settings": settings(model, image_processor),
@@ -190,6 +190,11 @@ def load_model(name, revision=None):
     image_processor = AutoImageProcessor.from_pretrained(name, **options)
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     return AutoModel.from_pretrained(name, device_map=device, **options).eval(), image_processor
+
+
+def commit_of(name, revision=None):
+    """The commit of a Hub id that was loaded just now."""
+    return extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
 
 
 def checksum(model):

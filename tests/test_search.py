@@ -132,6 +132,22 @@ def test_an_index_of_other_settings_is_refused(file, old, new, folder, tmp_path,
         run(monkeypatch, capsys, "add", picture, index)
 
 
+def test_an_index_keeps_to_the_commit_of_its_model(folder, repository, hub, tmp_path):
+    commit = hub.add_repo("someone/embedder", repository)
+    environment = os.environ | hub.environment(tmp_path / "home")
+
+    def search_there(*arguments):
+        command = [*COMMAND, *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+
+    done = search_there("index", folder, "index", "--model", "someone/embedder", *FEW_CROPS)
+    assert done.returncode == 0, done.stderr
+    assert search.read_made_by(tmp_path / "index")["revision"] == commit
+    hub.commit("someone/embedder", {"config.json": b"{}"})  # later ones may be of another model
+    done = search_there("query", folder / "a" / "it's 0.png", "index")
+    assert done.returncode == 0, done.stderr
+
+
 def test_vectors_that_are_not_finite_are_left_out(folder, tmp_path, monkeypatch, capsys):
     index, model = tmp_path / "index", tmp_path / "model"
     shutil.copytree(ROOT / "tiny", model)
