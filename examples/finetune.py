@@ -232,6 +232,8 @@ class FineTuning(Trainer):
     def __init__(self, *args, options, ids=None, **kwargs):
         super().__init__(*args, **kwargs)
         self.options, self.ids = options, ids
+        # Neither loss is scaled by the labels of all accumulated batches: the trainer has to divide it.
+        self.model_accepts_loss_kwargs = False
 
     def _get_train_sampler(self, train_dataset=None):
         pictures = train_dataset if train_dataset is not None else self.train_dataset
@@ -538,9 +540,9 @@ def say(error):
     text = str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in text:
         return (
-            "A batch does not fit in memory. Give a smaller --per_device_train_batch_size (and as much more "
-            "--gradient_accumulation_steps), --gradient_checkpointing, --bf16, or fewer --num_crops. Checkpoints are "
-            "kept."
+            "A batch does not fit in memory. Give a smaller --per_device_train_batch_size (with as much more "
+            "--gradient_accumulation_steps a classifier trains the same; an embedding compares fewer pictures), "
+            "--gradient_checkpointing, --bf16, or fewer --num_crops. Checkpoints are kept."
         )
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or re.search(
         "No space left|File too large|[Qq]uota|unexpected pos|file write failed", text

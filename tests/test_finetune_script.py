@@ -174,6 +174,15 @@ def test_accumulated_and_checkpointed_gradients_train_as_whole_batches_do(traine
     assert losses(tmp_path / "out") == pytest.approx(losses(trained), abs=1e-3)
 
 
+def test_an_embeddings_accumulated_loss_is_the_mean_of_its_batches(repository, pictures, tmp_path):
+    arguments = ONE.replace("batch_size 8", "batch_size 4").replace("3e-3", "0") + " --task embedding"
+    finetune.run(command(repository, pictures, tmp_path / "single", arguments))
+    finetune.run(command(repository, pictures, tmp_path / "pairs", arguments + " --gradient_accumulation_steps 2"))
+    single = losses(tmp_path / "single")
+    means = {step: (single[2 * step - 1] + single[2 * step]) / 2 for step in range(1, 10)}
+    assert losses(tmp_path / "pairs") == pytest.approx(means, abs=1e-4)
+
+
 def test_bfloat16_trains_nearly_as_float32_does(trained, repository, pictures, tmp_path):
     finetune.run([*command(repository, pictures, tmp_path), "--bf16"])
     assert losses(tmp_path) == pytest.approx(losses(trained), abs=0.05)
