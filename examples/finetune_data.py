@@ -1,5 +1,6 @@
 """Pictures as examples/finetune.py trains on them: splits, changes at random, batches, and features on disk."""
 
+import functools
 import hashlib
 import math
 
@@ -45,14 +46,23 @@ def load_splits(options, seed):
     if options.streaming:
         if "test" not in splits:
             raise ValueError("A stream cannot be split: --streaming needs data with a test or validation split.")
+        for name, split in splits.items():
+            check = functools.partial(_labelled, split=name, data=options.data)
+            splits[name] = split.map(check, features=split.features)
         return splits, feature.names
     for name, split in splits.items():
         split = readable(split, options.skip_broken)
         if not len(split):
             raise ValueError(f"The split {name!r} of {options.data} is empty.")
-        if None in (labels := split[LABEL][:]):
-            raise ValueError(f"{split[labels.index(None)][NAME]} has no label. Give it one, or remove it.")
         splits[name] = split
+    # Where whole numbers are made classes -1 is one too; it hides labels unless pictures to train with have it.
+    hidden = {None, -1}
+    if "-1" in feature.names and (minus := feature.names.index("-1")) not in splits["train"].unique(LABEL):
+        hidden.add(minus)
+    for name, split in splits.items():
+        for number, label in enumerate(split[LABEL][:]):
+            if label in hidden:
+                raise _no_label(split[number][NAME], name, options.data)
     _check_labels(splits, options.task, feature.names)
     if "test" not in splits:
         splits["train"], splits["test"] = split_by_class(splits["train"], options.held_out, seed, feature.names)
@@ -61,6 +71,19 @@ def load_splits(options, seed):
             splits["train"], options.validation, seed, feature.names
         )
     return splits, feature.names
+
+
+def _labelled(row, split, data):
+    if row[LABEL] in (None, -1):
+        raise _no_label(row[NAME], split, data)
+    return row
+
+
+def _no_label(name, split, data):
+    return ValueError(
+        f"{name} in the split {split!r} of {data} has no label, or one hidden as -1. Give every picture a label, or "
+        "give the data without this split."
+    )
 
 
 def _check_labels(splits, task, names):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_python
-from datasets import Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from peft import PeftModel
 from PIL import Image
@@ -383,7 +383,24 @@ def one_class(folder):
     make_pictures(folder, {"red": COLORS["red"]}, 3)
 
 
+def hidden_labels(folder, feature=None):
+    """A test split whose labels are all -1."""
+    folder.mkdir()
+    for split, labels in (("train", [0, 1, 2] * 3), ("test", [-1] * 3)):
+        features = Features({"image": ImageFeature(), "label": feature or ClassLabel(names=[*COLORS])})
+        rows = {"image": [Image.new("RGB", (8, 8), label) for label in labels], "label": labels}
+        Dataset.from_dict(rows, features).to_parquet(folder / f"{split}.parquet")
+
+
+def hidden_numbers(folder):
+    hidden_labels(folder, Value("int64"))
+
+
+HIDDEN = "row 0 in the split 'test' of .*data has no label, or one hidden as -1. Give every"
 BAD_DATA = {
+    "hidden labels": (hidden_labels, "", HIDDEN),
+    "hidden labels of an embedding": (hidden_labels, "--task embedding", HIDDEN),
+    "hidden numbers": (hidden_numbers, "--task embedding", HIDDEN),
     "a class with one picture": (one_class_of_one, "", "The class 'red' has one picture left"),
     "labels that differ": (unknown_label_in_test, "", "labels differ between splits: 'test' has green, which 'train'"),
     "an empty split": (empty_split, "--skip_broken", "The split 'test' of .* is empty"),
