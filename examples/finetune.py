@@ -82,7 +82,13 @@ class Options:
             "split; 0: the last checkpoint is taken."
         },
     )
-    streaming: bool = field(default=False, metadata={"help": "For data that the disk cannot hold. Asks --max_steps."})
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "For data that the disk cannot hold. Asks --max_steps. Of unknown length, it has no epochs: it is "
+            "evaluated and saved every --save_steps. Resumed, it reads again what it has had."
+        },
+    )
     skip_broken: bool = field(default=False, metadata={"help": "Leave out pictures that cannot be read."})
     num_crops: int | None = field(default=None, metadata={"help": "The most crops. Default: the image processor's."})
     flip: bool = field(default=False, metadata={"help": "Mirror half of the pictures. Not for digits or writing."})
@@ -499,6 +505,11 @@ def parse_arguments(arguments=None):
     options, arguments = parser.parse_args_into_dataclasses(arguments)
     if options.streaming and (arguments.max_steps <= 0 or arguments.dataloader_num_workers):
         raise ValueError("--streaming needs --max_steps, as nobody knows the length, and --dataloader_num_workers 0.")
+    if options.streaming:
+        for name in ("eval_strategy", "save_strategy"):
+            if (strategy := getattr(arguments, name)) == "epoch":
+                setattr(arguments, name, type(strategy)("steps"))
+        arguments.eval_steps = arguments.eval_steps or arguments.save_steps
     if options.words and arguments.fsdp:
         raise ValueError("--words reads the word embeddings beside the model's forward, which --fsdp shards. Use DDP.")
     arguments.remove_unused_columns = False  # the collator makes the model's inputs of them

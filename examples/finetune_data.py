@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import math
 
 import datasets
@@ -176,7 +177,10 @@ class Pictures(torch.utils.data.Dataset):
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """The same of a split that streams; shuffled within a buffer, anew in each epoch, when it trains."""
+    """
+    The same of a split that streams. One to train with goes on pass after pass, shuffled within a buffer anew in each:
+    so a resumed training, which leaves out as many batches as it has had, finds the pass and place where it was.
+    """
 
     def __init__(self, pictures):
         self.pictures = pictures
@@ -184,16 +188,22 @@ class Stream(torch.utils.data.IterableDataset):
             pictures.split = pictures.split.shuffle(seed=pictures.seed, buffer_size=SHUFFLE_BUFFER)
 
     def __iter__(self):
-        self.pictures.split.set_epoch(self.pictures.epoch)
-        for number, row in enumerate(self.pictures.split):
-            try:
-                prepared = self.pictures.prepare(row, number)
-            except ValueError as error:
-                if not self.pictures.options.skip_broken:
-                    raise
-                print(f"Left out {error}")
-                continue
-            yield prepared
+        for epoch in itertools.count() if self.pictures.trains else (0,):
+            self.pictures.epoch = epoch
+            self.pictures.split.set_epoch(epoch)
+            is_empty = True
+            for number, row in enumerate(self.pictures.split):
+                try:
+                    prepared = self.pictures.prepare(row, number)
+                except ValueError as error:
+                    if not self.pictures.options.skip_broken:
+                        raise
+                    print(f"Left out {error}")
+                    continue
+                is_empty = False
+                yield prepared
+            if is_empty:
+                raise ValueError(f"A split of {self.pictures.options.data} has no picture that can be read.")
 
 
 class Collator:

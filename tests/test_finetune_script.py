@@ -1,6 +1,7 @@
 """examples/finetune.py, on small pictures and a small model."""
 
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -260,15 +261,50 @@ def test_a_dataset_on_the_hub_is_trained_on(repository, pictures, hub, tmp_path)
     assert list(json.loads((tmp_path / "out" / "config.json").read_text())["id2label"].values()) == [*COLORS]
 
 
-def test_a_stream_is_trained_on(repository, pictures, tmp_path):
+@pytest.fixture
+def stream(pictures, tmp_path):
+    """24 pictures to train with and 6 to test with."""
     for number, path in enumerate(sorted(pictures.glob("*/*.png"))):
         folder = tmp_path / "data" / ("test" if number % 5 == 0 else "train") / path.parent.name
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder)
-    (tmp_path / "data" / "train" / "red" / "bad.png").write_bytes(b"no picture")
-    arguments = command(repository, tmp_path / "data", tmp_path / "out", f"{SHORT} --streaming --skip_broken --flip")
+    return tmp_path / "data"
+
+
+def test_a_stream_is_trained_on(repository, stream, tmp_path):
+    (stream / "train" / "red" / "bad.png").write_bytes(b"no picture")
+    arguments = command(repository, stream, tmp_path / "out", f"{SHORT} --streaming --skip_broken --flip")
     finetune.run([*arguments, "--eval_strategy", "no", "--load_best_model_at_end", "false"])
     assert read_metrics(tmp_path / "out")["held-out pictures"] == 6
+
+
+def test_a_stream_differs_from_pass_to_pass_and_goes_on_where_it_was(repository, stream, tmp_path):
+    options, _ = finetune.parse_arguments(command(repository, stream, tmp_path, f"{SHORT} --streaming --shift 0.1"))
+    train = finetune.load_splits(options, seed=0)[0]["train"]
+    rows = [*itertools.islice(finetune.Stream(finetune.Pictures(train, options, 0, 56, trains=True)), 48)]
+    one, other = ([np.asarray(row["image"]).mean() for row in rows[start : start + 24]] for start in (0, 24))
+    assert len(one) == len(other) == 24 and not set(one) & set(other)
+    # 9 steps of 8 pictures: the kept checkpoint is in the third pass.
+    arguments = ONE.replace("steps 2", "steps 7") + " --streaming --max_steps 9"
+    finetune.run(command(repository, stream, tmp_path / "whole", arguments))
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoint-9")
+    (tmp_path / "killed" / "metrics.json").unlink()
+    finetune.run(command(repository, stream, tmp_path / "killed", arguments))
+    assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+
+
+def test_a_stream_is_saved_by_steps_and_says_what_it_cannot_train_on(repository, stream, tmp_path):
+    shutil.copytree(stream / "test", stream / "validation")
+    finetune.run(command(repository, stream, tmp_path / "out", f"{SHORT} --streaming --save_steps 2"))
+    assert [entry["step"] for entry in read_metrics(tmp_path / "out")["history"] if "eval_loss" in entry] == [2, 4]
+    for path in (stream / "train").glob("*/*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="no picture that can be read"):
+        finetune.run(command(repository, stream, tmp_path / "no", f"{SHORT} --streaming --skip_broken"))
+    hidden_labels(tmp_path / "hidden")
+    with pytest.raises(ValueError, match="in the split 'test' of .*hidden has no label"):
+        finetune.run(command(repository, tmp_path / "hidden", tmp_path / "no", f"{SHORT} --streaming"))
 
 
 def test_lora_leaves_an_adapter_and_the_merged_model_which_say_the_same(repository, pictures, tmp_path):
