@@ -19,7 +19,17 @@ from typing import Literal
 import numpy as np
 import torch
 from finetune_data import FEATURES, SIZE, Collator, Pairs, Pictures, Stream, load_splits, with_features
-from finetune_report import CONFUSION, CURVES, MAX_CONFUSED, draw_confusion, draw_curves, table_of, write, write_card
+from finetune_report import (
+    CONFUSION,
+    CURVES,
+    MAX_CONFUSED,
+    draw_confusion,
+    draw_curves,
+    table_of,
+    without_path,
+    write,
+    write_card,
+)
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -387,6 +397,11 @@ def fine_tune(options, arguments, splits, names):
             adapted = PeftModel.from_pretrained(load_model(options, names), output / ADAPTER)
             adapted.merge_and_unload().save_pretrained(output)
             processor.save_pretrained(output)
+            # peft writes down where the model lay, and a card that says nothing else.
+            (output / ADAPTER / "README.md").unlink()
+            config = json.loads((output / ADAPTER / "adapter_config.json").read_text())
+            config["base_model_name_or_path"] = without_path(options.model)
+            write(output / ADAPTER / "adapter_config.json", json.dumps(config, indent=2) + "\n")
         for path in (output, output / ADAPTER):
             (path / "training_args.bin").unlink(missing_ok=True)  # a pickle; arguments.json says it too
     return trainer.state.log_history
@@ -470,7 +485,8 @@ def push(arguments):
     """One commit with model, code, card and pictures, and without weights that an older one left."""
     api = HfApi(token=arguments.hub_token)
     name, output = arguments.hub_model_id, arguments.output_dir
-    left_out = ["checkpoint-*/**", f"{FEATURES}/**", "*.part*", "__pycache__/**", "runs/**"]
+    # ARGUMENTS says where model and data lie; the card has the same without.
+    left_out = [ARGUMENTS, "checkpoint-*/**", f"{FEATURES}/**", "*.part*", "__pycache__/**", "runs/**"]
     try:
         api.create_repo(name, private=arguments.hub_private_repo, exist_ok=True)
         commit = api.upload_folder(

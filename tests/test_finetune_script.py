@@ -216,6 +216,21 @@ print([scores[0]["label"] for scores in classify(sys.argv[2:], batch_size=2)])
     assert run_python(code, name, *paths, **hub.environment(tmp_path / "there", token="")).strip() == str([*COLORS])
 
 
+def test_what_is_pushed_tells_no_folder_but_by_its_own_name(repository, pictures, hub, tmp_path):
+    arguments = f"{SHORT} --train lora --eval_strategy no --push_to_hub --hub_model_id someone/colours"
+    done = script(*command(repository, pictures, tmp_path / "out", arguments), **hub.environment(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    files = hub.files("someone/colours", "main")
+    folders = [repository, *map(str, (ROOT, pictures.parent, tmp_path))]
+    assert [path for path, content in files.items() if any(folder.encode() in content for folder in folders)] == []
+    assert json.loads(files["adapter/adapter_config.json"])["base_model_name_or_path"] == Path(repository).name
+    other = command(
+        repository, shutil.copytree(pictures, tmp_path / "other" / pictures.name), tmp_path / "out", arguments
+    )
+    with pytest.raises(ValueError, match="began otherwise: data was "):
+        finetune.run([each for each in other if each != "--push_to_hub"])
+
+
 def test_only_a_valid_token_may_push_and_that_is_said_before_the_work(repository, pictures, hub, tmp_path):
     arguments = [*command(repository, pictures, tmp_path / "out"), "--push_to_hub"]
     done = script(*arguments, **hub.environment(tmp_path / "home", token=""))
