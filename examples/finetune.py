@@ -177,7 +177,7 @@ def load_model(options, names, path=None):
     else:
         classes = {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
         model = AutoModelForImageClassification.from_pretrained(
-            **where, **classes, ignore_mismatched_sizes=True, problem_type="single_label_classification"
+            **where, **classes, ignore_mismatched_sizes=path is None, problem_type="single_label_classification"
         )
     if not model.config.use_hd_transform:
         raise ValueError(f"{options.model} works without the HD transform, which this training needs.")

@@ -20,6 +20,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification
 
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
@@ -146,6 +147,14 @@ def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
 
 state.AcceleratorState.__init__ = with_fsdp
 import finetune
+from torch.distributed.tensor import DTensor
+begin = finetune.EpochOfPictures.on_epoch_begin
+
+def sharded(self, *args, model, **kwargs):
+    assert all(isinstance(weight, DTensor) for weight in model.parameters())
+    begin(self, *args, **kwargs)
+
+finetune.EpochOfPictures.on_epoch_begin = sharded
 finetune.main()
 """
 
@@ -164,6 +173,10 @@ def test_sharded_by_fsdp_it_trains_as_one_process_does(trained, repository, pict
     )
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "out") == pytest.approx(losses(trained), abs=1e-3)
+    whole, one = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", trained))
+    assert set(whole) == set(one)
+    for name, weight in whole.items():
+        torch.testing.assert_close(weight, one[name], atol=1e-3, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
     # The code that is saved is the model's, not that of the class which torch makes of it.
     saved, wanted = ({path.name for path in folder.glob("*.py")} for folder in (tmp_path / "out", trained))
     assert saved == wanted
@@ -361,6 +374,13 @@ def test_cached_features_give_what_pictures_give(repository, pictures, tmp_path)
     wanted = model(**collate([rows[number] for number in (0, 9, 20)])).logits
     got = model(**collate([cached[number] for number in (0, 9, 20)])).logits
     np.testing.assert_allclose(got.detach(), wanted.detach(), atol=1e-5)
+
+
+def test_weights_of_another_shape_are_no_fine_tuned_result(trained, repository, pictures):
+    options, _ = finetune.parse_arguments(command(repository, pictures, trained))
+    finetune.load_model(options, [*COLORS], trained)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        finetune.load_model(options, [*COLORS, "white"], trained)
 
 
 def test_an_embedding_is_drawn_together_by_label_and_serves_when_cut(repository, pictures, tmp_path):
