@@ -50,6 +50,7 @@ def load_splits(options, seed):
         for name, split in splits.items():
             check = functools.partial(_labelled, split=name, data=options.data)
             splits[name] = split.map(check, features=split.features)
+            next(iter(splits[name]), None)  # labels that are hidden are so from the first; said before the training
         return splits, feature.names
     for name, split in splits.items():
         split = readable(split, options.skip_broken)

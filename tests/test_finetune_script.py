@@ -332,7 +332,8 @@ def test_a_stream_is_saved_by_steps_and_says_what_it_cannot_train_on(repository,
         finetune.run(command(repository, stream, tmp_path / "no", f"{SHORT} --streaming --skip_broken"))
     hidden_labels(tmp_path / "hidden")
     with pytest.raises(ValueError, match="in the split 'test' of .*hidden has no label"):
-        finetune.run(command(repository, tmp_path / "hidden", tmp_path / "no", f"{SHORT} --streaming"))
+        finetune.run(command(repository, tmp_path / "hidden", tmp_path / "unbegun", f"{SHORT} --streaming"))
+    assert not (tmp_path / "unbegun").exists()
 
 
 def test_lora_leaves_an_adapter_and_the_merged_model_which_say_the_same(repository, pictures, tmp_path):
