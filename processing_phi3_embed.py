@@ -1,5 +1,6 @@
 """Phi-3-vision image embedding: image processor and processor."""
 
+import copy
 import math
 import re
 import warnings
@@ -353,8 +354,8 @@ def _affine(do_rescale, rescale_factor, do_normalize, image_mean, image_std):
     factor = rescale_factor if do_rescale else 1.0
     mean, std = (image_mean, image_std) if do_normalize else (0.0, 1.0)
     mean, std = (_per_channel(name, value) for name, value in (("image_mean", mean), ("image_std", std)))
-    if not (isinstance(factor, (int, float, np.floating)) and 0 < factor < math.inf):
-        raise ValueError(f"`rescale_factor` is {factor!r}, but must be a positive number.")
+    if not (isinstance(factor, (int, float, np.floating)) and math.isfinite(factor)):
+        raise ValueError(f"`rescale_factor` is {factor!r}, but must be a finite number.")
     if not (std > 0).all():
         raise ValueError(f"`image_std` is {image_std!r}, but must be positive.")
     return (factor / std).astype(np.float32), (-mean / std).astype(np.float32)
@@ -464,7 +465,11 @@ class Phi3EmbedProcessor(ProcessorMixin):
         Raises:
             ValueError: tags and images differ in number, tags do not count 1, 2, 3, ..., or truncation cuts an image.
         """
-        return super().__call__(images=images, text=text, **kwargs)
+        processor = self
+        if not kwargs.get("add_special_tokens", kwargs.get("text_kwargs", {}).get("add_special_tokens", True)):
+            processor = copy.copy(self)  # as the base class hands no such argument on to `replace_image_token`
+            processor._after_image = ""
+        return super(Phi3EmbedProcessor, processor).__call__(images=images, text=text, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         if text is not None:
@@ -479,8 +484,6 @@ class Phi3EmbedProcessor(ProcessorMixin):
                 self._check_images_of_texts(images, text)
                 # A batch whose texts have no image at all is one of texts alone.
                 images = flatten_images(images) or None
-            if kwargs.get("add_special_tokens", kwargs.get("text_kwargs", {}).get("add_special_tokens", True)):
-                text = [sample.replace(self.image_token, self.image_token + self._after_image) for sample in text]
         return images, text, None, None
 
     def validate_inputs(self, images=None, text=None, **kwargs):
@@ -524,7 +527,7 @@ class Phi3EmbedProcessor(ProcessorMixin):
         return image_inputs, replacements
 
     def replace_image_token(self, image_inputs, image_idx, **kwargs) -> str:
-        return self.image_token * int(image_inputs["num_img_tokens"][image_idx])
+        return self.image_token * int(image_inputs["num_img_tokens"][image_idx]) + self._after_image
 
     def _get_num_multimodal_tokens(self, image_sizes=None, num_crops=None, **kwargs) -> MultiModalData:
         """Tokens and views of images of these sizes, `(height, width)` in pixels."""

@@ -125,7 +125,11 @@ def test_a_patch_matches_itself(page, side):
     page.get_by_label(side).check()
     page.locator("#others button img").first.click()
     expect(page.locator("#match-said")).to_contain_text("The brighter a patch")
-    page.wait_for_function("document.querySelector('#first img')?.naturalHeight < 672")  # the temple is there
+    # The temple is there, and laid out.
+    page.wait_for_function(
+        "(() => { const image = document.querySelector('#first img');"
+        " return image?.naturalHeight < 672 && image.clientHeight < 0.7 * image.clientWidth })()"
+    )
     shown = page.locator("#first img").bounding_box()
     page.locator("#first img").click(position={"x": shown["width"] / 4, "y": shown["height"] / 3})
     expect(page.get_by_label("Follow one patch")).to_be_checked()

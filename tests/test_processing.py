@@ -304,7 +304,7 @@ def test_arguments_without_effect_are_refused(image_processor, unknown):
         ({"size": {"shortest_edge": 28}}, "one and the same `height` and `width`"),
         ({"num_img_tokens": 143}, "143, but must be a square"),
         ({"num_img_tokens": 4.0}, "4.0, but must be a square"),
-        ({"rescale_factor": float("nan")}, "`rescale_factor` is nan, but must be a positive number"),
+        ({"rescale_factor": float("nan")}, "`rescale_factor` is nan, but must be a finite number"),
     ],
 )
 def test_wrong_settings(wrong, message):
