@@ -445,8 +445,8 @@ def test_a_changed_picture_keeps_its_proportions_and_follows_from_its_seed():
 def test_fine_tuning_beats_the_frozen_embedding_on_photographs(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     rows, _ = finetuning.run(20, 30, finetuning.TRAININGS["head"])
-    # Measured on 180 patches: 83.3 % and 87.2 % for recall@1, 55.0 % and 68.9 % for the probe and the classifier.
-    assert rows["fine-tuned"]["recall@1"] > rows["untrained"]["recall@1"] + 0.01
+    # Measured: 83.3 % and 87.2 % for recall@1, 55.0 % and 68.9 % for the probe and the classifier.
+    assert rows["fine-tuned"]["recall@1"] > rows["untrained"]["recall@1"] + 0.02
     assert rows["fine-tuned"]["accuracy"] > rows["untrained"]["linear probe"] + 0.05
 
 
