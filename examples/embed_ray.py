@@ -63,6 +63,8 @@ def run(arguments):
     if arguments.shard_size < 1:
         raise ValueError(f"--shard-size is {arguments.shard_size}. Give 1 or more.")
     source, folder = arguments.source.resolve(), arguments.folder.resolve()
+    if folder.is_relative_to(source):
+        raise ValueError(f"{folder} lies in {source}, so that vectors would be taken for images. Give one elsewhere.")
     model = str(Path(arguments.model).resolve()) if Path(arguments.model).is_dir() else arguments.model
     load_image_processor(model, arguments.revision, arguments.num_crops)  # a wrong one is told before all else
     shards = list(make_shards(source, arguments.image_column, arguments.shard_size))
@@ -112,6 +114,9 @@ def parquet_groups(path, column):
     file = pq.ParquetFile(path)
     if column not in file.schema_arrow.names:
         raise ValueError(f"{path} has no column {column!r}, but {file.schema_arrow.names}. Name it: --image-column.")
+    kind = file.schema_arrow.field(column).type
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind)):
+        raise ValueError(f"The column {column!r} of {path} is {kind}, but must hold images. Name it: --image-column.")
     first = 0
     for row_group in range(file.num_row_groups):
         rows = range(file.metadata.row_group(row_group).num_rows)
@@ -126,8 +131,11 @@ def parquet_groups(path, column):
 
 
 def tar_group(path, known):
-    with tarfile.open(path, "r:") as tar:
-        members = [each for each in tar if each.isfile() and Path(each.name).suffix.lower() in known]
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = [each for each in tar if each.isfile() and Path(each.name).suffix.lower() in known]
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} cannot be read as an uncompressed tar file: {error}. Mend or remove it.") from error
     return {
         "kind": "tar",
         "path": str(path),
@@ -277,7 +285,7 @@ def embed(shards, folder, copies, model, revision, num_crops):
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts images, theirs blocks
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
-    copies = copies or gpus or max(1, cpus // 4)
+    copies = (gpus or max(1, cpus // 4)) if copies is None else copies
     if copies >= cpus or copies < 1:
         raise ValueError(
             f"--copies is {copies}, and there are {cpus} CPUs. Give 1 or more, and leave a CPU to read images."

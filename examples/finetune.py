@@ -52,6 +52,7 @@ from transformers import (
     HfArgumentParser,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -127,6 +128,10 @@ class Options:
         _require(self.held_out > 0, "held_out", self.held_out, "above 0: something must be held out")
         _require(self.temperature > 0, "temperature", self.temperature, "above 0")
         _require(self.lora_rank > 0, "lora_rank", self.lora_rank, "1 or more")
+        _require(0 <= self.rotate <= 180, "rotate", self.rotate, "degrees from 0 to 180")
+        _require(
+            self.early_stopping is None or self.early_stopping > 0, "early_stopping", self.early_stopping, "1 or more"
+        )
         if self.task == "classification" and (self.words or self.matryoshka):
             raise ValueError("--words and --matryoshka go with --task embedding.")
         if self.train == "head" and (self.augments or self.streaming):
@@ -374,6 +379,7 @@ def fine_tune(options, arguments, splits, names):
         )
     arguments.load_best_model_at_end = has_validation
     arguments.metric_for_best_model, arguments.greater_is_better = metric, True
+    last = last_checkpoint(output)
     trainer = FineTuning(
         model,
         arguments,
@@ -390,7 +396,12 @@ def fine_tune(options, arguments, splits, names):
         options=options,
         ids=ids,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(output))
+    if options.streaming and last and int(last.name.rpartition("-")[2]) >= arguments.max_steps:
+        # Of a stream the trainer would take one more step before it sees that none is left.
+        trainer.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+        trainer._load_from_checkpoint(trainer.state.best_model_checkpoint or str(last))
+    else:
+        trainer.train(resume_from_checkpoint=last)
     trainer.save_model(str(output / ADAPTER) if options.train == "lora" else arguments.output_dir)
     if trainer.is_world_process_zero():
         if options.train == "lora":
@@ -539,6 +550,8 @@ def run(arguments=None):
     if pushes:
         arguments.hub_model_id = check_target(arguments)
     splits, names = load_splits(options, arguments.seed)
+    if options.early_stopping and ("validation" not in splits or arguments.eval_strategy == "no"):
+        raise ValueError("--early_stopping looks at pictures of a validation split. Give --validation more than 0.")
     set_seed(arguments.seed)
     output = Path(arguments.output_dir)
     is_main = arguments.process_index == 0

@@ -66,11 +66,12 @@ def load_splits(options, seed):
             if label in hidden:
                 raise _no_label(split[number][NAME], name, options.data)
     _check_labels(splits, options.task, feature.names)
+    least = 1 if options.task == "classification" else 2  # an embedding is searched for another of the class
     if "test" not in splits:
-        splits["train"], splits["test"] = split_by_class(splits["train"], options.held_out, seed, feature.names)
+        splits["train"], splits["test"] = split_by_class(splits["train"], options.held_out, seed, feature.names, least)
     if "validation" not in splits and options.validation:
         splits["train"], splits["validation"] = split_by_class(
-            splits["train"], options.validation, seed, feature.names
+            splits["train"], options.validation, seed, feature.names, least
         )
     return splits, feature.names
 
@@ -101,17 +102,18 @@ def _check_labels(splits, task, names):
             )
 
 
-def split_by_class(split, share, seed, names):
-    """A split -> what remains of it, and a share of every class, one picture at least."""
+def split_by_class(split, share, seed, names, least):
+    """A split -> what remains of it, and a share of every class, `least` pictures at least."""
     rng, labels, chosen = np.random.default_rng(seed), np.array(split[LABEL][:]), []
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
-        if len(members) == 1:
+        if len(members) <= least:
             raise ValueError(
-                f"The class {names[label]!r} has one picture left for training and none to hold out. Give it more "
-                "pictures (two, and one more for --validation unless that is 0), or give a split of your own."
+                f"The class {names[label]!r} has {len(members)} left to train on and to hold out, of which {least} "
+                f"must be held out. Give it more pictures ({least + 1}, and {least} more for --validation unless that "
+                "is 0), or give a split of your own."
             )
-        chosen += members[: max(1, round(share * len(members)))].tolist()
+        chosen += members[: max(least, round(share * len(members)))].tolist()
     return split.select(sorted(set(range(len(labels))) - set(chosen))), split.select(sorted(chosen))
 
 

@@ -18,6 +18,7 @@ ACCEPTED = (
     f"{DIGITS!r} or {SMALL_TEXT!r} (built in), a folder of pictures (subfolders are classes, or a metadata.csv or "
     "metadata.jsonl with a column `file_name`), a parquet file, or the id of a dataset on the Hub"
 )
+SPLITS = {"train", "validation", "valid", "val", "dev", "test", "held_out"}  # names of folders
 NAME, IMAGE, LABEL, TEXT = "name", "image", "label", "text"
 MAX_NAMED = 10
 WORDS = ["anchor", "basket", "candle", "dragon", "engine", "forest", "garden", "hammer", "island", "jacket"]
@@ -61,12 +62,25 @@ def _load(source, streaming):
     try:
         if path.is_file():
             return load_dataset("parquet", data_files=source, streaming=streaming)
-        builder = "imagefolder" if path.is_dir() and not any(path.rglob("*.parquet")) else source
-        return load_dataset(builder, data_dir=source if builder != source else None, streaming=streaming)
+        if not path.is_dir() or any(path.rglob("*.parquet")):
+            return load_dataset(source, streaming=streaming)
+        return load_dataset("imagefolder", data_dir=source, data_files=_files_of_splits(path), streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
         raise ValueError(
             f"{source} cannot be read as pictures: {error.__cause__ or error}. Give {ACCEPTED}."
         ) from error
+
+
+def _files_of_splits(folder):
+    """
+    {split: patterns}, of which there are several only where all subfolders are named as splits. Left alone `datasets`
+    takes every file with such a word in its name, as in red/test.png, for one of that split, and drops all the others.
+    """
+    subfolders = [path.name for path in folder.glob("[!.]*") if path.is_dir() and any(path.iterdir())]
+    if not subfolders or not SPLITS.issuperset(subfolders):
+        return {"train": ["**"]}
+    described = [path.name for path in folder.glob("metadata.*")]
+    return {name: [f"{name}/**", *described] for name in subfolders}
 
 
 def load_digits():

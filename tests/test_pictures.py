@@ -66,12 +66,17 @@ def test_splits_and_a_stream_of_them(folder):
         for label in ("cat", "dog"):
             (folder / split / label).mkdir()
             (folder / label / ("0.png" if split == "train" else "1.png")).rename(folder / split / label / "x.png")
-        for streaming in (False, True):
-            assert [row["name"] for row in load_pictures(folder, streaming=streaming)["train"]] == [
-                "cat/x.png",
-                "dog/x.png",
-            ]
+    for streaming in (False, True):
+        for split in load_pictures(folder, streaming=streaming).values():
+            assert [row["name"] for row in split] == ["cat/x.png", "dog/x.png"]
     assert set(load_pictures(folder)) == {"train", "test"}
+
+
+def test_pictures_and_classes_named_like_splits_hide_none(folder):
+    (folder / "cat" / "0.png").rename(folder / "cat" / "my-test.png")
+    (folder / "dog").rename(folder / "train")
+    split = load_pictures(folder)["train"]
+    assert split.features["label"].names == ["cat", "train"] and len(split) == 4
 
 
 @pytest.mark.parametrize("labels, names", [(["b", "a"], ["a", "b"]), ([7, 5], ["5", "7"])])

@@ -159,6 +159,9 @@ def test_parquet_and_webdataset_give_the_same_vectors(cluster, files, vectors, t
         ("empty", "out", "holds no images"),
         ("one.png", "taken", "are not of this command"),
         ("other.parquet", "out", "has no column 'image', but"),
+        ("numbers.parquet", "out", "column 'image' of .* is int64, but must hold images"),
+        ("broken.tar", "out", "broken.tar cannot be read as an uncompressed tar file"),
+        ("empty", "empty/out", "lies in .*empty, so that vectors would be taken for images"),
     ],
 )
 def test_a_users_mistake_is_told_in_a_line(source, folder, told, tmp_path, monkeypatch):
@@ -167,6 +170,8 @@ def test_a_users_mistake_is_told_in_a_line(source, folder, told, tmp_path, monke
     (tmp_path / "taken" / "mine.parquet").write_bytes(b"")
     Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
     Dataset.from_dict({"picture": ["a"]}).to_parquet(tmp_path / "other.parquet")
+    Dataset.from_dict({"image": [1]}).to_parquet(tmp_path / "numbers.parquet")
+    (tmp_path / "broken.tar").write_bytes(b"not a tar" * 200)
     monkeypatch.setattr(sys, "argv", ["embed_ray.py", str(tmp_path / source), str(tmp_path / folder)])
     with pytest.raises(SystemExit, match=f"embed_ray: .*{told}"):
         embed_ray.main()
