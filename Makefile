@@ -13,7 +13,7 @@ demo: $(VENV)/ready
 app: $(VENV)/ready
 	GRADIO_ANALYTICS_ENABLED=False $(if $(MODEL),MODEL="$(MODEL)",HF_HUB_OFFLINE=1) $(RUN) space/app.py
 
-test: $(VENV)/transformers-tests $(VENV)/browser $(VENV)/torchao lint
+test: $(VENV)/transformers-tests $(VENV)/browser $(VENV)/quantizers lint
 	$(RUN) -m pytest
 
 lint: $(VENV)/ready
@@ -30,7 +30,7 @@ tiny: $(VENV)/ready
 compare: $(VENV)/ready
 	HF_HUB_OFFLINE=1 $(RUN) examples/compare.py --models tiny:mean tiny:tower pixels --images digits --num_crops 1
 
-benchmark: $(VENV)/ready $(VENV)/torchao
+benchmark: $(VENV)/ready $(VENV)/quantizers
 	$(RUN) benchmarks/run.py
 
 $(VENV)/ready: requirements-dev.txt
@@ -45,10 +45,10 @@ $(VENV)/transformers-tests: $(VENV)/ready
 	tar -xzf $@.part/transformers-*.tar.gz -C $@.part --strip-components=1 --wildcards '*/tests/*.py'
 	mv $@.part $@
 
-# In a folder of its own: on transformers' import it warns of what is not for CPUs.
-$(VENV)/torchao: $(VENV)/ready
+# In a folder of their own: wherever transformers or peft find them, they warn of what is not for CPUs.
+$(VENV)/quantizers: $(VENV)/ready
 	rm -rf $@ $@.part
-	$(VENV)/bin/pip install --quiet --no-deps --target $@.part torchao==0.18.0
+	$(VENV)/bin/pip install --quiet --no-deps --target $@.part torchao==0.18.0 bitsandbytes==0.50.2
 	mv $@.part $@
 
 $(VENV)/browser: $(VENV)/ready

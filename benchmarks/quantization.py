@@ -95,10 +95,10 @@ def measure():
 
 
 def run(quick):
-    torchao = ROOT / ".venv" / "torchao"
-    if not torchao.exists():
-        sys.exit(f"quantization: there is no {torchao}. Run `make .venv/torchao` first.")
-    sys.path.append(str(torchao))  # which processes take over
+    quantizers = ROOT / ".venv" / "quantizers"
+    if not quantizers.exists():
+        sys.exit(f"quantization: there is no {quantizers}. Run `make .venv/quantizers` first.")
+    sys.path.append(str(quantizers))  # which processes take over
     pools = {name: ProcessPoolExecutor(1, mp_context=get_context("spawn")) for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as folder:
         pools["limit"].submit(save_model, Path(folder)).result()
