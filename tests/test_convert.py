@@ -752,7 +752,9 @@ def test_of_the_published_sizes_a_tenth_is_fetched_and_little_memory_taken(hub, 
     files |= {name: File(name, path, sha256=f"{number:064}") for number, (name, path) in enumerate(shards.items())}
     hub.add_repo("someone/phi3v", files)
     output = tmp_path / "output"
-    said = run_python(MEASURE, ROOT, "someone/phi3v", output, **hub.environment(tmp_path / "home"))
+    # Left alone, glibc keeps more and more of what is freed, at times 200 MB: that is not what the command takes.
+    gives_back = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    said = run_python(MEASURE, ROOT, "someone/phi3v", output, **hub.environment(tmp_path / "home"), **gives_back)
     assert "Fetching 0.823 GB of 8.293 GB" in said
     header = header_size(folder / "model-00001-of-00002.safetensors")
     wanted = (output / "model.safetensors").stat().st_size - header_size(output / "model.safetensors")
