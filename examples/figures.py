@@ -5,7 +5,7 @@ for each two models their difference with a paired test; where it has no meaning
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import faiss
@@ -246,8 +246,13 @@ def _summarise(figure, num_resamples, seed):
         observed, resampled = bootstrap(samples, figure.statistic, num_resamples, seed)
         if figure.statistic is not np.mean:
             resampled = 2 * observed[:, None] - resampled  # pictures drawn twice flatter clusters: the basic bootstrap
-        for name, value, each in zip(names, observed, resampled):
-            low, high = np.quantile(each, (0.025, 0.975))
+        lows, highs = np.quantile(resampled, (0.025, 0.975), axis=1)
+        if ((observed < lows - 1e-9) | (observed > highs + 1e-9)).any():  # as of clusters of a dozen pictures
+            reason = "there are too few pictures for an interval"
+            return _summarise(
+                replace(figure, samples={}, undefined=figure.undefined | dict.fromkeys(names, reason)), 0, 0
+            )
+        for name, value, low, high in zip(names, observed, lows, highs):
             values[name] = {"value": float(value), "low": float(low), "high": float(high), "n": len(samples[0])}
         for left, right in combinations(range(len(names)), 2):
             each = resampled[left] - resampled[right]

@@ -259,6 +259,15 @@ def save_vit(path, image_processor=None, pooler=True, scale=1.0):
     return str(path)
 
 
+def test_clusters_of_too_few_pictures_have_no_figure_rather_than_an_interval_beside_it(tmp_path, monkeypatch):
+    arguments = ["--models", f"{TINY}:tower", "pixels", "--images", "small-text", "--limit", 12, "--probe", 3]
+    results = compare_here(monkeypatch, tmp_path, *arguments, "--num_crops", 0)
+    assert all("too few pictures" in each["undefined"] for each in figure(results, "ARI")["values"].values())
+    for each in results["figures"]:
+        for value in each["values"].values():
+            assert "undefined" in value or value["low"] <= value["value"] <= value["high"]
+
+
 def test_a_model_that_gives_nan_has_no_figures_and_the_others_have(folder, monkeypatch):
     broken = save_vit(folder / "broken", scale=float("nan"))
     save_all(folder, {name: [noise(n + 3 * k) for n in range(3)] for k, name in enumerate("ab")})
