@@ -8,7 +8,7 @@ IMAGES ?=
 .PHONY: demo app test lint format tiny compare benchmark clean
 
 demo: $(VENV)/ready
-	$(RUN) examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(IMAGES),--images "$(IMAGES)")
+	$(RUN) -m phi3_tools demo $(if $(MODEL),--model "$(MODEL)") $(if $(IMAGES),--images "$(IMAGES)")
 
 app: $(VENV)/ready
 	GRADIO_ANALYTICS_ENABLED=False $(if $(MODEL),MODEL="$(MODEL)",HF_HUB_OFFLINE=1) $(RUN) space/app.py
@@ -25,17 +25,18 @@ format: $(VENV)/ready
 	$(VENV)/bin/ruff format .
 
 tiny: $(VENV)/ready
-	$(RUN) examples/train_tiny.py
+	$(RUN) -m phi3_tools.train_tiny
 
 compare: $(VENV)/ready
-	HF_HUB_OFFLINE=1 $(RUN) examples/compare.py --models tiny:mean tiny:tower pixels --images digits --num_crops 1
+	HF_HUB_OFFLINE=1 $(RUN) -m phi3_tools compare --models .:mean .:tower pixels --images digits --num_crops 1
 
 benchmark: $(VENV)/ready $(VENV)/quantizers
 	$(RUN) benchmarks/run.py
 
-$(VENV)/ready: requirements-dev.txt
+$(VENV)/ready: requirements-dev.txt requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
+	$(VENV)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
 # The common tests of the installed transformers, which only its source distribution has.
