@@ -59,7 +59,7 @@ def run(num_training, num_held_out, arguments):
     """Figures on the held-out patches, as finetune.py's metrics.json has them, and the seconds."""
     with tempfile.TemporaryDirectory() as folder:
         make_patches(Path(folder) / "photographs", num_training, num_held_out)
-        command = [sys.executable, ROOT / "examples" / "finetune.py", "--model", ROOT / "tiny", "--data"]
+        command = [sys.executable, "-m", "phi3_tools", "finetune", "--model", ROOT, "--data"]
         command += [f"{folder}/photographs", "--output_dir", f"{folder}/out", *arguments.split()]
         start = time.perf_counter()
         subprocess.run(command, check=True)

@@ -25,7 +25,7 @@ from sklearn.decomposition import PCA
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
-TINY = Path(__file__).resolve().parent.parent / "tiny"
+TINY = Path(__file__).resolve().parent.parent
 DIGITS_A_CLASS, NUM_NEIGHBOURS = 4, 6
 FIRST = 2  # a digit: what the small checkpoint knows
 MAX_FILE_MB, MAX_MEGAPIXELS, MAX_UPLOADS = 20, 25, 30

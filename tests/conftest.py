@@ -1,20 +1,15 @@
-"""The repository as an importable package, whatever its folder is called, and what all tests share."""
+"""What all tests share."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 # Before transformers is imported, here and in the processes that tests start: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = ModuleSpec("phi3_embed", None, is_package=True)
-spec.submodule_search_locations = [str(ROOT)]
-sys.modules["phi3_embed"] = importlib.util.module_from_spec(spec)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -122,6 +117,22 @@ def repository(tmp_path_factory, tokenizer):
     image_processor = Phi3EmbedImageProcessor(num_crops=4, size={"height": 56, "width": 56}, num_img_tokens=4)
     Phi3EmbedProcessor(image_processor, tokenizer).save_pretrained(path)
     return str(path)
+
+
+# What makes the repository's root a checkpoint: the files that loading it takes.
+CHECKPOINT_FILES = (
+    *("config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("configuration_phi3_embed.py", "modeling_phi3_embed.py", "processing_phi3_embed.py"),
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+)
+
+
+def copy_checkpoint(folder):
+    """A copy of the small checkpoint alone -> its folder."""
+    folder.mkdir(parents=True)
+    for name in CHECKPOINT_FILES:
+        shutil.copy(ROOT / name, folder)
+    return folder
 
 
 def run_python(code, *arguments, **environment):

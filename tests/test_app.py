@@ -160,7 +160,7 @@ def test_patches_lie_where_the_picture_shows_them(order, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "space"))
     import app
 
-    where = {"pretrained_model_name_or_path": ROOT / "tiny", "trust_remote_code": True}
+    where = {"pretrained_model_name_or_path": ROOT, "trust_remote_code": True}
     # Features before the first layer are of one patch alone: attention would spread what differs.
     app.model = AutoModel.from_pretrained(**where, layer_idx=0, hd_transform_order=order).eval()
     app.image_processor = AutoImageProcessor.from_pretrained(**where)
@@ -244,5 +244,5 @@ def test_the_folder_is_a_space_of_its_own(tmp_path):
     assert (
         card["sdk"] == "gradio" and f"gradio=={card['sdk_version']}\n" in (ROOT / "requirements-dev.txt").read_text()
     )
-    with started(space / card["app_file"], tmp_path / "log", MODEL=str(ROOT / "tiny")) as address:
+    with started(space / card["app_file"], tmp_path / "log", MODEL=str(ROOT)) as address:
         assert f"{ROOT}/tiny" in httpx.get(f"{address}/config", timeout=SECONDS).text

@@ -37,19 +37,18 @@ from transformers import (
     ViTModel,
 )
 
-sys.path.insert(0, str(ROOT / "examples"))
-import compare  # noqa: E402
-from digits import NAMES, digits_split, neighbours, recall, unit  # noqa: E402
-from embedders import Picture, embed, load_phi3_model, process_for_phi3_model  # noqa: E402
-from figures import linear_cka, retrieval, text_to_image  # noqa: E402
+from phi3_tools.compare import command as compare  # noqa: E402
+from phi3_tools.digits import NAMES, digits_split, neighbours, recall, unit  # noqa: E402
+from phi3_tools.measures import linear_cka, retrieval, text_to_image  # noqa: E402
+from phi3_tools.models import Picture, embed, load_phi3_model, process_for_phi3_model  # noqa: E402
 
-TINY = str(ROOT / "tiny")
+TINY = str(ROOT)
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 SMALL_VISION = SMALL | {"image_size": 32, "patch_size": 8}
 
 
 def command(*arguments):
-    return [sys.executable, str(ROOT / "examples" / "compare.py"), *map(str, arguments)]
+    return [sys.executable, "-m", "phi3_tools", "compare", *map(str, arguments)]
 
 
 def run(*arguments, **environment):

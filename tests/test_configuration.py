@@ -158,7 +158,7 @@ def test_wrong_and_contradictory_values_are_named(wrong, message):
 )
 def test_arguments_of_from_pretrained_are_checked_too(changes, message):
     with pytest.raises(ValueError, match=message):
-        AutoModel.from_pretrained(ROOT, subfolder="tiny", trust_remote_code=True, **changes)
+        AutoModel.from_pretrained(ROOT, trust_remote_code=True, **changes)
 
 
 @pytest.mark.parametrize(

@@ -54,12 +54,12 @@ def test_examples_in_docstrings(module, monkeypatch):
 
 
 def test_the_small_checkpoint_is_small_and_has_the_figures_of_its_card():
-    sys.path.insert(0, str(ROOT / "examples"))
-    import train_tiny
     from transformers import AutoModel, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": ROOT, "subfolder": "tiny", "trust_remote_code": True}
-    assert sum(path.stat().st_size for path in (ROOT / "tiny").iterdir()) < 4_000_000
+    from phi3_tools import train_tiny
+
+    where = {"pretrained_model_name_or_path": ROOT, "trust_remote_code": True}
+    assert sum(path.stat().st_size for path in (ROOT).iterdir()) < 4_000_000
     training, images, _, labels = train_tiny.digits_split()
     rows, named = train_tiny.evaluate(
         AutoModel.from_pretrained(**where),
@@ -68,13 +68,12 @@ def test_the_small_checkpoint_is_small_and_has_the_figures_of_its_card():
         images,
         labels,
     )
-    assert (ROOT / "tiny" / "README.md").read_text() == train_tiny.card(rows, named, len(training), len(images))
+    assert (ROOT / "README.md").read_text() == train_tiny.card(rows, named, len(training), len(images))
     assert rows["this checkpoint"][0] > 0.95 and named > 0.95
 
 
 def test_what_the_small_checkpoint_learns_of_small_crops_lies_in_the_same_places_of_large_ones():
-    sys.path.insert(0, str(ROOT / "examples"))
-    import train_tiny
+    from phi3_tools import train_tiny
 
     tokenizer = train_tiny.make_tokenizer()
     small, large = (train_tiny.make_model(tokenizer, size) for size in (112, 336))
@@ -94,7 +93,7 @@ def test_the_demo_runs_on_a_folder_and_names_what_it_cannot_read(tmp_path):
         for size in (40, 60):
             Image.new("RGB", (size, 30 + number), color).save(folder / f"{size}.png")
     (tmp_path / "red" / "broken.png").write_bytes(b"no picture")
-    command = [sys.executable, ROOT / "examples" / "demo.py", "--images", tmp_path]
+    command = [sys.executable, "-m", "phi3_tools", "demo", "--images", tmp_path]
     done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=300, env=os.environ)
     assert done.returncode == 0, done.stderr
     assert "broken.png" in done.stdout.replace("\n", "") and "recall@1" in done.stdout and "Picture:" in done.stdout

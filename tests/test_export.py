@@ -13,8 +13,7 @@ from PIL import Image
 from torch._dynamo.utils import counters
 from transformers import AutoImageProcessor, AutoModel
 
-sys.path.insert(0, str(ROOT / "examples"))
-import export  # noqa: E402
+from phi3_tools import export  # noqa: E402
 
 # Grids and views of batches: more images and crops than traced, fewer, one alone, none but global views.
 BATCHES = [
@@ -95,7 +94,7 @@ def test_one_compiled_graph_takes_any_images():
 @torch.no_grad()
 def test_export_writes_onnx_with_its_preprocessing(tmp_path):
     folder = tmp_path / "onnx"
-    command = [sys.executable, ROOT / "examples" / "export.py", ROOT / "tiny", folder]
+    command = [sys.executable, "-m", "phi3_tools", "export", ROOT, folder]
     done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "pooler_output: differs by" in done.stdout and "Warning" not in done.stderr
@@ -111,7 +110,7 @@ def test_export_writes_onnx_with_its_preprocessing(tmp_path):
     session = onnxruntime.InferenceSession(folder / "model.onnx")
     names = [value.name for value in session.get_inputs()]
     tokens, vectors = session.run(None, {name: inputs[name] for name in names})
-    wanted = AutoModel.from_pretrained(ROOT / "tiny", trust_remote_code=True)(
+    wanted = AutoModel.from_pretrained(ROOT, trust_remote_code=True)(
         **{name: torch.from_numpy(inputs[name]) for name in names}
     )
     assert_same_images(torch.from_numpy(tokens), torch.from_numpy(vectors), wanted)

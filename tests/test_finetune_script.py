@@ -23,13 +23,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification
 
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
-import finetune  # noqa: E402
-import finetune_data  # noqa: E402
+sys.path.insert(0, str(ROOT / "benchmarks"))
 import finetuning  # noqa: E402
-from digits import NAMES  # noqa: E402
 
-SCRIPT = ROOT / "examples" / "finetune.py"
+from phi3_tools.digits import NAMES  # noqa: E402
+from phi3_tools.finetune import command as finetune  # noqa: E402
+from phi3_tools.finetune import data as finetune_data  # noqa: E402
+
+SCRIPT = ("-m", "phi3_tools", "finetune")
 COLORS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
 # 3 classes of 10 pictures: 24 to train with, 6 held out; so 3 steps an epoch with batches of 8.
 PER_CLASS = 10
@@ -60,7 +61,7 @@ def command(model, data, output, arguments=ONE):
 
 def script(*arguments, launcher=(), timeout=200, **environment):
     return subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), *arguments],
+        [sys.executable, *launcher, *SCRIPT, *arguments],
         cwd="/",
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
@@ -102,7 +103,7 @@ def test_a_folder_of_classes_becomes_a_classifier_with_figures_pictures_and_card
 def test_a_killed_training_goes_on_as_if_it_had_not_been(trained, repository, pictures, tmp_path):
     output = tmp_path / "killed"
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, *command(repository, pictures, output)],
+        [sys.executable, *SCRIPT, *command(repository, pictures, output)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -136,7 +137,6 @@ FSDP_ON_CPU = """
 import sys
 from accelerate import state
 from accelerate.utils import DistributedType
-sys.path.insert(0, sys.argv.pop(1))
 init = state.AcceleratorState.__init__
 
 def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
@@ -146,7 +146,7 @@ def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
         self.distributed_type = state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 state.AcceleratorState.__init__ = with_fsdp
-import finetune
+from phi3_tools.finetune import command as finetune
 from torch.distributed.tensor import DTensor
 begin = finetune.EpochOfPictures.on_epoch_begin
 
@@ -164,7 +164,7 @@ def test_sharded_by_fsdp_it_trains_as_one_process_does(trained, repository, pict
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", tmp_path / "script.py"]
     arguments = command(repository, pictures, tmp_path / "out", ONE.replace("batch_size 8", "batch_size 4"))
     done = subprocess.run(
-        [sys.executable, *launcher, ROOT / "examples", *arguments, "--fsdp"],
+        [sys.executable, *launcher, *arguments, "--fsdp"],
         cwd="/",
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -548,7 +548,7 @@ def test_a_full_disk_at_a_checkpoint_is_said_and_earlier_checkpoints_stay(
     shutil.rmtree(output / "checkpoint-9", ignore_errors=True)
     kept = finetune.last_checkpoint(output)
     before = digest(kept)
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command(repository, pictures, output)])
+    monkeypatch.setattr(sys, "argv", ["finetune", *command(repository, pictures, output)])
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
     try:
@@ -563,15 +563,14 @@ def test_a_full_disk_at_a_checkpoint_is_said_and_earlier_checkpoints_stay(
 def test_a_batch_that_memory_cannot_hold_is_said_in_a_line(repository, tmp_path):
     code = """
 import resource, sys
-sys.path.insert(0, sys.argv.pop(1))
-import finetune
+from phi3_tools.finetune import command as finetune
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 600_000_000,) * 2)
 finetune.main()
 """
     arguments = command(repository, "digits", tmp_path, SHORT.replace("batch_size 8", "batch_size 1024"))
     done = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT / "examples"), *arguments, "--num_crops", "40"],
+        [sys.executable, "-c", code, *arguments, "--num_crops", "40"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

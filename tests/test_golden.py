@@ -1,6 +1,5 @@
 """Numerical agreement with the original computation. The tolerances are those that its golden data state."""
 
-import sys
 import zlib
 
 import golden
@@ -8,7 +7,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT
 from phi3_embed.configuration_phi3_embed import CLIP_VIT_LARGE_PATCH14_336, Phi3EmbedConfig
 from phi3_embed.convert_phi3_vision import published_names
 from phi3_embed.modeling_phi3_embed import Phi3EmbedModel
@@ -16,8 +14,7 @@ from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor
 from PIL import Image
 from transformers import pipeline
 
-sys.path.insert(0, str(ROOT / "examples"))
-import export  # noqa: E402
+from phi3_tools import export  # noqa: E402
 
 close = {"atol": 6e-5, "rtol": 1e-5}
 close_small = {"atol": 3e-5, "rtol": 0}

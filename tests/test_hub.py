@@ -221,7 +221,7 @@ assert all(map(lambda name: model.state_dict()[name].equal(weights[name]), weigh
 print(commit)
 """
     blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    commit = run_python(before + "\n".join(blocks) + after, ROOT / "tiny", tmp_path, **hub.environment(tmp_path))
+    commit = run_python(before + "\n".join(blocks) + after, ROOT, tmp_path, **hub.environment(tmp_path))
     assert commit.splitlines()[-1] == hub.head(repo_id)
     assert len(hub.repos[repo_id].commits) == 2  # the Hub's own, which creates the repo, and ours
     files = hub.files(repo_id)

@@ -17,9 +17,8 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoModelForImageClassification
 
-sys.path.insert(0, str(ROOT / "examples"))
-import mteb_eval  # noqa: E402
-from digits import digits_split, neighbours, recall  # noqa: E402
+from phi3_tools import evaluate as mteb_eval  # noqa: E402
+from phi3_tools.digits import digits_split, neighbours, recall  # noqa: E402
 
 NUM_DIGITS = 40
 
@@ -34,7 +33,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def tiny():
-    return SentenceTransformer(str(ROOT / "tiny"), trust_remote_code=True, processor_kwargs={"num_crops": 0})
+    return SentenceTransformer(str(ROOT), trust_remote_code=True, processor_kwargs={"num_crops": 0})
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +91,7 @@ class DigitsInPlaceOfBirds(type(mteb.get_task("CUB200I2IRetrieval"))):
 
 
 def test_the_evaluation_prints_a_row_and_goes_on_from_what_is_done(digits, vectors, tmp_path, capsys, monkeypatch):
-    encoder = mteb_eval.load(str(ROOT / "tiny"), num_crops=0)
+    encoder = mteb_eval.load(str(ROOT), num_crops=0)
     images = mteb.get_benchmark("MIEB(Img)")
     offline = next(task for task in images.tasks if task.metadata.type == "ImageClustering")
     order, _ = neighbours(np.float64(vectors))
@@ -113,7 +112,7 @@ def test_the_evaluation_prints_a_row_and_goes_on_from_what_is_done(digits, vecto
 
 def test_the_evaluation_names_the_tasks_that_failed(tmp_path, capsys, monkeypatch):
     # No test reaches the network, so no task has its images.
-    monkeypatch.setattr(sys, "argv", ["mteb_eval.py", str(ROOT / "tiny"), "--results", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["mteb_eval.py", str(ROOT), "--results", str(tmp_path)])
     with pytest.raises(SystemExit, match="mteb_eval: 49 tasks failed, so there is no row. Run again"):
         mteb_eval.main()
     assert capsys.readouterr().out.count("failed:") == 49
@@ -121,7 +120,7 @@ def test_the_evaluation_names_the_tasks_that_failed(tmp_path, capsys, monkeypatc
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [([str(ROOT / "tiny"), "--num-crops", "-1"], "`num_crops` is -1"), (["no/such/folder"], "no/such/folder")],
+    [([str(ROOT), "--num-crops", "-1"], "`num_crops` is -1"), (["no/such/folder"], "no/such/folder")],
 )
 def test_the_evaluation_tells_a_users_mistake_in_a_line(arguments, said, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["mteb_eval.py", *arguments])

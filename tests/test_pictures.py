@@ -1,15 +1,11 @@
 """Pictures of every kind of source, in one layout."""
 
-import sys
-
 import numpy as np
 import pytest
-from conftest import ROOT
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-sys.path.insert(0, str(ROOT / "examples"))
-from pictures import load_pictures, picture_hash, read_picture, readable  # noqa: E402
+from phi3_tools.pictures import load_pictures, picture_hash, read_picture, readable  # noqa: E402
 
 
 @pytest.fixture

@@ -61,11 +61,11 @@ from PIL import Image
 extract = pipeline("image-feature-extraction", model=sys.argv[1], trust_remote_code=True)
 print(json.dumps(extract(Image.linear_gradient("L"), pool=True)[0]))
 """
-    extract = pipeline("image-feature-extraction", model=str(ROOT / "tiny"), trust_remote_code=True)
+    extract = pipeline("image-feature-extraction", model=str(ROOT), trust_remote_code=True)
     inputs = extract.image_processor(Image.linear_gradient("L"), return_tensors="pt")
     with torch.inference_mode():
         wanted = extract.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).image_embeds[0]
-    printed = torch.tensor(json.loads(run_python(code, ROOT / "tiny")))
+    printed = torch.tensor(json.loads(run_python(code, ROOT)))
     torch.testing.assert_close(printed, wanted, atol=1e-5, rtol=1e-5)
 
 

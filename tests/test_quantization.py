@@ -41,7 +41,7 @@ print(torch.cosine_similarity(given, wanted).min().item(), (again - given).abs()
 
 @pytest.mark.parametrize(("kind", "cosine"), [("weight-only", 0.9995), ("dynamic", 0.99)])
 def test_int8_loads_by_quantization_config_and_is_saved_so(kind, cosine, tmp_path):
-    given = run_python(CODE, ROOT / "tiny", kind, tmp_path / "int8", PYTHONPATH=str(QUANTIZERS)).split()[-4:]
+    given = run_python(CODE, ROOT, kind, tmp_path / "int8", PYTHONPATH=str(QUANTIZERS)).split()[-4:]
     assert cosine < float(given[0]) < 1  # not 1: it is quantised
     assert float(given[1]) == 0
     assert int(given[2]) == int(given[3]) > 10
@@ -75,7 +75,7 @@ print(torch.cosine_similarity(given.float(), wanted).item(), (again - given).abs
     ],
 )
 def test_bitsandbytes_loads_and_is_saved_so(settings, layer, cosine, tmp_path):
-    arguments = ROOT / "tiny", json.dumps(settings), layer, tmp_path / "saved"
+    arguments = ROOT, json.dumps(settings), layer, tmp_path / "saved"
     given = run_python(BITSANDBYTES, *arguments, PYTHONPATH=str(QUANTIZERS)).split()[-3:]
     assert cosine < float(given[0]) < 1 and float(given[1]) < 1e-5 and int(given[2]) > 10
 
@@ -89,7 +89,7 @@ def test_the_readmes_snippet_runs_as_printed():
 
 @torch.inference_mode()
 def test_torchs_own_dynamic_int8_over_the_mlps():
-    where = {"pretrained_model_name_or_path": ROOT / "tiny", "trust_remote_code": True}
+    where = {"pretrained_model_name_or_path": ROOT, "trust_remote_code": True}
     inputs = AutoImageProcessor.from_pretrained(**where)(
         [Image.linear_gradient("L")], num_crops=1, return_tensors="pt"
     )

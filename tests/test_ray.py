@@ -2,7 +2,6 @@
 
 import io
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,17 +13,16 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, run_python
+from conftest import CHECKPOINT_FILES, ROOT, copy_checkpoint, run_python
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 from ray.cluster_utils import Cluster
 from transformers import AutoImageProcessor, AutoModel
 
-sys.path.insert(0, str(ROOT / "examples"))
-import embed_ray  # noqa: E402
+from phi3_tools import embed as embed_ray  # noqa: E402
 
-SCRIPT = ROOT / "examples" / "embed_ray.py"
+SCRIPT = ("-m", "phi3_tools", "embed")
 NUM_IMAGES, SHARD_SIZE, BROKEN = 80, 2, 50
 TIMEOUT = 240  # seconds; processes of Ray start slowly
 
@@ -53,7 +51,7 @@ def files():
 @pytest.fixture(scope="module")
 def vectors(files):
     """What the model gives without Ray."""
-    where = {"pretrained_model_name_or_path": ROOT / "tiny", "trust_remote_code": True}
+    where = {"pretrained_model_name_or_path": ROOT, "trust_remote_code": True}
     pictures = [Image.open(io.BytesIO(file)) for file in files.values() if file != b"no picture"]
     inputs = AutoImageProcessor.from_pretrained(**where, num_crops=1)(pictures, return_tensors="pt")
     with torch.inference_mode():
@@ -61,7 +59,18 @@ def vectors(files):
 
 
 def begin(cluster, source, folder, *more):
-    command = [sys.executable, SCRIPT, source, folder, "--num-crops", "1", "--shard-size", SHARD_SIZE, "--copies", "1"]
+    command = [
+        sys.executable,
+        *SCRIPT,
+        source,
+        folder,
+        "--num-crops",
+        "1",
+        "--shard-size",
+        SHARD_SIZE,
+        "--copies",
+        "1",
+    ]
     environment = os.environ | {"RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*map(str, command), *more], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -210,7 +219,7 @@ def test_images_of_another_column_are_not_mixed_into_a_folder(began, tmp_path):
 
 @pytest.mark.parametrize("file", ["model.safetensors", "processor_config.json"])
 def test_vectors_of_a_folder_that_has_changed_are_not_mixed_in(file, began, tmp_path):
-    model = shutil.copytree(ROOT / "tiny", tmp_path / "model")
+    model = copy_checkpoint(tmp_path / "model")
     Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
     arguments = (tmp_path / "one.png", tmp_path / "out", "--model", model)
     began(*arguments)
@@ -223,18 +232,15 @@ def test_vectors_of_a_folder_that_has_changed_are_not_mixed_in(file, began, tmp_
 
 
 def test_vectors_of_a_branch_that_has_moved_are_not_mixed_in(hub, tmp_path):
-    first = hub.add_repo(
-        "someone/tiny", {path.name: path.read_bytes() for path in (ROOT / "tiny").iterdir() if path.is_file()}
-    )
+    first = hub.add_repo("someone/tiny", {name: (ROOT / name).read_bytes() for name in CHECKPOINT_FILES})
     Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
     code = """
 import sys
-sys.path.insert(0, sys.argv.pop(1))
-import embed_ray
+from phi3_tools import embed as embed_ray
 embed_ray.embed, embed_ray.report_broken = lambda *arguments: print(arguments[4]), lambda *_: None
 embed_ray.main()
 """
-    arguments = [ROOT / "examples", tmp_path / "one.png", tmp_path / "out", "--model", "someone/tiny"]
+    arguments = [tmp_path / "one.png", tmp_path / "out", "--model", "someone/tiny"]
     environment = hub.environment(tmp_path / "home")
     assert run_python(code, *arguments, **environment).split()[-1] == first  # which the workers are given
     hub.commit("someone/tiny", {"README.md": b"moved"})
@@ -248,6 +254,6 @@ def test_16_bit_images_keep_their_greys_and_what_is_refused_is_an_error_of_that_
     Image.fromarray(greys.astype(np.uint16) * 257).save(tmp_path / "b.png")
     Image.new("F", (9, 9), 300.0).save(tmp_path / "c.tiff")
     (shard,) = embed_ray.make_shards(tmp_path, "image", 3)
-    row = embed_ray.Preprocess(str(ROOT / "tiny"), None, 1)(shard)
+    row = embed_ray.Preprocess(str(ROOT), None, 1)(shard)
     assert row["errors"][:2] == ["", ""] and "values from 300.0 to 300.0, but must be in 0..255" in row["errors"][2]
     assert len(row["pixel_values"]) == 2 and (row["pixel_values"][0] == row["pixel_values"][1]).all()

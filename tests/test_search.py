@@ -10,15 +10,14 @@ import lancedb
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, copy_checkpoint
 from PIL import Image
 from transformers import AutoModel
 
-sys.path.insert(0, str(ROOT / "examples"))
-import search  # noqa: E402
-from digits import digits_split  # noqa: E402
+from phi3_tools import search  # noqa: E402
+from phi3_tools.digits import digits_split  # noqa: E402
 
-COMMAND = [sys.executable, str(ROOT / "examples" / "search.py")]
+COMMAND = [sys.executable, "-m", "phi3_tools", "search"]
 FEW_CROPS = ("--num_crops", "0")
 
 
@@ -96,9 +95,9 @@ def test_neighbours_are_printed_and_drawn(folder, tmp_path, monkeypatch, capsys)
 
 def test_an_index_of_another_model_or_of_other_crops_is_refused(folder, tmp_path, monkeypatch, capsys):
     index, other = tmp_path / "index", tmp_path / "other"
-    shutil.copytree(ROOT / "tiny", other)
+    copy_checkpoint(other)
     run(monkeypatch, capsys, "index", folder, index, *FEW_CROPS, "--model", other)
-    assert "Added 0" in run(monkeypatch, capsys, "add", folder, index, "--model", ROOT / "tiny")  # the same weights
+    assert "Added 0" in run(monkeypatch, capsys, "add", folder, index, "--model", ROOT)  # the same weights
     with pytest.raises(SystemExit, match="num_crops 0.*num_crops 1.*make another index"):
         run(monkeypatch, capsys, "add", folder, index, "--num_crops", 1)
     model = AutoModel.from_pretrained(other, trust_remote_code=True)
@@ -120,7 +119,7 @@ def test_an_index_of_another_model_or_of_other_crops_is_refused(folder, tmp_path
 )
 def test_an_index_of_other_settings_is_refused(file, old, new, folder, tmp_path, monkeypatch, capsys):
     index, other = tmp_path / "index", tmp_path / "other"
-    shutil.copytree(ROOT / "tiny", other)
+    copy_checkpoint(other)
     picture = folder / "a" / "it's 0.png"
     run(monkeypatch, capsys, "index", picture, index, *FEW_CROPS, "--model", other)
     AutoModel.from_pretrained(other, trust_remote_code=True).save_pretrained(other)  # the same model, saved anew
@@ -150,7 +149,7 @@ def test_an_index_keeps_to_the_commit_of_its_model(folder, repository, hub, tmp_
 
 def test_vectors_that_are_not_finite_are_left_out(folder, tmp_path, monkeypatch, capsys):
     index, model = tmp_path / "index", tmp_path / "model"
-    shutil.copytree(ROOT / "tiny", model)
+    copy_checkpoint(model)
     broken = AutoModel.from_pretrained(model, trust_remote_code=True)
     for parameter in broken.vision_embed_tokens.projector.img_projection.parameters():
         torch.nn.init.constant_(parameter, float("nan"))

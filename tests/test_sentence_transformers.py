@@ -1,7 +1,6 @@
 """The repository in sentence-transformers."""
 
 import json
-import sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,8 +23,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers.image_utils import load_image
 
-sys.path.insert(0, str(ROOT / "examples"))
-from digits import digits_split  # noqa: E402
+from phi3_tools.digits import digits_split  # noqa: E402
 
 FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 PICTURES = [Image.linear_gradient("L").resize(size).convert("RGB") for size in [(60, 60), (200, 50), (50, 150)]]
@@ -34,7 +32,7 @@ PICTURES = [Image.linear_gradient("L").resize(size).convert("RGB") for size in [
 @pytest.fixture(scope="module")
 def tiny():
     """The small checkpoint; four crops show pictures of unequal size and keep the tests short."""
-    return SentenceTransformer(str(ROOT / "tiny"), trust_remote_code=True, processor_kwargs={"num_crops": 4})
+    return SentenceTransformer(str(ROOT), trust_remote_code=True, processor_kwargs={"num_crops": 4})
 
 
 @pytest.fixture
@@ -170,7 +168,7 @@ def test_a_classifier_with_its_image_processor_gives_the_embedding_too(small, re
 def test_every_saved_folder_has_the_files_of_this_repository(repository):
     for name in FILES:
         wanted = (ROOT / name).read_text()
-        assert (Path(repository) / name).read_text() == (ROOT / "tiny" / name).read_text() == wanted
+        assert (Path(repository) / name).read_text() == (ROOT / name).read_text() == wanted
 
 
 def test_saving_leaves_a_modules_file_that_is_there(repository, tmp_path):

@@ -25,7 +25,7 @@ def address(tmp_path_factory):
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("serving") / "log"
     with log.open("w") as file:
-        command = [sys.executable, ROOT / "examples" / "serve.py", "--port", str(port)]
+        command = [sys.executable, "-m", "phi3_tools", "serve", "--port", str(port)]
         server = subprocess.Popen(command, env=os.environ, stdout=file, stderr=file)
     address, stop = f"http://127.0.0.1:{port}", time.monotonic() + 120
     while True:
@@ -53,7 +53,7 @@ def data_uri(image, kind="png"):
 def test_images_become_the_vectors_that_sentence_transformers_gives(address):
     deep = Image.fromarray(np.linspace(0, 65535, 64**2).reshape(64, 64).astype(np.uint16))
     images = [Image.linear_gradient("L"), Image.radial_gradient("L").resize((400, 200)), deep]
-    wanted = SentenceTransformer(str(ROOT / "tiny"), trust_remote_code=True).encode(images)
+    wanted = SentenceTransformer(str(ROOT), trust_remote_code=True).encode(images)
     for given, vectors in (data_uri(images[0]), wanted[:1]), ([data_uri(image) for image in images], wanted):
         body = {"input": given, "model": "phi3-embed"}
         answer = httpx2.post(f"{address}/v1/embeddings", json=body, timeout=60)

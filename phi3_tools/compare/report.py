@@ -6,11 +6,12 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from figures import UNLABELLED, search, unit
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
+
+from phi3_tools.measures import UNLABELLED, search, unit
 
 MAPPED = 400  # pictures in a map
 SHOWN = 12  # queries with their neighbours

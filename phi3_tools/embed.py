@@ -35,7 +35,7 @@ from transformers import AutoImageProcessor, AutoModel
 from transformers.utils import cached_file, extract_commit_hash
 
 MAX_NAMED = 10
-TINY = Path(__file__).resolve().parent.parent / "tiny"
+TINY = Path(__file__).resolve().parent.parent
 
 
 def main():

@@ -18,7 +18,7 @@ from fastapi import HTTPException
 from PIL import Image, ImageOps
 from sentence_transformers import SentenceTransformer
 
-TINY = Path(__file__).resolve().parent.parent / "tiny"
+TINY = Path(__file__).resolve().parent.parent
 
 
 def main():

@@ -24,8 +24,13 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from embedders import BATCH_SIZE, CACHE, Picture, embed, open_cache, parse_spec
-from figures import (
+from rich.console import Console
+from rich.table import Table
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from phi3_tools.compare.report import format_cost, format_value, write_report
+from phi3_tools.measures import (
     CHANGES,
     CHANGES_VERSION,
     FEW_RESAMPLES,
@@ -48,12 +53,18 @@ from figures import (
     unit,
     why_undefined,
 )
-from pictures import IMAGE, LABEL, MAX_NAMED, NAME, TEXT, load_pictures, picture_hash, read_picture, readable
-from report import format_cost, format_value, write_report
-from rich.console import Console
-from rich.table import Table
-from safetensors.numpy import save_file
-from tqdm import tqdm
+from phi3_tools.models import BATCH_SIZE, CACHE, Picture, embed, open_cache, parse_spec
+from phi3_tools.pictures import (
+    IMAGE,
+    LABEL,
+    MAX_NAMED,
+    NAME,
+    TEXT,
+    load_pictures,
+    picture_hash,
+    read_picture,
+    readable,
+)
 
 PACKAGES = ("torch", "transformers", "sentence-transformers", "scikit-learn", "scipy", "faiss-cpu", "numpy", "pillow")
 RETRIEVAL, HELD_OUT, CLUSTERING = "Same-class retrieval", "Classification of held-out pictures", "Clustering"

@@ -6,8 +6,9 @@ from pathlib import Path
 import matplotlib
 import torch
 from huggingface_hub import ModelCardData
-from pictures import DIGITS, SMALL_TEXT
 from sklearn.metrics import ConfusionMatrixDisplay
+
+from phi3_tools.pictures import DIGITS, SMALL_TEXT
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -25,9 +25,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import concatenate_datasets
-from digits import embed_images
 from lancedb.table import Table
-from pictures import IMAGE, MAX_NAMED, NAME, load_pictures, picture_hash, read_picture
 from PIL import Image
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -35,10 +33,13 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, PreTrainedConfig
 from transformers.utils import cached_file, extract_commit_hash
 
+from phi3_tools.digits import embed_images
+from phi3_tools.pictures import IMAGE, MAX_NAMED, NAME, load_pictures, picture_hash, read_picture
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-TINY = Path(__file__).resolve().parent.parent / "tiny"
+TINY = Path(__file__).resolve().parent.parent
 TABLE, MADE_BY = "pictures", b"made_by"
 # What a kill can lose: the pictures of one batch, which the next run embeds again.
 BATCH_SIZE = 8

@@ -18,22 +18,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from finetune_data import FEATURES, SIZE, Collator, Pairs, Pictures, Stream, load_splits, with_features
-from finetune_report import (
-    CONFUSION,
-    CURVES,
-    MAX_CONFUSED,
-    draw_confusion,
-    draw_curves,
-    table_of,
-    without_path,
-    write,
-    write_card,
-)
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
-from pictures import ACCEPTED, LABEL
 from PIL import Image
 from safetensors import SafetensorError
 from sklearn.linear_model import LogisticRegression
@@ -58,6 +45,20 @@ from transformers import (
 )
 from transformers import logging as transformers_logging
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from phi3_tools.finetune.data import FEATURES, SIZE, Collator, Pairs, Pictures, Stream, load_splits, with_features
+from phi3_tools.finetune.report import (
+    CONFUSION,
+    CURVES,
+    MAX_CONFUSED,
+    draw_confusion,
+    draw_curves,
+    table_of,
+    without_path,
+    write,
+    write_card,
+)
+from phi3_tools.pictures import ACCEPTED, LABEL
 
 # The probe is fitted on at most this many pictures of the training.
 PROBE = 5000

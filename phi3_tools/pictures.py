@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDatasetDict, load_dataset
-from digits import NAMES, digits_split
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
+
+from phi3_tools.digits import NAMES, digits_split
 
 DIGITS, SMALL_TEXT = "digits", "small-text"
 ACCEPTED = (

@@ -13,7 +13,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from digits import (
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedTokenizerFast, set_seed
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from phi3_tools.digits import (
     HELD_OUT,
     NAMES,
     NUM_CROPS,
@@ -25,13 +30,9 @@ from digits import (
     pixel_vectors,
     recall,
 )
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from torch.nn import functional as F
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedTokenizerFast, set_seed
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ROOT / "tiny"
+TINY = ROOT
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>", "<|image|>")
 WORDS = (*NAMES, "what", "which", "digit", "number", "is", "this", "the", "a", "picture", "of", "and", "?", ".")
 WORK = ROOT / ".tiny"
@@ -145,7 +146,7 @@ def train():
             else:
                 enlarge(AutoModel.from_pretrained(done, trust_remote_code=True), model)
             save(model, image_processor, tokenizer, start)
-        command = [sys.executable, ROOT / "examples" / "finetune.py", "--model", start, "--output_dir", output]
+        command = [sys.executable, "-m", "phi3_tools", "finetune", "--model", start, "--output_dir", output]
         subprocess.run([*command, *arguments.split()], check=True)
         done = output
     return done

@@ -15,14 +15,25 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from datasets import concatenate_datasets
-from digits import NAMES, NUM_CROPS, digits_split, embed_images, embed_words, neighbours, pixel_vectors, recall, unit
-from pictures import IMAGE, LABEL, NAME, load_pictures, read_picture, readable
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from search import TINY, draw_lines, load_model, save
 from sklearn.datasets import load_sample_images
 from transformers import AutoTokenizer
+
+from phi3_tools.digits import (
+    NAMES,
+    NUM_CROPS,
+    digits_split,
+    embed_images,
+    embed_words,
+    neighbours,
+    pixel_vectors,
+    recall,
+    unit,
+)
+from phi3_tools.pictures import IMAGE, LABEL, NAME, load_pictures, read_picture, readable
+from phi3_tools.search import TINY, draw_lines, load_model, save
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "demo" / "neighbours.png"

@@ -8,9 +8,10 @@ import math
 import datasets
 import numpy as np
 import torch
-from pictures import ACCEPTED, IMAGE, LABEL, NAME, load_pictures, read_picture, readable
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
+
+from phi3_tools.pictures import ACCEPTED, IMAGE, LABEL, NAME, load_pictures, read_picture, readable
 
 FEATURES, SIZE = "features", "image_sizes"
 VALIDATION, TEST = ("validation", "valid", "val", "dev"), ("test", "held_out")

@@ -1,1 +1,0 @@
-../configuration_phi3_embed.py

@@ -1,1 +1,0 @@
-../modeling_phi3_embed.py

@@ -1,1 +1,0 @@
-../processing_phi3_embed.py
