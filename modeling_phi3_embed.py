@@ -86,7 +86,7 @@ def build_vision_tower(config: Phi3EmbedConfig) -> PreTrainedModel:
     """The tower of `config.vision_config` up to the feature layer, without what follows its last layer."""
     vision_config = copy.deepcopy(config.vision_config)
     vision_config.num_hidden_layers = config.num_feature_layers
-    tower = AutoModel.from_config(vision_config)
+    tower = AutoModel.from_config(vision_config, trust_remote_code=False)
     if tower.main_input_name != "pixel_values":
         raise ValueError(
             f"`vision_config` of type {vision_config.model_type!r} builds {type(tower).__name__}, which takes "
