@@ -255,7 +255,8 @@ def main(arguments: list[str] | None = None) -> None:
     except SystemExit as end:
         if end.code == INTERRUPTED:
             print(f"\n{name}: interrupted. {GOES_ON}", file=sys.stderr)
-        raise
+        if end.code:
+            raise
     except Exception as error:
         if (line := error_line(error, command)) is None:
             raise

@@ -503,7 +503,7 @@ def _load_tables(source, files, columns, streaming):
     for split, members in by_split.items():
         about = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in members]
         build = IterableDataset.from_generator if streaming else Dataset.from_generator
-        given = {"files": about, "names": names, "features": list(features), "root": str(root)}
+        given = {"files": about, "names": names, "features": tuple(features), "root": str(root)}
         splits[split] = build(_rows_of_files, features=features, gen_kwargs=given)
     return splits
 

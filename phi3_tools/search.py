@@ -262,7 +262,7 @@ def _embed_rows(table: Table, rows: Dataset, place: str, embedder: Embedder) -> 
     copies = sum(map(len, read.values())) - len(read)
     console.print(f"Added {added}. Already there: {len(held.keys() & read.keys())}. Further copies: {copies}.")
     say_left_out(left_out, len(rows))
-    if len(left_out) == len(rows):
+    if not added and not held.keys() & read.keys():
         raise ValueError(f"Not one of the {len(rows)} images of {place} can be embedded. Nothing was changed.")
     return read
 

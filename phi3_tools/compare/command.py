@@ -167,7 +167,7 @@ def load_data(arguments):
     if TEXT in split.features and getattr(split.features[TEXT], "dtype", None) not in ("string", "large_string"):
         raise ValueError(
             f"The captions are {split.features[TEXT]}, but must be a text a picture. Name a column of such by "
-            "--text_column."
+            "--text-column."
         )
     if arguments.limit and arguments.limit < len(split):
         kept = np.sort(np.random.default_rng(arguments.seed).permutation(len(split))[: arguments.limit])
