@@ -54,7 +54,9 @@ def run(name, folder, revision=None):
     if folder.exists():
         raise ValueError(f"{folder} exists already. Give a folder that does not, or remove it.")
     model = AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32, trust_remote_code=True).eval()
-    image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, trust_remote_code=True)
+    image_processor = AutoImageProcessor.from_pretrained(
+        name, revision=revision, pad_views=True, trust_remote_code=True
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
         part = Path(beside) / folder.name
@@ -100,7 +102,7 @@ def sample_inputs(config, image_processor, num_images, num_crops):
     generator = np.random.default_rng(0)
     shapes = [(90, 30, 3) if number % 2 else (40, 80, 3) for number in range(num_images)]
     pictures = [Image.fromarray(generator.integers(0, 256, shape, np.uint8)) for shape in shapes]
-    inputs = image_processor(pictures, num_crops=num_crops, return_tensors="pt")
+    inputs = image_processor(pictures, num_crops=num_crops, pad_views=True, return_tensors="pt")
     if config.use_hd_transform:
         return {key: inputs[key] for key in INPUTS}
     return {"pixel_values": inputs.pixel_values[:, 0]}
