@@ -25,7 +25,7 @@ from rich.console import Console
 from transformers import AutoImageProcessor, AutoModel
 
 INPUTS = {
-    "pixel_values": "(num_images, max_crops, 3, height, width): the global view, the crops row by row, zeros",
+    "pixel_values": "(num_images, max_views, 3, height, width): the global view, the crops row by row, zeros",
     "image_sizes": "(num_images, 2): height and width in pixels of each image's grid of crops",
 }
 OUTPUTS = {
@@ -75,9 +75,9 @@ def run(name, folder, revision=None):
 
 
 def export(model, image_processor) -> torch.onnx.ONNXProgram:
-    images, crops = torch.export.Dim("num_images"), torch.export.Dim("max_crops")
+    images, views = torch.export.Dim("num_images"), torch.export.Dim("max_views")
     inputs = sample_inputs(model.config, image_processor, num_images=3, num_crops=4)
-    dims = {"pixel_values": {0: images, 1: crops}, "image_sizes": {0: images}}
+    dims = {"pixel_values": {0: images, 1: views}, "image_sizes": {0: images}}
     if not model.config.use_hd_transform:
         dims["pixel_values"] = {0: images}
     with warnings.catch_warnings():
