@@ -116,7 +116,7 @@ def _show_photographs(model, image_processor, photographs):
             f"{rows} x {cols}",
             f"{rows * cols} + 1 global",
             str(tuple(inputs["pixel_values"].shape)),
-            str(tuple(outputs.image_hidden_states[0].shape)),
+            str(tuple(outputs.image_outputs.pooler_output[0].shape)),
             str(tuple(outputs.pooler_output.shape)),
         )
     console.print(table)
@@ -141,7 +141,7 @@ def _draw(images, names, rows, labels, photograph, image_processor, output):
     num_rows, num_cols = (views["image_sizes"][0] // image_processor.size["height"]).tolist()
     grid, overview = right.subfigures(2, 1, height_ratios=(2, 1))
     grid.suptitle(f"one photograph: its {num_rows} x {num_cols} crops, and below its global view")
-    pixels = views["pixel_values"][0].transpose(0, 2, 3, 1).clip(0, 1)
+    pixels = views["pixel_values"].transpose(0, 2, 3, 1).clip(0, 1)
     for axis, crop in zip(grid.subplots(max(num_rows, 1), max(num_cols, 1), squeeze=False).flat, pixels[1:]):
         axis.imshow(crop)
         axis.axis("off")

@@ -20,7 +20,7 @@ from phi3_tools.models import find_model, load_model
 from phi3_tools.results import console, folder_beside
 
 INPUTS = {
-    "pixel_values": "(num_images, max_crops, 3, height, width): the global view, the crops row by row, zeros",
+    "pixel_values": "(num_images, max_views, 3, height, width): the global view, the crops row by row, zeros",
     "image_sizes": "(num_images, 2): height and width in pixels of each image's grid of crops",
 }
 OUTPUTS = {
@@ -36,6 +36,7 @@ def run(name, folder):
     model = find_model(name)
     with folder_beside(folder) as part:
         loaded, image_processor = load_model(model, device="cpu")
+        image_processor.pad_views = True  # the graph has one row an image
         console.print("Tracing and writing.")
         export(loaded, image_processor).save(part / "model.onnx")
         image_processor.save_pretrained(part)
@@ -49,9 +50,9 @@ def run(name, folder):
 
 
 def export(model, image_processor) -> torch.onnx.ONNXProgram:
-    images, crops = torch.export.Dim("num_images"), torch.export.Dim("max_crops")
+    images, views = torch.export.Dim("num_images"), torch.export.Dim("max_views")
     inputs = sample_inputs(model.config, image_processor, num_images=3, num_crops=4)
-    dims = {"pixel_values": {0: images, 1: crops}, "image_sizes": {0: images}}
+    dims = {"pixel_values": {0: images, 1: views}, "image_sizes": {0: images}}
     if not model.config.use_hd_transform:
         dims["pixel_values"] = {0: images}
     with warnings.catch_warnings():
@@ -76,7 +77,7 @@ def sample_inputs(config, image_processor, num_images, num_crops):
     generator = np.random.default_rng(0)
     shapes = [(90, 30, 3) if number % 2 else (40, 80, 3) for number in range(num_images)]
     images_of_noise = [Image.fromarray(generator.integers(0, 256, shape, np.uint8)) for shape in shapes]
-    inputs = image_processor(images_of_noise, num_crops=num_crops, return_tensors="pt")
+    inputs = image_processor(images_of_noise, num_crops=num_crops, pad_views=True, return_tensors="pt")
     if config.use_hd_transform:
         return {key: inputs[key] for key in INPUTS}
     return {"pixel_values": inputs.pixel_values[:, 0]}

@@ -329,22 +329,13 @@ def _load_phi3_embed(model, num_crops, dtype, device):
 def _encode_phi3_embed(model, image_processor, num_crops, default, images, poolings):
     """All poolings from one pass through the tower; the crops go through it only where they are pooled."""
     asked = {pooling: pooling or default for pooling in poolings}
-    inputs = image_processor(images, num_crops=num_crops, return_tensors="pt").to(model.device)
+    needs_crops = model.config.use_hd_transform and "mean" in asked.values()
+    inputs = image_processor(images, num_crops=num_crops if needs_crops else 0, return_tensors="pt").to(model.device)
     pixel_values, image_sizes = inputs.pixel_values, inputs.image_sizes
-    if model.config.use_hd_transform:
-        if "mean" not in asked.values():
-            pixel_values, image_sizes = pixel_values[:, :1], torch.zeros_like(image_sizes)
-        output = model.get_image_features(pixel_values, image_sizes)
-        crops = (image_sizes // model.config.crop_size).prod(-1)
-        # One view of an image without crops, and of one whose only crop equals its global view.
-        num_views = (crops + (crops > 1)).clamp(min=1)
-        first = output.last_hidden_state[num_views.cumsum(0) - num_views]
-        of_global = model.get_image_features(first[:, None], torch.zeros_like(image_sizes)).image_embeds
-        global_tokens = model.config.num_img_tokens
-    else:
-        output = model.get_image_features(pixel_values[:, 0])
-        first, of_global = output.last_hidden_state, output.image_embeds
-        global_tokens = len(output.pooler_output[0])
+    output = model.get_image_features(pixel_values, image_sizes)
+    first = output.global_features
+    of_global = model.get_image_features(first, torch.zeros_like(image_sizes)).image_embeds
+    global_tokens = model.config.num_img_tokens
     vectors = {
         "mean": (output.image_embeds, [len(tokens) for tokens in output.pooler_output]),
         "global": (of_global, [global_tokens] * len(images)),

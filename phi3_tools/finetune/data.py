@@ -224,7 +224,7 @@ class Collator:
         labels = torch.tensor([row[LABEL] for row in rows])
         if FEATURES not in rows[0]:
             pictures = [row[IMAGE] for row in rows]
-            inputs = self.image_processor(pictures, num_crops=self.num_crops, return_tensors="pt")
+            inputs = self.image_processor(pictures, num_crops=self.num_crops, pad_views=True, return_tensors="pt")
             return {"pixel_values": inputs["pixel_values"], SIZE: inputs[SIZE], "labels": labels}
         features = [torch.as_tensor(row[FEATURES]) for row in rows]
         padded = nn.utils.rnn.pad_sequence(features, batch_first=True)  # (images, most views, patches, C)
