@@ -26,7 +26,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
 from huggingface_hub.constants import HF_HUB_CACHE
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from tqdm import tqdm
 
 from phi3_tools import ROOT
@@ -110,10 +110,21 @@ def image_hash(image: dict | None) -> str:
 
 def read_image(image: dict | None, opener: Callable[[bytes], Image.Image] = open_image) -> Image.Image:
     """
-    An undecoded image -> a PIL image in RGB, as [`open_image`] gives it, or the `open_image` of a model's own image
-    processor. Raises ValueError if it cannot be read.
+    An undecoded image -> a PIL image in RGB, by [`open_image`] or the `open_image` of a model's own image processor.
+
+    Raises:
+        ValueError: it cannot be read; the reason, without the image's name.
     """
-    return opener(image_bytes(image))
+    content = image_bytes(image)
+    try:
+        return opener(content)
+    except ValueError as error:
+        reason = one_line(error.__cause__ or error)
+        if isinstance(error.__cause__, UnidentifiedImageError):
+            reason = "its format is not known here"
+            if content[4:8] == b"ftyp":
+                reason += ". Photographs of phones (HEIC) take: pip install pillow-heif"
+        raise ValueError(f"it cannot be read as an image: {reason}") from error
 
 
 def readable(split: Dataset, skip_broken: bool = False) -> Dataset:
