@@ -305,7 +305,6 @@ class Files(NamedTuple):
 def _find_files(source: Path) -> Files:
     """All files of a folder in the order of their names; links are followed. Hidden files are passed over."""
     files = Files([], [], [], [], [])
-    known = _known_suffixes()
     for path in _walk(source, files.left_out):
         name, suffix = str(path), path.suffix.lower()
         try:
@@ -322,7 +321,7 @@ def _find_files(source: Path) -> Files:
             files.tables.append(path)
         elif suffix == ".tar":
             files.tars.append(path)
-        elif suffix in known or _looks_like_an_image(path):
+        elif is_image_name(path) or _looks_like_an_image(path):
             files.images.append(path)
         else:
             files.left_out.append(f"{name}: it is no image by its name or content")
@@ -362,6 +361,11 @@ def _known_suffixes():
         pass
     registered = Image.registered_extensions().items()
     return NOT_BY_PILLOW | {suffix for suffix, kind in registered if kind in Image.OPEN and kind not in STUBS}
+
+
+def is_image_name(name: str | Path) -> bool:
+    """Whether a file of this name is taken for an image, whether it is there or not."""
+    return Path(name).suffix.lower() in _known_suffixes()
 
 
 def _looks_like_an_image(path):
@@ -604,8 +608,6 @@ def _tar_members(path):
 
 def _rows_of_tar(path, features):
     members = _tar_members(path)
-    known = _known_suffixes()
-
     with open(path, "rb") as file:
 
         def read(name):
@@ -616,7 +618,7 @@ def _rows_of_tar(path, features):
 
         for name in members:
             stem, suffix = os.path.splitext(name)
-            if suffix.lower() not in known:
+            if not is_image_name(name):
                 continue
             texts = {LABEL: read(f"{stem}.cls"), TEXT: read(f"{stem}.txt")}
             row = {key: value and value.decode("utf-8", "replace").strip() for key, value in texts.items()}
@@ -677,7 +679,7 @@ def _parquet_groups(path, column):
 
 
 def _tar_group(path):
-    members = {n: place for n, place in _tar_members(path).items() if Path(n).suffix.lower() in _known_suffixes()}
+    members = {n: place for n, place in _tar_members(path).items() if is_image_name(n)}
     return {
         "kind": "tar",
         "path": str(path),
