@@ -7,6 +7,7 @@ import typer
 
 app = typer.Typer(name="phi3-embed", no_args_is_help=True, add_completion=False, help=__doc__)
 COMMANDS = {
+    "convert": "phi3_tools.checkpoint.command",
     "finetune": "phi3_tools.finetune.command",
     "compare": "phi3_tools.compare.command",
     "search": "phi3_tools.search",
