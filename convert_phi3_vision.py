@@ -5,7 +5,9 @@ Microsoft's Phi-3-vision checkpoints, and fine-tunes of them, as phi3-embed; and
     python convert_phi3_vision.py SOURCE OUTPUT --put-back MODEL
 """
 
-from phi3_tools.checkpoint.command import main
+import sys
+
+from phi3_tools.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["convert", *sys.argv[1:]])

@@ -334,9 +334,9 @@ def test_weights_with_an_adapter_beside_them_are_a_question(adapter, source, tmp
 
 FULL = """
 import resource, sys
-from phi3_tools.checkpoint.command import main
+from phi3_tools.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)), resource.RLIM_INFINITY))
-main()
+main(["convert", *sys.argv[1:]])
 """
 
 
@@ -347,6 +347,7 @@ def test_a_full_disk_is_told_in_a_line_by_whatever_library_meets_it(limit, sourc
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert re.fullmatch(
-        r"error: .*Free some space: the same command goes on from here\.", done.stderr.splitlines()[-1]
+        r"phi3-embed convert: The disk is full: .*Free some space\. .*goes on from there\.",
+        done.stderr.splitlines()[-1],
     )
     assert "Traceback" not in done.stderr

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 from filelock import Timeout
-from huggingface_hub import ModelCard, ModelCardData, split_torch_state_dict_into_shards
+from huggingface_hub import ModelCardData, split_torch_state_dict_into_shards
 from huggingface_hub.utils import WeakFileLock
 from PIL import Image
 from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, PreTrainedTokenizerFast
 
+from phi3_tools import results
 from phi3_tools.checkpoint import layout
 from phi3_tools.checkpoint import source as sources
 from phi3_tools.checkpoint.adapter import Adapter
@@ -277,16 +278,18 @@ def _write_card(source, adapter, selected, config, crops, command, name, output)
         license_link=license.get("license_link"),
     )
     table = next(entry.name for ours, entry in selected.items() if ours.startswith("vision_embed_tokens.wte."))
-    card = ModelCard.from_template(
+    from_adapter = (
+        adapter and f"`{results.without_path(adapter.source.name)}` at {adapter.source.commit or 'a folder'}"
+    )
+    results.write_card(
+        output / "README.md",
+        "conversion_card.md",
         metadata,
-        template_path=str(Path(__file__).with_name("card.md")),
         title=name.rpartition("/")[2],
         name=name,
-        source=f"`{without_path(source.name)}`",
+        source=f"`{results.without_path(source.name)}`",
         revision=source.commit or "a folder",
-        adapter=f"`{without_path(adapter.source.name)}` at {adapter.source.commit or 'a folder'}"
-        if adapter
-        else "none",
+        adapter=from_adapter or "none",
         license=license.get("license_name") or license.get("license") or "not stated by the source",
         command=command,
         count=len(selected),
@@ -294,7 +297,6 @@ def _write_card(source, adapter, selected, config, crops, command, name, output)
         table=table,
         crops=crops,
     )
-    (output / "README.md").write_text(str(card), encoding="utf-8")
     for file in source.files:
         if sources.matches(file, ("LICENSE*",)):
             (output / file).write_text(source.text(file, errors="replace"), encoding="utf-8")
@@ -307,11 +309,6 @@ def _read_licence(source):
     metadata = re.match(r"\s*---\r?\n(.*?)\r?\n---", source.text("README.md", errors="replace"), re.DOTALL)
     line = r"^(license|license_name|license_link): *([\"']?)(\w[\w.:/+ -]{0,200})\2 *\r?$"
     return {key: text for key, _, text in re.findall(line, metadata[1] if metadata else "", re.MULTILINE)}
-
-
-def without_path(name: str) -> str:
-    """A Hub id as it is, but of a folder its own name: where it lies concerns no reader of a card."""
-    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 # The proof

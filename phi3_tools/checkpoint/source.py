@@ -5,7 +5,6 @@ Of a repository only the bytes that are wanted are fetched, by HTTP ranges, into
 Nothing that a source says is believed which its sizes contradict.
 """
 
-import errno
 import json
 import math
 import os
@@ -36,6 +35,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_st
 from tqdm import tqdm
 
 from phi3_tools.checkpoint.layout import DTYPES, INDEX, SMALL_FILES, TEXTS, WEIGHTS
+from phi3_tools.results import is_disk_full, one_line
 
 MAX_TEXT_SIZE = 2**24  # bytes of a JSON file or a text; Phi-3's tokenizer.json has 1.9 million
 MAX_HEADER_SIZE = 2**24  # of a safetensors file; Phi-3-vision's have 70 thousand
@@ -434,14 +434,3 @@ def library_errors(what: str):
         if getattr(error, "errno", None) or is_disk_full(error):  # no fault of the file
             raise
         raise ValueError(f"{what}: {' '.join(str(error).split())}") from error
-
-
-def is_disk_full(error: Exception) -> bool:
-    """Whether an error says that no more can be written; tokenizers say it by the text of a plain `Exception`."""
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    said = re.search(r"\(os error (\d+)\)", str(error))
-    return getattr(error, "errno", None) in codes or bool(said and int(said[1]) in codes)
-
-
-def one_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
