@@ -83,12 +83,12 @@ def make_hub_repo(hub, folder):
     from hub_server import File
 
     from phi3_tools.checkpoint.convert import read_config
-    from phi3_tools.checkpoint.layout import IMAGE_EMBEDDING, select
+    from phi3_tools.checkpoint.layout import IMAGE_EMBEDDING, select_published
     from phi3_tools.checkpoint.source import joined, open_source, read_entries
 
     published.save_true_size(folder)
     source = open_source(str(folder), None, folder)
-    ranges = joined(select(read_entries(source, IMAGE_EMBEDDING), read_config(source), NAME).values())
+    ranges = joined(select_published(read_entries(source, IMAGE_EMBEDDING), read_config(source), NAME).values())
     files = {path.name: path for path in folder.iterdir()}
     # A checksum of holes would take longer than all that is measured; nobody compares it.
     shards = sorted(name for name in files if name.endswith(".safetensors"))

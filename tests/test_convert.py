@@ -512,7 +512,7 @@ def test_what_does_not_fit_is_not_put_back(source, converted, tmp_path):
     name = "vision_embed_tokens.projector.glb_GN"
     wrong = tensors | {name: torch.zeros(1), "vision_embed_tokens.new": torch.zeros(1)}
     save_file(wrong, model / "model.safetensors")
-    with pytest.raises(ValueError, match=rf"extra \(1\): vision_embed_tokens.new\n.*wrong shape \(1\): {name}"):
+    with pytest.raises(ValueError, match=rf"wrong shape \(1\): {name}(.|\n)*extra \(1\): vision_embed_tokens.new"):
         put_back(str(model), str(source), tmp_path / "back")
     save_file(tensors | {name: torch.full_like(tensors[name], torch.nan)}, model / "model.safetensors")
     with pytest.raises(ValueError, match=rf"NaN or infinite \(1\): {name}"):
@@ -720,7 +720,7 @@ def test_a_push_goes_where_it_may_and_is_private_if_it_should_be(far, tmp_path):
     assert "someone/public exists and is public" in main(*push, "public", "--private", token=hub.token)
     assert not list(tmp_path.iterdir())
     assert re.search(
-        rf"403 Forbidden: You don't have the rights .*`hf upload someone/new '{output}' \. --delete '\*\.safetensors\*'`",
+        rf"403 Forbidden: You don't have .*`hf upload someone/new '{output}' \. --delete '\*\.safetensors\*'`",
         main(*push, "someone/new", "--private", token=hub.read_token),
     )
     shutil.rmtree(output)

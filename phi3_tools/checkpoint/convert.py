@@ -73,14 +73,16 @@ def convert(
             raise ValueError(f"`--base` is the base of an adapter, but {source_name} has no {ADAPTER}.")
         config = read_config(source)
         with sources.hub_errors(source.name):
-            selected = layout.select(sources.read_entries(source, layout.IMAGE_EMBEDDING), config, source.name)
+            selected = layout.select_published(
+                sources.read_entries(source, layout.IMAGE_EMBEDDING), config, source.name
+            )
             if adapter:
                 adapter.select(selected, config)
             origin, crops = source, _write_processor(source, config, partial / "output")
             if source.commit is not None:
                 files = {WEIGHTS} if WEIGHTS in source.files else set(source.weight_map().values())
                 source = sources.fetch(source, selected, sum(map(source.size, files)))
-                selected = layout.select(sources.read_entries(source), config, source.name)
+                selected = layout.select_published(sources.read_entries(source), config, source.name)
         written = _write_weights(source, selected, dtype, adapter, partial / "output")
         _write_config(config, written, partial / "output")
         _write_card(origin, adapter, selected, config, crops, command, name or output.name, partial / "output")

@@ -8,6 +8,7 @@ addresses that act here or wherever the result is loaded, so it is left behind.
 import inspect
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -140,34 +141,48 @@ def computation(config) -> dict:
     return tower | {name: getattr(config, name) for name in COMPUTATION} | {"layer_idx": layer_idx}
 
 
-def select(entries: dict, config, checkpoint: str) -> dict:
+def select(
+    entries: dict,
+    shapes: dict[str, tuple[int, ...]],
+    checkpoint: str,
+    names_of: Callable[[str], list[str]],
+    is_left_out: Callable[[str], bool],
+) -> dict:
     """
-    The entry of each of our weights among a published checkpoint's, in the order of their bytes.
+    The entry of each of our weights, in the order of their bytes.
+
+    Args:
+        entries: a checkpoint's, by their names there.
+        shapes: of our weights, by our names.
+        checkpoint: what messages call it.
+        names_of: our name of a weight -> its names there, the one to prefer first.
+        is_left_out: whether an entry may be there without being one of ours.
 
     Raises:
         ValueError: weights are missing, extra or misshapen; the message has the names of all of them.
     """
     selected, problems = {}, defaultdict(list)
-    for name, shape in model_shapes(config).items():
-        names = published_names(name)
-        entry = next((entries[published] for published in names if published in entries), None)
+    for name, shape in shapes.items():
+        entry = next((entries[known] for known in names_of(name) if known in entries), None)
         if entry is None:
-            problems["missing"].append(" or ".join(names))
-        else:
-            check_entry(entry, shape, problems)
-            selected[name] = entry
-    known = {published for name in selected for published in published_names(name)}
-    problems["extra"] = [name for name in entries if name not in known and not is_behind_features(name, config)]
+            problems["missing"].append(" or ".join(names_of(name)))
+            continue
+        selected[name] = entry
+        if entry.shape != shape:
+            problems["wrong shape"].append(f"{entry.name} is {entry.shape}, not {shape}")
+        if entry.dtype not in DTYPES:
+            problems["wrong dtype"].append(f"{entry.name} is {entry.dtype}, not one of {', '.join(DTYPES)}")
+    known = {known for name in shapes for known in names_of(name)}
+    problems["extra"] = [name for name in entries if name not in known and not is_left_out(name)]
     raise_problems(checkpoint, problems)
     return dict(sorted(selected.items(), key=lambda item: (item[1].file, item[1].start)))
 
 
-def check_entry(entry, shape: tuple[int, ...], problems: dict[str, list[str]]) -> None:
-    """Notes in `problems` where a weight in a file has another shape, or a dtype that is not taken."""
-    if entry.shape != shape:
-        problems["wrong shape"].append(f"{entry.name} is {entry.shape}, not {shape}")
-    if entry.dtype not in DTYPES:
-        problems["wrong dtype"].append(f"{entry.name} is {entry.dtype}, not one of {', '.join(DTYPES)}")
+def select_published(entries: dict, config, checkpoint: str) -> dict:
+    """[`select`] among the entries of a checkpoint in Microsoft's layout."""
+    return select(
+        entries, model_shapes(config), checkpoint, published_names, lambda name: is_behind_features(name, config)
+    )
 
 
 def raise_problems(checkpoint: str, problems: dict[str, list[str]]) -> None:

@@ -1,7 +1,6 @@
 """A copy of Microsoft's layout with the image embedding of a phi3-embed model in it, for engines that load that."""
 
 import shutil
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +30,7 @@ def put_back(model_name: str, source_name: str, output: Path, revision: str | No
             raise ValueError(f"{output} is inside {source_name}. Give a folder outside of what is to be copied.")
         config = convert.read_config(source)
         targets = sources.read_entries(source, layout.IMAGE_EMBEDDING)
-        selected = layout.select(targets, config, source.name)
+        selected = layout.select_published(targets, config, source.name)
         _check_settings(model, config)
         own = _model_entries(model, layout.model_shapes(config))
         _copy_files(source.folder, partial / "output")
@@ -79,18 +78,12 @@ def _check_settings(model, config):
 
 def _model_entries(model: Source, shapes) -> dict[str, Entry]:
     """The weights of a phi3-embed model, or of a head on one, by our names."""
-    entries, problems = sources.read_entries(model), defaultdict(list)
-    if any(name.startswith("model.vision_embed_tokens.") for name in entries):  # a head's
-        entries = {name.removeprefix("model."): entry for name, entry in entries.items()}
-    left_out = [name for name in entries if not name.startswith("vision_embed_tokens.")]
-    problems["missing"] = [name for name in shapes if name not in entries]
-    problems["extra"] = [name for name in entries if name not in shapes and name not in left_out]
-    for name in shapes.keys() & entries.keys():
-        layout.check_entry(entries[name], shapes[name], problems)
-    layout.raise_problems(model.name, problems)
+    entries = sources.read_entries(model)
+    left_out = [name for name in entries if not name.removeprefix("model.").startswith("vision_embed_tokens.")]
+    own = layout.select(entries, shapes, model.name, lambda name: [name, f"model.{name}"], left_out.__contains__)
     if left_out:
         print(f"Not part of the layout, so left out: {', '.join(sorted(left_out))}")
-    return {name: entries[name] for name in shapes}
+    return own
 
 
 def _same_weights(source: Source, entries, name) -> list[Entry]:
