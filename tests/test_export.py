@@ -118,4 +118,4 @@ def test_export_writes_onnx_with_its_preprocessing(tmp_path):
         assert len(wanted.image_outputs.pooler_output[number]) == length
 
     again = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=300)
-    assert again.returncode == 1 and again.stderr.startswith(f"export: {folder} exists already")
+    assert again.returncode == 1 and again.stderr.startswith(f"phi3-embed export: {folder} exists already")
