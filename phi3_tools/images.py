@@ -68,8 +68,8 @@ def _image_processor():
 
 def open_image(image: str | Path | bytes | Image.Image) -> Image.Image:
     """
-    A path, a file's bytes or a PIL image -> a PIL image in RGB, as the image processor's `open_image` opens it: upright
-    by a file's EXIF, 16 bits scaled to 8. Formats of pillow-heif are known where it is installed.
+    A path, a file's bytes or a PIL image -> a PIL image in RGB, as the image processor's `open_image` opens it:
+    upright by a file's EXIF, 16 bits scaled to 8. Formats of pillow-heif are known where it is installed.
 
     Raises:
         ValueError: it cannot be read.
