@@ -29,6 +29,7 @@ import finetuning  # noqa: E402
 from phi3_tools.digits import NAMES  # noqa: E402
 from phi3_tools.finetune import command as finetune  # noqa: E402
 from phi3_tools.finetune import data as finetune_data  # noqa: E402
+from phi3_tools.finetune import settings, train  # noqa: E402
 
 SCRIPT = ("-m", "phi3_tools", "finetune")
 COLORS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
@@ -56,7 +57,7 @@ def pictures(tmp_path_factory):
 
 
 def command(model, data, output, arguments=ONE):
-    return ["--model", str(model), "--data", str(data), "--output_dir", str(output), *arguments.split()]
+    return [str(data), "--model", str(model), "--output", str(output), *arguments.split()]
 
 
 def script(*arguments, launcher=(), timeout=200, **environment):
@@ -107,7 +108,7 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(trained, repository, pi
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    while not finetune.last_checkpoint(output):
+    while not settings.last_checkpoint(output):
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -148,14 +149,14 @@ def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
 state.AcceleratorState.__init__ = with_fsdp
 from phi3_tools.finetune import command as finetune
 from torch.distributed.tensor import DTensor
-begin = finetune.EpochOfPictures.on_epoch_begin
+begin = train.SharedEpoch.on_epoch_begin
 
 def sharded(self, *args, model, **kwargs):
     assert all(isinstance(weight, DTensor) for weight in model.parameters())
     begin(self, *args, **kwargs)
 
-finetune.EpochOfPictures.on_epoch_begin = sharded
-finetune.main()
+train.SharedEpoch.on_epoch_begin = sharded
+command.main()
 """
 
 
@@ -247,7 +248,7 @@ def test_what_is_pushed_tells_no_folder_but_by_its_own_name(repository, pictures
 def test_only_a_valid_token_may_push_and_that_is_said_before_the_work(repository, pictures, hub, tmp_path):
     arguments = [*command(repository, pictures, tmp_path / "out"), "--push_to_hub"]
     done = script(*arguments, **hub.environment(tmp_path / "home", token=""))
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("finetune: --push_to_hub to out needs")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("phi3-embed finetune: --push_to_hub to out needs")
     assert not (tmp_path / "out").exists()
 
 
@@ -303,7 +304,7 @@ def test_a_stream_is_trained_on(repository, stream, tmp_path):
     (stream / "train" / "red" / "bad.png").write_bytes(b"no picture")
     arguments = command(repository, stream, tmp_path / "out", f"{SHORT} --streaming --skip_broken --flip")
     finetune.run([*arguments, "--eval_strategy", "no", "--load_best_model_at_end", "false"])
-    assert read_metrics(tmp_path / "out")["held-out pictures"] == 6
+    assert read_metrics(tmp_path / "out")["held-out images"] == 6
 
 
 def test_a_stream_differs_from_pass_to_pass_and_goes_on_where_it_was(repository, stream, tmp_path):
@@ -546,7 +547,7 @@ def test_a_full_disk_at_a_checkpoint_is_said_and_earlier_checkpoints_stay(
     output = tmp_path / "out"
     shutil.copytree(trained, output)
     shutil.rmtree(output / "checkpoint-9", ignore_errors=True)
-    kept = finetune.last_checkpoint(output)
+    kept = settings.last_checkpoint(output)
     before = digest(kept)
     monkeypatch.setattr(sys, "argv", ["finetune", *command(repository, pictures, output)])
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -556,8 +557,8 @@ def test_a_full_disk_at_a_checkpoint_is_said_and_earlier_checkpoints_stay(
             finetune.main()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    assert str(error.value).startswith("finetune: The disk is full: ") and "\n" not in str(error.value)
-    assert digest(kept) == before and finetune.last_checkpoint(output) == kept
+    assert str(error.value).startswith("phi3-embed finetune: The disk is full: ") and "\n" not in str(error.value)
+    assert digest(kept) == before and settings.last_checkpoint(output) == kept
 
 
 def test_a_batch_that_memory_cannot_hold_is_said_in_a_line(repository, tmp_path):
@@ -577,4 +578,4 @@ finetune.main()
         timeout=200,
     )
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("finetune: A batch does not fit in memory. Give a smaller --per_")
+    assert done.stderr.splitlines()[-1].startswith("phi3-embed finetune: A batch does not fit in memory. Give a smaller --per_")
