@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from phi3_tools.finetune.settings import RATES, check_same_training, parse, record
 
 START = "photographs --model phi3-embed"
@@ -68,7 +69,9 @@ def test_help_is_short_and_names_the_way_to_the_rest(capsys):
         with pytest.raises(SystemExit) as leaving:
             parse([option])
         lines = capsys.readouterr().out.splitlines()
-        assert not leaving.value.code and least < len(lines) < most and lines[0].startswith("usage: phi3-embed finetune")
+        assert (
+            not leaving.value.code and least < len(lines) < most and lines[0].startswith("usage: phi3-embed finetune")
+        )
     with pytest.raises(SystemExit):
         parse(["-h"])
     assert "--help-all" in capsys.readouterr().out

@@ -17,7 +17,8 @@ from torch import nn
 from transformers.dynamic_module_utils import init_hf_modules
 
 from phi3_tools.finetune.settings import Changes, DataOptions
-from phi3_tools.pictures import ACCEPTED, IMAGE, LABEL, NAME, load_pictures, read_picture, readable
+from phi3_tools.images import IMAGE, LABEL, NAME, load_images, read_image, readable
+from phi3_tools.results import one_line
 
 FEATURES, SIZES, NUMBER = "features", "image_sizes", "number"
 VALIDATION, TEST = ("validation", "valid", "val", "dev"), ("test", "held_out")
@@ -37,14 +38,11 @@ def load_splits(
     Raises:
         ValueError: the data does not serve; what is wrong and how to mend it.
     """
-    found = load_pictures(source, options.image_column, options.label_column, streaming=options.streaming)
+    found = load_images(
+        source, options.image_column, options.label_column, streaming=options.streaming, needs_labels=True
+    )
     first = next(iter(found.values()))
     feature = (first.features or {}).get(LABEL)
-    if feature is None:
-        raise ValueError(
-            f"{source} has no classes: no column of labels (name it by --label-column), and no two subfolders with a "
-            f"class each. Give {ACCEPTED}."
-        )
     if not isinstance(feature, ClassLabel):
         raise ValueError(
             f"The labels of {source} are {feature}, but must be classes: words or whole numbers"
@@ -144,7 +142,7 @@ def _stream_splits(splits, source, skip_broken, seed):
 
 def _is_readable(row):
     try:
-        read_picture(row[IMAGE])
+        read_image(row[IMAGE])
     except ValueError as error:
         print(f"Left out {row[NAME]}: {error}")
         return False
@@ -207,11 +205,18 @@ class Collator:
     """
     Rows -> what a model's forward takes, and the labels. Rows to train with carry a number: how their
     images are changed follows from seed, epoch and number, so that a training which was resumed, or runs in several
-    processes, sees the same.
+    processes, sees the same. With `pad_views` an image is a row of all that it gives.
     """
 
-    def __init__(self, image_processor, num_crops: int | None = None, changes: Changes | None = None, seed: int = 0):
-        self.image_processor, self.num_crops = image_processor, num_crops
+    def __init__(
+        self,
+        image_processor,
+        num_crops: int | None = None,
+        changes: Changes | None = None,
+        seed: int = 0,
+        pad_views: bool = False,
+    ):
+        self.image_processor, self.num_crops, self.pad_views = image_processor, num_crops, pad_views
         self.changes, self.seed = changes or Changes(), seed
         # Workers may live longer than an epoch, so the epoch lies in memory that they share.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -220,21 +225,25 @@ class Collator:
         # Labels come first: Trainer takes the length of the first tensor for the number of images.
         labels = torch.tensor([row[LABEL] for row in rows])
         if FEATURES in rows[0]:
-            features = [torch.as_tensor(row[FEATURES]) for row in rows]
-            pixels = nn.utils.rnn.pad_sequence(features, batch_first=True)  # (images, most views, patches, C)
+            features = [torch.as_tensor(row[FEATURES]) for row in rows]  # (views, patches, C) each
+            pixels = nn.utils.rnn.pad_sequence(features, batch_first=True) if self.pad_views else torch.cat(features)
             sizes = torch.as_tensor(np.stack([row[SIZES] for row in rows]))
         else:
-            images = [self.open(row) for row in rows]
-            inputs = self.image_processor(images, num_crops=self.num_crops, return_tensors="pt")
+            inputs = self.image_processor(
+                [self.open(row) for row in rows],
+                num_crops=self.num_crops,
+                pad_views=self.pad_views,
+                return_tensors="pt",
+            )
             pixels, sizes = inputs["pixel_values"], inputs[SIZES]
         return {"labels": labels, "pixel_values": pixels, SIZES: sizes}
 
     def open(self, row: dict) -> Image.Image:
         """The image of a row in RGB, changed where the row is one to train with."""
         try:
-            image = read_picture(row[IMAGE])
+            image = read_image(row[IMAGE])
         except ValueError as error:
-            raise ValueError(f"{row[NAME]}: {error}. Leave such images out by --skip-broken.") from error
+            raise ValueError(f"{row[NAME]}: {one_line(error)}. Leave such images out by --skip-broken.") from error
         if NUMBER in row and self.changes.any:
             rng = np.random.default_rng((self.seed, self.epoch.item(), row[NUMBER]))
             image = change(image, rng, self.changes, self.image_processor.size["height"])
@@ -254,12 +263,11 @@ def with_features(split: Dataset, model, collate: Collator, folder: Path, batch_
     @torch.inference_mode()
     def encode(rows):
         inputs = collate([dict(zip(rows, values)) for values in zip(*rows.values())])
-        pixels, views = inputs["pixel_values"].to(model.device), (inputs[SIZES] // model.config.crop_size).prod(-1) + 1
-        features = [
-            model.vision_embed_tokens.get_img_features(image[:count]).float().cpu().numpy()
-            for image, count in zip(pixels, views.tolist())
-        ]
-        return {FEATURES: features, SIZES: inputs[SIZES].tolist(), LABEL: inputs["labels"].tolist()}
+        sizes = inputs[SIZES]
+        output = model.get_image_features(inputs["pixel_values"].to(model.device), sizes)
+        views = ((sizes // model.config.crop_size).prod(-1) + 1).tolist()
+        features = [part.float().numpy(force=True) for part in output.last_hidden_state.split(views)]
+        return {FEATURES: features, SIZES: sizes.tolist(), LABEL: inputs["labels"].tolist()}
 
     folder.mkdir(parents=True, exist_ok=True)
     return split.map(

@@ -4,17 +4,15 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score, f1_score
 
 from phi3_tools.finetune.settings import METRICS, Settings
-from phi3_tools.pictures import DIGITS, SMALL_TEXT
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from phi3_tools.images import DIGITS, SMALL_TEXT
+from phi3_tools.measures import retrieval, unit
+from phi3_tools.results import new_figure, save_figure, without_path
+from phi3_tools.results import write_card as write_from_template
 
 CURVES, CONFUSION = "curves.png", "confusion.png"
 MAX_CONFUSED = 40  # classes that a drawing of confusions can show
@@ -28,22 +26,10 @@ def figures_of_classes(labels: np.ndarray, predicted: np.ndarray) -> dict[str, f
     }
 
 
-def recalls(vectors, labels) -> dict[str, float]:
-    """
-    Share of the images with one of their own label among the nearest, and among the five nearest, others. Images whose
-    label no other has are left out.
-    """
-    vectors = torch.nn.functional.normalize(torch.as_tensor(vectors).float(), dim=-1)
-    labels = torch.as_tensor(labels)
-    hits = []
-    for start in range(0, len(vectors), 1024):  # all cosines at once would be too many
-        cosines = vectors[start : start + 1024] @ vectors.T
-        rows = torch.arange(len(cosines))
-        cosines[rows, rows + start] = -torch.inf
-        nearest = cosines.topk(min(5, len(vectors) - 1)).indices
-        hits.append(labels[nearest] == labels[start : start + 1024, None])
-    hits = torch.cat(hits)[labels.bincount()[labels] > 1]
-    return {"recall@1": hits[:, 0].float().mean().item(), "recall@5": hits.any(1).float().mean().item()}
+def figures_of_search(vectors: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Of the images with another of their label, each searched among all others; shares and means."""
+    found = retrieval(unit(vectors), np.asarray(labels))
+    return {name: float(found[name].mean()) for name in METRICS["embedding"]}
 
 
 def verdict(rows: dict[str, dict[str, float]], labels: list[int], task: str) -> list[str]:
@@ -64,7 +50,7 @@ def verdict(rows: dict[str, dict[str, float]], labels: list[int], task: str) -> 
             f"**Below a linear probe**{within}: accuracy is {value:.1%}, and logistic regression on the untrained "
             f"model's vectors has {probe:.1%}. {MORE} --train head is the nearest to such a probe."
         ]
-    if task == "embedding" and value <= best:
+    if task == "embedding" and value <= best < 1:
         return [f"**Not better than before**: {name} is {value:.1%}, and was {best:.1%}. {MORE}"]
     return []
 
@@ -90,22 +76,25 @@ def table_of(rows: dict[str, dict[str, float]]) -> str:
 
 
 def draw_curves(history: list[dict], path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = new_figure(figsize=(10, 4))
     validated = {f"eval_{name}" for names in METRICS.values() for name in names} - {"eval_loss"}
-    for axis, keys, title in zip(axes, (("loss", "eval_loss"), sorted(validated)), ("loss", "validation")):
+    for axis, keys, title in zip(
+        figure.subplots(1, 2), (("loss", "eval_loss"), sorted(validated)), ("loss", "validation")
+    ):
         for key in keys:
             if points := [(entry["step"], entry[key]) for entry in history if key in entry]:
                 axis.plot(*zip(*points), marker=".", label=key.replace("eval_", "validation: "))
         axis.set(xlabel="step", ylabel=title)
         if axis.lines:
             axis.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_confusion(labels: list[int], predicted: list[int], names: list[str], path: Path) -> None:
     shown = sorted({*labels, *predicted})
     size = 3 + 0.4 * len(shown)
-    figure, axis = plt.subplots(figsize=(size, size), layout="constrained")
+    figure = new_figure(figsize=(size, size))
+    axis = figure.subplots()
     ConfusionMatrixDisplay.from_predictions(
         labels,
         predicted,
@@ -117,21 +106,7 @@ def draw_confusion(labels: list[int], predicted: list[int], names: list[str], pa
         ax=axis,
     )
     axis.set(xlabel="named", ylabel="is")
-    _save(figure, path)
-
-
-def _save(figure, path):
-    beside = path.with_suffix(".part.png")
-    figure.savefig(beside, dpi=110)
-    beside.replace(path)
-    plt.close(figure)
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text)
-    beside.replace(path)
+    save_figure(figure, path)
 
 
 def write_card(settings: Settings, about: dict, metrics: dict, names: list[str]) -> None:
@@ -146,7 +121,9 @@ def write_card(settings: Settings, about: dict, metrics: dict, names: list[str])
         "" if about["images"] is None else ": " + ", ".join(f"{n} in {name}" for name, n in about["images"].items())
     )
     more = ", ..." if len(names) > MAX_CONFUSED else ""
-    card = ModelCard.from_template(
+    write_from_template(
+        output / "README.md",
+        "finetune.md",
         ModelCardData(
             model_name=title,
             library_name="transformers",
@@ -165,7 +142,6 @@ def write_card(settings: Settings, about: dict, metrics: dict, names: list[str])
                 for name, value in rows["fine-tuned"].items()
             ],
         ),
-        template_path=str(Path(__file__).with_name("card.md")),
         title=title,
         base=without_path(options.model),
         task=options.task,
@@ -178,9 +154,3 @@ def write_card(settings: Settings, about: dict, metrics: dict, names: list[str])
         arguments=json.dumps(about | {"source": data, "model": without_path(options.model)}, indent=2),
         is_classifier=is_classifier,
     )
-    write(output / "README.md", card.content)
-
-
-def without_path(source: str) -> str:
-    """A folder's or file's own name, and a Hub id as it is."""
-    return Path(source).resolve().name if Path(source).exists() else source

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from transformers import HfArgumentParser, TrainerState, TrainingArguments
 
-from phi3_tools.pictures import ACCEPTED
+from phi3_tools.images import ACCEPTED
 
 ARGUMENTS, FIGURES = "arguments.json", "metrics.json"
 TRANSFORMERS = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
@@ -20,7 +20,7 @@ TRANSFORMERS = "https://huggingface.co/docs/transformers/main_classes/trainer#tr
 RATES = {"all": 3e-4, "head": 3e-3, "lora": 3e-3}
 EPOCHS = {"all": 20, "head": 60, "lora": 20}
 # The figures of a validation; the first chooses the best checkpoint.
-METRICS = {"classification": ("accuracy", "macro F1", "loss"), "embedding": ("recall@1", "recall@5")}
+METRICS = {"classification": ("accuracy", "macro F1", "loss"), "embedding": ("recall@1", "recall@5", "mAP")}
 
 AT_ONCE = "figures are of all validation images at once"
 IN_ONE_COMMIT = "the result is pushed once, in one commit at the end; --push-to-hub and --hub-model-id say where"
@@ -125,7 +125,9 @@ class TaskOptions:
     """What is trained, and how."""
 
     _argument_group_name = "the training"
-    model: str = field(metadata={"help": "A folder or Hub id of phi3-embed. Its code is run."})
+    model: str = field(
+        metadata={"help": "A folder or Hub id of phi3-embed, NAME[@REVISION][:mean|global]. Its code is run."}
+    )
     task: Literal["classification", "embedding"] = _option(
         "classification", "embedding: images of one label are drawn together and others apart, for search."
     )

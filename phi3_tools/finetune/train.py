@@ -4,6 +4,7 @@ import json
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
@@ -30,32 +31,34 @@ from transformers import (
     TrainingArguments,
 )
 
-from phi3_tools.finetune.data import FEATURES, LABEL, Collator, with_features
-from phi3_tools.finetune.report import figures_of_classes, recalls, without_path, write
+from phi3_tools.finetune.data import FEATURES, Collator, with_features
+from phi3_tools.finetune.report import figures_of_classes, figures_of_search
 from phi3_tools.finetune.settings import Settings, TaskOptions, last_checkpoint, steps_done
+from phi3_tools.images import IMAGE, LABEL
+from phi3_tools.results import without_path, write_text
 
 ADAPTER = "adapter"
 
 
-def load_model(path: str | Path, task: str, names: list[str], is_start: bool = True) -> PreTrainedModel:
+def load_model(where: dict, task: str, names: list[str], is_start: bool = True) -> PreTrainedModel:
     """
-    A model for the task, in float32. At the start of a training the head of a classifier is fresh, unless `path` is
-    one of the same classes.
+    A model for the task, in float32; `where` are arguments of `from_pretrained`. At the start of a training the head
+    of a classifier is fresh, unless the checkpoint's classes are the same.
     """
-    where = {"pretrained_model_name_or_path": path, "trust_remote_code": True, "dtype": "float32"}
+    where = {"trust_remote_code": True, "dtype": "float32", **where}
     if task == "embedding":
         model = AutoModel.from_pretrained(**where)
     else:
         classes = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
-        had = AutoConfig.from_pretrained(path, trust_remote_code=True).id2label
+        had = AutoConfig.from_pretrained(**where).id2label
         model = AutoModelForImageClassification.from_pretrained(
             **where, **classes, ignore_mismatched_sizes=is_start, problem_type="single_label_classification"
         )
         if is_start and had != classes["id2label"]:
-            model.classifier = nn.Linear(model.config.hidden_size, len(names))
+            model.classifier = nn.Linear(model.config.embed_dim, len(names))
             model._init_weights(model.classifier)
     if not model.config.use_hd_transform:
-        raise ValueError(f"{path} works without the HD transform, which this training needs.")
+        raise ValueError(f"{where['pretrained_model_name_or_path']} works without the HD transform, which this needs.")
     return model
 
 
@@ -139,17 +142,19 @@ class LabelLoss(CachedLossMixin, nn.Module):
         return loss
 
 
-class EmbeddingCollator(Collator):
-    """Rows as sentence-transformers' trainer takes them: labels, and what the model takes under a column's name."""
+class EmbeddingCollator:
+    """Batches as sentence-transformers' trainer takes them: labels, and what the model takes under a column's name."""
 
-    def __call__(self, rows):
-        inputs = super().__call__(rows)
+    valid_label_columns = (LABEL,)
+
+    def __init__(self, collate: Collator):
+        self.collate = collate
+
+    def __call__(self, rows: list[dict]) -> dict:
+        inputs = self.collate(rows)
         labels = inputs.pop("labels")
-        return {
-            "label": labels,
-            **{f"image_{name}": tensor for name, tensor in inputs.items()},
-            "image_modality": "image",
-        }
+        columns = {f"{IMAGE}_{name}": tensor for name, tensor in inputs.items()}
+        return {"label": labels, **columns, f"{IMAGE}_modality": "image"}
 
 
 class SharedEpoch(TrainerCallback):
@@ -191,7 +196,7 @@ class EmbeddingTrainer(SentenceTransformerTrainer):
             self.train_dataset.with_format(None).select_columns(LABEL),
             args.train_batch_size,
             args.dataloader_drop_last,
-            [LABEL],
+            self.data_collator.valid_label_columns,
             torch.Generator(),
             args.seed,
         )
@@ -229,42 +234,46 @@ class EmbeddingTrainer(SentenceTransformerTrainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-class RecallEvaluator(BaseEvaluator):
-    """Recall among the images of a split."""
+class SearchEvaluator(BaseEvaluator):
+    """Figures of search among the images of a split."""
 
     def __init__(self, split: Dataset, collate: Collator, batch_size: int):
         super().__init__()
         self.split, self.collate, self.batch_size = split, collate, batch_size
 
     def __call__(self, model, output_path=None, epoch=-1, steps=-1):
-        return recalls(*embed(model[0].model, self.split, self.collate, self.batch_size, "Validation"))
+        return figures_of_search(*embed(model[0].model, self.split, self.collate, self.batch_size, "Validation"))
 
 
 @torch.inference_mode()
 def embed(
     model: PreTrainedModel, split: Dataset | IterableDataset, collate: Collator, batch_size: int, title: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Vectors `(n, hidden_size)` and labels `(n,)` of a split's images."""
     vectors, labels = [], []
     for batch in tqdm(DataLoader(split, batch_size, collate_fn=collate), desc=title, unit="batch"):
-        labels.append(batch.pop("labels"))
+        labels.append(batch.pop("labels").numpy())
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        vectors.append(model(**batch).pooler_output.float().cpu())
-    return torch.cat(vectors), torch.cat(labels)
+        vectors.append(model(**batch).pooler_output.float().numpy(force=True))
+    return np.concatenate(vectors), np.concatenate(labels)
 
 
-def train(settings: Settings, splits: dict, names: list[str], processor) -> list[dict]:
-    """Trains, and leaves the best model whole in OUTPUT -> the trainer's history."""
+def train(settings: Settings, start: dict, splits: dict, names: list[str], processor) -> list[dict]:
+    """Trains from `start` (see [`load_model`]), and leaves the best model whole in OUTPUT -> the trainer's history."""
     options, arguments = settings.task, settings.arguments
-    output, start = Path(arguments.output_dir), (options.model, options.task, names)
+    output = Path(arguments.output_dir)
     has_validation = "validation" in splits and arguments.eval_strategy != "no"
     if arguments.load_best_model_at_end is None or not has_validation:
         strategy = arguments.eval_strategy if has_validation else "no"
         arguments = replace(arguments, eval_strategy=strategy, load_best_model_at_end=has_validation)
-    trainer = (_classifier_trainer if options.task == "classification" else _embedding_trainer)(
-        settings._replace(arguments=arguments), splits, names, processor
+    collate = Collator(
+        getattr(processor, "image_processor", processor), settings.data.num_crops, settings.changes, arguments.seed
     )
-    trainer.add_callback(SharedEpoch(trainer.data_collator))
+    if options.task == "classification":
+        trainer = _classifier_trainer(options, arguments, start, splits, names, collate)
+    else:
+        trainer = _embedding_trainer(options, arguments, start, splits, names, collate, processor)
+    trainer.add_callback(SharedEpoch(collate))
     trainer.add_callback(LogAtCheckpoints())
     if options.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(options.early_stopping))
@@ -280,30 +289,32 @@ def train(settings: Settings, splits: dict, names: list[str], processor) -> list
     trainer.save_model(str(output / ADAPTER if options.train == "lora" else output))
     if trainer.is_world_process_zero():
         if options.train == "lora":
-            adapted = PeftModel.from_pretrained(load_model(*start), output / ADAPTER)
-            adapted.merge_and_unload().save_pretrained(output)
-            # peft writes down where the model lay, and a card that says nothing else.
-            (output / ADAPTER / "README.md").unlink()
-            config = json.loads((output / ADAPTER / "adapter_config.json").read_text())
-            config["base_model_name_or_path"] = without_path(options.model)
-            write(output / ADAPTER / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+            _merge(load_model(start, options.task, names), output, options.model)
         processor.save_pretrained(output)
         for folder in (output, output / ADAPTER):
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; arguments.json says it too
     return trainer.state.log_history
 
 
-def _classifier_trainer(settings, splits, names, processor):
-    options, arguments = settings.task, settings.arguments
-    model = load_model(options.model, options.task, names)
-    collate = _collator(Collator, settings, processor)
+def _merge(model, output, base):
+    """The whole model beside its adapter, whose files say nothing of where the base model lay."""
+    PeftModel.from_pretrained(model, output / ADAPTER).merge_and_unload().save_pretrained(output)
+    (output / ADAPTER / "README.md").unlink()
+    path = output / ADAPTER / "adapter_config.json"
+    write_text(
+        path, json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": without_path(base)}, indent=2)
+    )
+
+
+def _classifier_trainer(options, arguments, start, splits, names, collate):
+    model = load_model(start, options.task, names)
     splits = _frozen_features(model.base_model, splits, collate, options, arguments)
     trainer = ClassifierTrainer(
         choose_trained(model, options),
         arguments,
         collate,
         splits["train"],
-        splits.get("validation"),
+        splits.get("validation") if arguments.eval_strategy != "no" else None,
         compute_metrics=lambda output: figures_of_classes(output.label_ids, output.predictions.argmax(-1)),
     )
     # The loss is the mean of a batch: the trainer has to divide it where batches are accumulated.
@@ -311,57 +322,56 @@ def _classifier_trainer(settings, splits, names, processor):
     return trainer
 
 
-def _embedding_trainer(settings, splits, names, processor):
-    options, arguments = settings.task, settings.arguments
+def _embedding_trainer(options, arguments, start, splits, names, collate, processor):
+    name, code = start["pretrained_model_name_or_path"], {"code_revision": start.get("code_revision")}
     embedder = SentenceTransformer(
-        options.model, trust_remote_code=True, device=str(arguments.device), model_kwargs={"dtype": "float32"}
+        name,
+        revision=start.get("revision"),
+        trust_remote_code=True,
+        device=str(arguments.device),
+        model_kwargs={"dtype": "float32", **code},
+        config_kwargs=code,
+        processor_kwargs=code,
     )
-    if [type(module).__name__ for module in embedder] != ["Transformer", "Normalize"]:
-        raise ValueError(f"{options.model} has no modules.json of an image embedding: save it by `save_pretrained`.")
+    if not embedder.supports("image") or len(embedder) > 2:
+        raise ValueError(f"{name} has no modules.json of an image embedding: save it by `save_pretrained`.")
+    embedder = SentenceTransformer(modules=[embedder[0]])  # the loss takes vectors of any length
     model = embedder[0].model
+    model.config.pooling_mode = start.get("pooling_mode", model.config.pooling_mode)
     if too_many := [size for size in options.matryoshka if not 0 < size < model.config.hidden_size]:
         raise ValueError(f"--matryoshka is {too_many}, but must be below the model's {model.config.hidden_size}.")
     if options.words and not hasattr(processor, "tokenizer"):
-        raise ValueError(f"--words needs a tokenizer, which {options.model} has none of.")
-    collate = _collator(Collator, settings, processor)
+        raise ValueError(f"--words needs a tokenizer, which {name} has none of.")
     splits = _frozen_features(model, splits, collate, options, arguments)
+    evaluator = None
+    if "validation" in splits and arguments.eval_strategy != "no":
+        evaluator = SearchEvaluator(splits["validation"], collate, arguments.eval_batch_size)
     embedder[0].model = choose_trained(model, options)
     words = word_ids(processor.tokenizer, names) if options.words else None
     loss = LabelLoss(embedder, options.temperature, options.mini_batch_size, words)
     if options.matryoshka:
         loss = MatryoshkaLoss(embedder, loss, [*options.matryoshka, model.config.hidden_size])
-    given = {
-        argument.name: getattr(arguments, argument.name) for argument in fields(TrainingArguments) if argument.init
-    }
-    theirs = SentenceTransformerTrainingArguments(**given)
+    collate.pad_views = options.mini_batch_size is not None  # GradCache cuts batches by rows
+    given = [argument.name for argument in fields(TrainingArguments) if argument.init]
+    theirs = SentenceTransformerTrainingArguments(**{name: getattr(arguments, name) for name in given})
     theirs.dataloader_drop_last = arguments.dataloader_drop_last  # which they turn on for several processes
-    evaluator = None
-    if "validation" in splits and arguments.eval_strategy != "no":
-        evaluator = RecallEvaluator(splits["validation"], collate, arguments.eval_batch_size)
     return EmbeddingTrainer(
         embedder,
         theirs,
         splits["train"],
         loss=loss,
         evaluator=evaluator,
-        data_collator=_collator(EmbeddingCollator, settings, processor),
+        data_collator=EmbeddingCollator(collate),
     )
-
-
-def _collator(kind, settings, processor):
-    image_processor = getattr(processor, "image_processor", processor)
-    return kind(image_processor, settings.data.num_crops, settings.changes, settings.arguments.seed)
 
 
 def _frozen_features(model, splits, collate, options, arguments):
     if options.train != "head":
         return splits
-    model = model.to(arguments.device).eval()
+    model, folder = model.to(arguments.device).eval(), Path(arguments.output_dir) / FEATURES
     with arguments.main_process_first():
         return {
-            name: with_features(
-                split, model, collate, Path(arguments.output_dir) / FEATURES, arguments.eval_batch_size
-            )
+            name: with_features(split, model, collate, folder, arguments.eval_batch_size)
             for name, split in splits.items()
             if name != "test"
         }
