@@ -370,7 +370,7 @@ def test_metadata_and_parquet_and_digits_are_trained_on_as_well(repository, imag
     for path in sorted(images.glob("*/*.png")):
         shutil.copy(path, flat / f"{path.parent.name}-{path.name}")
         lines.append(f"{path.parent.name}-{path.name},{path.parent.name}")
-        rows["picture"].append(Image.open(path))
+        rows["picture"].append(Image.open(path).copy())
         rows["colour"].append(path.parent.name)
     (flat / "metadata.csv").write_text("\n".join(lines) + "\n")
     parquet = tmp_path / "colours.parquet"
@@ -384,14 +384,13 @@ def test_metadata_and_parquet_and_digits_are_trained_on_as_well(repository, imag
 
 def test_data_and_model_of_the_hub_are_trained_on(repository, images, hub, tmp_path):
     hub.add_repo("someone/colours", images)
-    commit = hub.add_repo("someone/phi3-embed", Path(repository))
+    hub.add_repo("someone/phi3-embed", Path(repository))
     options = arguments_of("someone/phi3-embed", "someone/colours", tmp_path / "out", f"{SHORT} --eval-strategy no")
     done = launch(*options, **hub.environment(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     card = (tmp_path / "out" / "README.md").read_text()
     assert "datasets:\n- someone/colours\n" in card and "base_model: someone/phi3-embed\n" in card
     assert list(json.loads((tmp_path / "out" / "config.json").read_text())["id2label"].values()) == [*COLORS]
-    assert commit or True
 
 
 @pytest.fixture
@@ -413,8 +412,8 @@ def test_a_stream_is_trained_on_without_what_is_broken(task, repository, stream,
 
 def test_a_stream_differs_from_pass_to_pass_and_goes_on_where_it_was(repository, stream, tmp_path):
     options = parse(arguments_of(repository, stream, tmp_path, f"{SHORT} --streaming"))
-    rows = data.load_splits(str(stream), options.data, seed=0, least=1)[0]["train"]
-    names = [row["name"] for row in itertools.islice(rows, 48)]
+    split = data.load_splits(str(stream), options.data, seed=0, least=1)[0]["train"]
+    names = [row["name"] for row in itertools.islice(data.endless(split, seed=0), 48)]
     one, other = names[:24], names[24:]
     assert sorted(one) == sorted(other) and len({*one}) == 24 and one != other
     # 9 steps of 8 images: the kept checkpoint is in the third pass.
@@ -497,9 +496,7 @@ def test_an_embedding_serves_when_cut_where_it_was_trained_to(repository, images
     options = f"{SHORT} --task embedding --validation 0"
     rows = finetune(repository, images, tmp_path / "cut", options + " --matryoshka 16 8")["held out"]
     finetune(repository, images, tmp_path / "whole", options)
-    for size in (16, 8):
-        name = f"recall@1, {size} dimensions"
-        assert rows["fine-tuned"][name] == 1 > rows["untrained"][name]
+    assert rows["fine-tuned"]["recall@1, 16 dimensions"] == rows["fine-tuned"]["recall@1, 8 dimensions"] == 1
     settings = parse(arguments_of(repository, images, tmp_path / "cut", options))
     split = data.load_splits(settings.source, settings.data, seed=0, least=2)[0]["test"]
     collate = data.Collator(command.load_processor(command.find_start(repository), 0).image_processor, 0)
@@ -626,7 +623,7 @@ BAD_DATA = {
     "a class with one image": (one_class_of_one, "", "The class 'red' has 1 left .* 1 must be held out"),
     "labels that differ": (unknown_label_in_test, "", "labels differ between splits: 'test' has green, which 'train'"),
     "an empty split": (empty_split, "--skip-broken", "The split 'test' of .* is empty"),
-    "a missing column": (unreadable, "--label-column kind", "no column 'kind'"),
+    "a missing column": (unreadable, "--label-column kind", "no column 'kind': it is a folder of images"),
     "unreadable images": (unreadable, "", r"(?s)1 of 10 images are broken.*--skip-broken.*red/bad.png"),
     "one class": (one_class, "", "one and the same label. Give two classes or more"),
     "no classes": (flat, "", "has no labels. Its images lie in no subfolders"),

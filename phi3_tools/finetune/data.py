@@ -58,7 +58,7 @@ def load_splits(
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
     if options.streaming:
-        return _stream_splits(splits, source, options.skip_broken, seed), feature.names
+        return _stream_splits(splits, source, options.skip_broken), feature.names
     for name, split in splits.items():
         splits[name] = readable(split, options.skip_broken)
         if not len(splits[name]):
@@ -124,7 +124,7 @@ def split_by_class(split: Dataset, share: float, seed: int, least: int) -> tuple
     return parts["train"], parts["test"]
 
 
-def _stream_splits(splits, source, skip_broken, seed):
+def _stream_splits(splits, source, skip_broken):
     if "test" not in splits:
         raise ValueError("A stream cannot be split: --streaming needs data with a test or validation split.")
     for name, split in splits.items():
@@ -134,9 +134,6 @@ def _stream_splits(splits, source, skip_broken, seed):
         if next(iter(split), None) is None:  # labels that are hidden are so from the first; said before the training
             raise ValueError(f"The split {name!r} of {source} has no image that can be read.")
         splits[name] = split
-    train = splits["train"].shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-    features = datasets.Features({**train.features, NUMBER: datasets.Value("int64")})
-    splits["train"] = IterableDataset.from_generator(_endless, features, gen_kwargs={"split": train})
     return splits
 
 
@@ -155,11 +152,17 @@ def _labelled(row, split, source):
     return row
 
 
-def _endless(split: IterableDataset) -> Iterator[dict]:
+def endless(split: IterableDataset, seed: int) -> IterableDataset:
     """
-    Pass after pass, each in another order, its rows numbered: so a resumed training, which leaves out as many rows as
-    it has had, finds the pass and place where it was.
+    A stream pass after pass, each in another order, its rows numbered: so a resumed training, which leaves out as many
+    rows as it has had, finds the pass and place where it was.
     """
+    features = datasets.Features({**split.features, NUMBER: datasets.Value("int64")})
+    split = split.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+    return IterableDataset.from_generator(_passes, features, gen_kwargs={"split": split})
+
+
+def _passes(split: IterableDataset) -> Iterator[dict]:
     numbers = itertools.count()
     for epoch in itertools.count():
         split.set_epoch(epoch)

@@ -27,7 +27,9 @@ def figures_of_classes(labels: np.ndarray, predicted: np.ndarray) -> dict[str, f
 
 
 def figures_of_search(vectors: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Of the images with another of their label, each searched among all others; shares and means."""
+    """Of the images with another of their label, each searched among all others; nothing where there are none such."""
+    if len({*labels}) == len(labels):
+        return {}
     found = retrieval(unit(vectors), np.asarray(labels))
     return {name: float(found[name].mean()) for name in METRICS["embedding"]}
 

@@ -31,7 +31,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from phi3_tools.finetune.data import FEATURES, Collator, with_features
+from phi3_tools.finetune.data import FEATURES, Collator, endless, with_features
 from phi3_tools.finetune.report import figures_of_classes, figures_of_search
 from phi3_tools.finetune.settings import Settings, TaskOptions, last_checkpoint, steps_done
 from phi3_tools.images import IMAGE, LABEL
@@ -266,6 +266,8 @@ def train(settings: Settings, start: dict, splits: dict, names: list[str], proce
     if arguments.load_best_model_at_end is None or not has_validation:
         strategy = arguments.eval_strategy if has_validation else "no"
         arguments = replace(arguments, eval_strategy=strategy, load_best_model_at_end=has_validation)
+    if settings.data.streaming:
+        splits = splits | {"train": endless(splits["train"], arguments.seed)}
     collate = Collator(
         getattr(processor, "image_processor", processor), settings.data.num_crops, settings.changes, arguments.seed
     )
