@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from phi3_tools.compare.report import format_cost, format_value, write_report
 from phi3_tools.measures import (
@@ -53,7 +55,7 @@ from phi3_tools.measures import (
     unit,
     why_undefined,
 )
-from phi3_tools.models import BATCH_SIZE, CACHE, Picture, embed, open_cache, parse_spec
+from phi3_tools.models import BATCH_SIZE, CACHE, Picture, embed, find_source, open_cache, parse_spec
 from phi3_tools.pictures import (
     IMAGE,
     LABEL,
@@ -67,7 +69,7 @@ from phi3_tools.pictures import (
 )
 
 PACKAGES = ("torch", "transformers", "sentence-transformers", "scikit-learn", "scipy", "faiss-cpu", "numpy", "pillow")
-RETRIEVAL, HELD_OUT, CLUSTERING = "Same-class retrieval", "Classification of held-out pictures", "Clustering"
+RETRIEVAL, HELD_OUT, CLUSTERING = "Same-class retrieval", "Classification of held-out images", "Clustering"
 ROBUSTNESS, DETAIL, TEXTS = "Robustness", "Fine detail", "Text to image"
 CKA_PICTURES = 200
 ALL_CHANGES = "mean of all changes"
@@ -80,7 +82,7 @@ class Data:
     """Pictures that differ; `labels` `(n,)` index `classes`, or are `UNLABELLED`; `captions` are texts, or None."""
 
     names: list[str]
-    pictures: list[Picture]
+    images: list[Picture]
     labels: np.ndarray
     classes: list[str]
     captions: list[str] | None
@@ -88,7 +90,7 @@ class Data:
     def select(self, kept):
         return Data(
             [self.names[each] for each in kept],
-            [self.pictures[each] for each in kept],
+            [self.images[each] for each in kept],
             self.labels[kept],
             self.classes,
             self.captions and [self.captions[each] for each in kept],
@@ -130,7 +132,7 @@ def run(arguments):
     probe = np.sort(rng.permutation(len(data.names))[: arguments.probe])
     embedded = embed(
         specs,
-        data.pictures + changed_pictures(data, probe),
+        data.images + changed_pictures(data, probe),
         [] if data.captions is None else data.captions,
         arguments.num_crops,
         arguments.cache,
@@ -143,8 +145,9 @@ def run(arguments):
         results = {
             "about": about(arguments, data, started, left_out),
             "models": [
-                {"label": label, "spec": each.spec.text, "version": each.version, "undefined": undefined.get(label)}
-                | {"cost": each.cost}
+                {"label": label, "spec": each.spec.text, "version": each.version}
+                | what_it_is(each.spec)
+                | {"undefined": undefined.get(label), "cost": each.cost}
                 for label, each in zip(labels, embedded)
             ],
             "figures": summarise(figures, arguments.resamples, arguments.seed),
@@ -219,7 +222,7 @@ def changed_pictures(data, probe):
     """The probe's pictures after every change, change by change."""
 
     def changed(number, name, change):
-        picture = data.pictures[number]
+        picture = data.images[number]
         return Picture(f"{picture.key} {name} {CHANGES_VERSION}", lambda: change(picture.read()))
 
     return [changed(number, name, change) for name, change in all_changes().items() for number in probe]
@@ -238,17 +241,17 @@ def leave_out_refused(data, probe, embedded, left_out):
     """
     refused = {key: reason for each in embedded for key, reason in each.refused.items()}
     keys = {key.split(" ")[0] for key in refused}
-    kept = np.array([number for number, picture in enumerate(data.pictures) if picture.key not in keys])
+    kept = np.array([number for number, picture in enumerate(data.images) if picture.key not in keys])
     left_out["refused"] = {
         name: next(reason for key, reason in refused.items() if key.startswith(picture.key))
-        for name, picture in zip(data.names, data.pictures)
+        for name, picture in zip(data.names, data.images)
         if picture.key in keys
     }
     for name, reason in list(left_out["refused"].items())[:MAX_NAMED]:
         console.print(f"Left out of all models: {name}: {reason}", style="yellow")
     if not len(kept):
         raise ValueError("Every picture is refused by one model or another, so that there is nothing to compare.")
-    total, is_kept = len(data.pictures), np.isin(probe, kept)
+    total, is_kept = len(data.images), np.isin(probe, kept)
     spaces = []
     for each in embedded:
         space = {"all": each.vectors[:total][kept]}
@@ -264,6 +267,17 @@ def leave_out_refused(data, probe, embedded, left_out):
 def name_models(specs):
     labels = [spec.label for spec in specs]
     return [spec.text if labels.count(label) > 1 else label for spec, label in zip(specs, labels)]
+
+
+def what_it_is(spec):
+    """What the report's words about a model follow from: its kind, its pooling, and the family of its tower."""
+    kind, pooling, family = find_source(spec.source, spec.revision).kind, spec.pooling, None
+    if kind in ("phi3_embed", "transformers"):
+        is_ours = kind == "phi3_embed"
+        config = AutoConfig.from_pretrained(spec.source, revision=spec.revision, trust_remote_code=is_ours)
+        family = (config.vision_config if is_ours else config).model_type
+        pooling = (pooling or config.pooling_mode) if is_ours else None
+    return {"kind": kind, "pooling": pooling, "architecture": family}
 
 
 def measure(data, probe, embedded, spaces, labels, seed):
@@ -368,18 +382,33 @@ def compare_spaces(spaces, labels, undefined, arguments):
 
 def about(arguments, data, started, left_out):
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command_again(arguments),
         "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in vars(arguments).items()},
         "started": started,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, threads: {torch.get_num_threads()}"
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
-        "pictures": len(data.names),
+        "images": len(data.names),
         "classes": len(np.unique(data.labels[data.labels != UNLABELLED])),
         "captions": data.captions is not None,
         "left_out": left_out,
         "neighbours": NUM_NEIGHBOURS,
     }
+
+
+def command_again(arguments):
+    """The command line, with what lies on this machine by its name alone: a report may be passed on."""
+
+    def named(text):
+        source = parse_spec(text).source
+        return text.replace(source, Path(source).resolve().name) if Path(source).is_dir() else text
+
+    images = Path(arguments.images).name if Path(arguments.images).exists() else arguments.images
+    words = ["phi3-embed", "compare", "--models", *map(named, arguments.models), "--images", images]
+    for name in ("split", "image_column", "label_column", "text_column", "limit", "probe", "num_crops", "seed"):
+        if getattr(arguments, name) is not None:
+            words += [f"--{name}", str(getattr(arguments, name))]
+    return shlex.join(words)
 
 
 def names_of(data):
