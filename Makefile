@@ -1,24 +1,41 @@
-# Two commands do everything: `make demo` and `make test`.
+# Two commands do everything: `make demo` and `make test`. `make check` is the short one, for the modules alone.
 PYTHON ?= python3.11
 VENV = .venv
+CHECK = .venv-check
 RUN = $(VENV)/bin/python
 MODEL ?=
 IMAGES ?=
+# What holds the modules at the top; these run on requirements.txt alone.
+MODULE_TESTS = tests/test_configuration.py tests/test_processing.py tests/test_modeling.py tests/test_language_model.py \
+  tests/test_loading.py tests/test_golden.py
 
-.PHONY: demo app test lint format tiny compare benchmark clean
+.PHONY: demo app test check versions lint types format tiny compare benchmark clean
 
 demo: $(VENV)/ready
-	$(RUN) -m phi3_tools demo $(if $(MODEL),--model "$(MODEL)") $(if $(IMAGES),--images "$(IMAGES)")
+	$(VENV)/bin/phi3-embed demo $(IMAGES) $(if $(MODEL),--model "$(MODEL)")
 
 app: $(VENV)/ready
 	GRADIO_ANALYTICS_ENABLED=False $(if $(MODEL),MODEL="$(MODEL)",HF_HUB_OFFLINE=1) $(RUN) space/app.py
 
 test: $(VENV)/transformers-tests $(VENV)/browser $(VENV)/quantizers lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest --durations=20
+
+check: $(CHECK)/ready
+	$(CHECK)/bin/ruff check .
+	$(CHECK)/bin/ruff format --check .
+	$(CHECK)/bin/pyright --pythonpath $(CHECK)/bin/python *_phi3_embed.py
+	$(CHECK)/bin/python -m pytest --numprocesses=2 -m "not full_size" $(MODULE_TESTS)
+
+# The modules' tests on the oldest transformers that requirements.txt admits, the one before, and the newest.
+versions: $(VENV)/ready
+	$(RUN) -m nox
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/ready
+	$(VENV)/bin/pyright
 
 format: $(VENV)/ready
 	$(VENV)/bin/ruff check --fix .
@@ -28,7 +45,7 @@ tiny: $(VENV)/ready
 	$(RUN) -m phi3_tools.train_tiny
 
 compare: $(VENV)/ready
-	HF_HUB_OFFLINE=1 $(RUN) -m phi3_tools compare --models .:mean .:tower pixels --images digits --num_crops 1
+	HF_HUB_OFFLINE=1 $(VENV)/bin/phi3-embed compare digits --models .:mean --models .:tower --models pixels --num-crops 1
 
 benchmark: $(VENV)/ready $(VENV)/quantizers
 	$(RUN) benchmarks/run.py
@@ -37,6 +54,13 @@ $(VENV)/ready: requirements-dev.txt requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
 	$(VENV)/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
+# requirements.txt and what the tests themselves need, at the versions of requirements-dev.txt.
+$(CHECK)/ready: requirements-dev.txt requirements.txt
+	$(PYTHON) -m venv $(CHECK)
+	$(CHECK)/bin/pip install --quiet -c requirements-dev.txt -r requirements.txt -r tests/requirements.txt
+	$(CHECK)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
 # The common tests of the installed transformers, which only its source distribution has.
@@ -57,4 +81,4 @@ $(VENV)/browser: $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CHECK)

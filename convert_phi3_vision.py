@@ -13,8 +13,8 @@ and is renamed to OUTPUT when it is complete.
 """
 
 import argparse
-import copy
 import errno
+import inspect
 import json
 import logging
 import math
@@ -22,7 +22,9 @@ import os
 import re
 import shlex
 import shutil
+import stat
 import sys
+import tempfile
 import time
 import warnings
 from collections import defaultdict
@@ -34,11 +36,11 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import torch
+import yaml
 from filelock import Timeout
 from huggingface_hub import (
     HfApi,
     ModelCardData,
-    RepoCard,
     get_hf_file_metadata,
     hf_hub_url,
     is_offline_mode,
@@ -63,11 +65,9 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging as transformers_logging
 
@@ -100,10 +100,10 @@ PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
 SMALL_FILES = (
     "config.json",
     PREPROCESSOR,
-    "tokenizer*",
+    "tokenizer.json",
+    "tokenizer_config.json",
     "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
+    "chat_template.jinja",
     "README.md",
     "LICENSE*",
     INDEX,
@@ -125,8 +125,62 @@ TOWER_SETTINGS = (
     "layer_norm_eps",
 )
 
+# What is taken over from a source's files, key by key: a source gives weights, numbers and texts. All else there, such
+# as an `auto_map`, could name code, files or addresses that would act here or wherever the result is loaded.
+TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit")
+IMAGE_SETTINGS = ("num_crops", "image_mean", "image_std")
+TOKEN_KEYS = {"content": str, "lstrip": bool, "rstrip": bool, "normalized": bool, "single_word": bool, "special": bool}
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
+TOKENIZER_SETTINGS = {
+    "add_bos_token": bool,
+    "add_eos_token": bool,
+    "clean_up_tokenization_spaces": bool,
+    "legacy": bool,
+    "model_max_length": int,
+    "padding_side": str,
+    "truncation_side": str,
+    "split_special_tokens": bool,
+}
+# An adapter's settings that decide what it changes, and those that do not matter once it is trained.
+ADAPTER_NUMBERS, ADAPTER_SWITCHES = ("r", "lora_alpha"), ("fan_in_fan_out", "use_rslora", "use_dora")
+ADAPTER_PATTERNS = ("rank_pattern", "alpha_pattern")
+ADAPTER_SETTINGS = (*ADAPTER_NUMBERS, *ADAPTER_SWITCHES, *ADAPTER_PATTERNS)
+IGNORED_ADAPTER_SETTINGS = (
+    "peft_type",
+    "peft_version",
+    "task_type",
+    "auto_mapping",
+    "inference_mode",
+    "base_model_name_or_path",
+    "revision",
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "lora_dropout",
+    "bias",
+    "init_lora_weights",
+    "eva_config",
+    "megatron_config",
+    "megatron_core",
+    "runtime_config",
+)
+# Names of layers, and plain patterns of them: at most two repetitions, which cannot take for ever to match.
+LAYER_PATTERN = re.compile(r"[\w.\\^$|-]{0,200}([*+][\w.\\^$|-]{0,200}){0,2}")
+# These begin from another base than the one that is given: the adapter alone does not say how it was changed.
+CHANGED_BASES = ("pissa", "olora", "loftq", "corda", "lora_ga")
+
+MAX_TEXT_SIZE = 2**24  # bytes of a JSON file or a text; Phi-3's tokenizer.json has 1.9 million
+MAX_CARD_SIZE = 2**16  # of the metadata of a card
+MAX_HEADER_SIZE = 2**24  # of a safetensors file; Phi-3-vision's have 70 thousand
+MAX_RANK = 8  # dimensions of a tensor
+MAX_LAYERS = 500
+MAX_NUMBER = 10**7  # any other number of a config: widths, rows of tables, positions
+LFS_POINTER = b"version https://git-lfs.github.com/"
+
 MAX_SHARD_SIZE = "5GB"
-MAX_HEADER_SIZE = 100_000_000  # safetensors' own limit
 CHUNK = 2**22
 MAX_RETRIES = 5
 TIMEOUT = 30  # seconds without a byte
@@ -142,9 +196,16 @@ def library_errors(what):
     try:
         yield
     except Exception as error:
-        if isinstance(error, ConversionError) or getattr(error, "errno", None):  # a full disk is no fault of the file
-            raise
+        if isinstance(error, ConversionError) or getattr(error, "errno", None) or is_disk_full(error):
+            raise  # a full disk is no fault of the file
         raise ConversionError(f"{what}: {' '.join(str(error).split())}") from error
+
+
+def is_disk_full(error) -> bool:
+    """Whether an error says that no more can be written; tokenizers say it by the text of a plain `Exception`."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    return getattr(error, "errno", None) in codes or bool(said and int(said[1]) in codes)
 
 
 def published_names(name: str) -> list[str]:
@@ -170,10 +231,13 @@ class Source:
     def url(self, file):
         return hf_hub_url(self.name, file, revision=self.commit)
 
-    def size(self, file):
+    def size(self, file) -> int:
         if self.commit is None:
             return (self.folder / file).stat().st_size
-        return get_hf_file_metadata(self.url(file), retry_on_errors=True).size
+        size = retried(lambda: get_hf_file_metadata(self.url(file), retry_on_errors=True)).size
+        if size is None:
+            raise ConversionError(f"The server does not say how large {self.url(file)} is.")
+        return size
 
     def read(self, file, start, stop):
         """Yields the bytes [start, stop) of a file as they come."""
@@ -184,12 +248,29 @@ class Source:
             opened.seek(start)
             yield opened.read(stop - start)
 
-    def json(self, file) -> dict:
+    def text(self, file, errors="strict") -> str:
+        """One of the small files, which lie in `folder` of a repository on the Hub too."""
         if file not in self.files:
             raise ConversionError(f"{self.name} has no {file}.")
+        with open(self.folder / file, "rb") as opened:
+            content = opened.read(MAX_TEXT_SIZE + 1)
+        if len(content) > MAX_TEXT_SIZE:
+            raise ConversionError(
+                f"{self.name}: {file} is larger than {MAX_TEXT_SIZE} bytes, so is not what it should be."
+            )
+        self.check_pointer(file, content)
+        return content.decode("utf-8-sig", errors)
+
+    def check_pointer(self, file, begins: bytes):
+        if begins.startswith(LFS_POINTER):
+            raise ConversionError(
+                f"{self.name}: {file} is a Git LFS pointer, not the file itself. Fetch it by `git lfs pull` there."
+            )
+
+    def json(self, file) -> dict:
         try:
-            content = json.loads((self.folder / file).read_text(encoding="utf-8-sig"))
-        except ValueError as error:
+            content = json.loads(self.text(file), parse_constant=refuse_constant)
+        except (ValueError, RecursionError) as error:
             raise ConversionError(f"{self.name}: {file} is no JSON: {error}") from error
         if not isinstance(content, dict):
             raise ConversionError(f"{self.name}: {file} must hold a JSON object, but holds {str(content)[:40]!r}.")
@@ -203,28 +284,53 @@ class Source:
         return found
 
 
+def refuse_constant(name):
+    raise ValueError(f"{name} is no number in JSON")
+
+
 def read_url(url, start, stop):
     """
-    Yields the bytes [start, stop) of a file on the Hub as they come. Answers of 429 and 5xx are tried again, and where
-    a body is cut, reading goes on at the byte after the last.
+    Yields the bytes [start, stop) of a file on the Hub as they come, exactly these: bytes too many would move all that
+    come after. Answers of 429 and 5xx are tried again, and where a body is cut, reading goes on at the byte after the
+    last.
 
     A redirect to another origin, as large files have, is followed without the token: the client leaves it out.
     """
     failures = 0
     while start < stop:
         headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        error = None
         try:
-            # The exceptions of reading the body would come back into a generator that has ended: they are ours.
+            # Errors of reading the body are handled below: the client's retry would enter this generator again.
             with http_stream_backoff("GET", url, headers=headers, timeout=TIMEOUT, retry_on_exceptions=()) as response:
                 hf_raise_for_status(response)
-                if not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-                    raise ConversionError(f"The server of {url} does not serve parts of files (HTTP ranges).")
+                check_answer(response, start, stop)
                 for chunk in response.iter_raw():
-                    start, failures = start + len(chunk), 0
-                    yield chunk
-        except httpx2.TransportError as error:
+                    if len(chunk) > stop - start:
+                        raise ConversionError(f"The server sends more bytes of {url} than were asked for.")
+                    if chunk:
+                        start, failures = start + len(chunk), 0
+                        yield chunk
+        except httpx2.TransportError as raised:
+            error = raised
+        if start < stop:
             failures += 1
-            wait_or_raise(failures, error)
+            wait_or_raise(failures, error or ConversionError(f"the answer ends {stop - start} bytes early"))
+
+
+def check_answer(response, start, stop):
+    """Raises unless an answer says that it brings the bytes [start, stop) as they are."""
+    given = response.headers.get("Content-Range", "")
+    length = response.headers.get("Content-Length", "0")
+    if response.status_code != 206:
+        raise ConversionError(f"The server of {response.url.host} does not serve parts of files (HTTP ranges).")
+    if not re.fullmatch(rf"bytes {start}-{stop - 1}/(\d+|\*)", given) or int(length) > stop - start:
+        raise ConversionError(
+            f"The server of {response.url.host} was asked for the bytes {start} to {stop - 1}, but answers with "
+            f"{given or 'no range'}, {length} bytes long. A proxy may stand between; try from another network."
+        )
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise ConversionError(f"The server of {response.url.host} sends files encoded, though asked not to.")
 
 
 def retried(call):
@@ -254,23 +360,76 @@ def first_line(error):
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def open_source(name: str, revision: str | None, folder: Path) -> Source:
+def open_source(name: str, revision: str | None, folder: Path, is_on_hub: bool = False) -> Source:
     """A folder as it is, or a repository on the Hub, whose small files are fetched to `folder`."""
-    if Path(name).is_dir():
+    if not is_on_hub and Path(name).is_dir():
         if revision is not None:
             raise ConversionError(f"A revision is of a repository on the Hub, but {name} is a folder.")
-        return Source(name, Path(name), frozenset(path.name for path in Path(name).iterdir()))
-    if Path(name).exists():
+        return Source(name, Path(name), files_of(Path(name)))
+    if not is_on_hub and Path(name).exists():
         raise ConversionError(f"{name} is a file. Give the folder that it is in, or a Hub id.")
     with hub_errors(name):
         info = retried(lambda: HfApi().model_info(name, revision=revision))
         remember_commit(name, info.sha, folder)
-        retried(lambda: snapshot_download(name, revision=info.sha, allow_patterns=SMALL_FILES, local_dir=folder))
-    return Source(name, folder, frozenset(sibling.rfilename for sibling in info.siblings), info.sha)
+        # Names that could lie elsewhere than in the folder are no files of a checkpoint.
+        files = {sibling.rfilename for sibling in info.siblings if re.fullmatch(r"[\w-][\w.-]*", sibling.rfilename)}
+        source = Source(name, folder, frozenset(files), info.sha)
+        for file in sorted(files):
+            if matches(file, SMALL_FILES):
+                fetch_small_file(source, file)
+    return source
+
+
+def matches(file, patterns):
+    return any(Path(file).match(pattern) for pattern in patterns)
+
+
+def fetch_small_file(source: Source, file: str):
+    path, size = source.folder / file, source.size(file)
+    if size > MAX_TEXT_SIZE and not file.endswith(".safetensors"):
+        raise ConversionError(
+            f"{source.name}: {file} is larger than {MAX_TEXT_SIZE} bytes, so is not what it should be."
+        )
+    if path.exists() and path.stat().st_size == size:
+        return
+    with open(f"{path}.part", "wb") as opened:
+        opened.writelines(source.read(file, 0, size))
+    os.replace(f"{path}.part", path)
+
+
+def files_of(folder: Path) -> frozenset[str]:
+    """The names of the files in a folder. What is none, or lies elsewhere, is refused, or left out if it is a text."""
+    files = set()
+    for path in folder.iterdir():
+        if unlike := unlike_a_file(path, folder):
+            if matches(path.name, ("LICENSE*", "README.md")):
+                print(f"Left out: {path.name} of {folder} is {unlike}.")
+            elif matches(path.name, (*SMALL_FILES, "*.safetensors")):
+                raise ConversionError(f"{folder}: {path.name} is {unlike}. Put the file itself there.")
+        else:
+            files.add(path.name)
+    return frozenset(files)
+
+
+def unlike_a_file(path: Path, folder: Path) -> str | None:
+    """What a path is other than a file that lies in the folder; the Hub client's cache links to its own blobs."""
+    folder = folder.resolve()
+    own = (folder, folder.parent.parent / "blobs") if folder.parent.name == "snapshots" else (folder,)
+    if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in own):
+        return "a symbolic link to what lies elsewhere"
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return "a symbolic link to nothing"
+    if stat.S_ISREG(mode):
+        return None
+    return "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
 
 
 def remember_commit(name, commit, folder):
-    """Writes beside a download of what it is one, or refuses to go on with weights of something else."""
+    """Records of which repository and commit a download is; raises if one of another has been begun."""
+    if not re.fullmatch(r"[0-9a-f]{40}", str(commit)):
+        raise ConversionError(f"The Hub gives {commit!r} as the commit of {name}.")
     path, asked = folder / "source.json", {"name": name, "commit": commit}
     try:
         begun = json.loads(path.read_text())
@@ -350,23 +509,37 @@ def read_entries(source: Source, begins: tuple[str, ...] = ("",)) -> dict[str, E
     return entries
 
 
-def read_header(source, file):
+def read_header(source, file) -> dict[str, Entry]:
+    """The tensors of a safetensors file, whose header is believed in nothing that it contradicts."""
     size = source.size(file)
-    length = int.from_bytes(b"".join(source.read(file, 0, min(8, size))), "little")
+    begins = b"".join(source.read(file, 0, min(8, size)))
+    if begins == LFS_POINTER[:8]:
+        source.check_pointer(file, b"".join(source.read(file, 0, min(len(LFS_POINTER), size))))
+    length = int.from_bytes(begins, "little")
     try:
         if not 2 <= length <= min(size - 8, MAX_HEADER_SIZE):
             raise ValueError("a safetensors file would begin with the length of its header")
         header = json.loads(b"".join(source.read(file, 8, 8 + length)))
         header.pop("__metadata__", None)
-        entries = {}
-        for name, about in header.items():
-            start, stop = (8 + length + offset for offset in about["data_offsets"])
-            entries[name] = Entry(name, file, about["dtype"], tuple(about["shape"]), start, stop)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        entries, end = {}, 0
+        for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            (start, stop), dtype, shape = about["data_offsets"], about["dtype"], about["shape"]
+            numbers = (start, stop, *shape)
+            if not isinstance(dtype, str) or not all(type(number) is int and number >= 0 for number in numbers):
+                raise ValueError(
+                    f"{name[:200]} has the dtype {dtype!r}, the shape {shape} and the offsets {[start, stop]}"[:600]
+                )
+            if len(shape) > MAX_RANK or not end <= start <= stop:
+                raise ValueError(
+                    f"the bytes {start} to {stop} of {name[:200]} overlap others, or its shape is too long"
+                )
+            if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != stop - start:
+                raise ValueError(f"{name[:200]} of shape {shape} has {stop - start} bytes")
+            entries[name], end = Entry(name, file, dtype, tuple(shape), 8 + length + start, 8 + length + stop), stop
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConversionError(f"{source.name}: {file} is no safetensors file ({error}).") from error
-    end = max((entry.stop for entry in entries.values()), default=0)
-    if end > size:
-        raise ConversionError(f"{source.name}: {file} is cut short: {size} of {end} bytes.")
+    if 8 + length + end > size:
+        raise ConversionError(f"{source.name}: {file} is cut short: {size} of {8 + length + end} bytes.")
     return entries
 
 
@@ -387,10 +560,37 @@ def read_config(source: Source):
 
 
 def parse_config(source: Source):
+    """Our config of the source's, Microsoft's or ours, as far as numbers and texts describe the image embedding."""
+    config_class = load_class("modeling_phi3_embed.Phi3EmbedConfig")
     with library_errors(f"{source.name}: config.json"):
-        config = load_class("modeling_phi3_embed.Phi3EmbedConfig").from_dict(source.json("config.json"))
+        about = source.json("config.json")
+        known = {*inspect.signature(config_class).parameters, "img_processor", "embd_layer"}
+        taken = {key: value for key, value in about.items() if key in known}
+        if isinstance(taken.get("vision_config"), dict):
+            taken["vision_config"] = tower_settings(taken["vision_config"])
+        for part in (taken, *(part for part in taken.values() if isinstance(part, dict))):
+            check_numbers(part)
+        config = config_class.from_dict(taken)
         model_shapes(config)  # the tower's own checks
     return config
+
+
+def tower_settings(about: dict) -> dict:
+    """A tower's own settings, without what a config of any model may say besides."""
+    model_type = about.get("model_type", TOWERS[0])
+    if model_type not in TOWERS:
+        raise ValueError(f"`vision_config` is of type {model_type!r}, but must be of one of {', '.join(TOWERS)}.")
+    known = CONFIG_MAPPING[model_type]().to_dict().keys() - PreTrainedConfig().to_dict().keys()
+    return {key: about[key] for key in known & about.keys()} | {"model_type": model_type}
+
+
+def check_numbers(about: dict):
+    """Raises for numbers that no checkpoint has, before anything is built by them."""
+    for key, value in about.items():
+        limit = MAX_LAYERS if "layers" in key else MAX_NUMBER
+        for number in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(number, (int, float)) and abs(number) > limit:
+                raise ValueError(f"`{key}` is {number}, but must be {limit} at most.")
 
 
 def load_class(reference):
@@ -433,8 +633,6 @@ def check_entry(entry, shape, problems):
         problems["wrong shape"].append(f"{entry.name} is {entry.shape}, not {shape}")
     if entry.dtype not in DTYPES:
         problems["wrong dtype"].append(f"{entry.name} is {entry.dtype}, not one of {', '.join(DTYPES)}")
-    elif entry.stop - entry.start != math.prod(entry.shape) * DTYPES[entry.dtype].itemsize:
-        problems["wrong size"].append(f"{entry.name} has {entry.stop - entry.start} bytes")
 
 
 def raise_problems(source_name, problems):
@@ -498,20 +696,34 @@ class Adapter:
 
     def __init__(self, source: Source):
         about = source.json(ADAPTER)
-        self.source, self.base = source, about.get("base_model_name_or_path")
-        self.base_revision = about.get("revision")
+        self.source, self.base, self.base_revision = (
+            source,
+            about.get("base_model_name_or_path"),
+            about.get("revision"),
+        )
         try:
             from peft import LoraConfig
         except ImportError as error:
             raise ConversionError("Merging an adapter takes peft: `pip install peft`.") from error
-        if about.get("peft_type") != "LORA" or about.get("lora_bias"):
-            kind = "LoRA with `lora_bias`" if about.get("lora_bias") else about.get("peft_type")
+        default = LoraConfig()
+        begins = str(about.get("init_lora_weights")).lower()
+        unknown = [
+            f"`{key}`"
+            for key, value in about.items()
+            if value
+            and key not in (*ADAPTER_SETTINGS, *IGNORED_ADAPTER_SETTINGS)
+            and value != getattr(default, key, None)
+        ]
+        unknown += [f"`init_lora_weights` {begins}"] if begins.startswith(CHANGED_BASES) else []
+        if about.get("peft_type") != "LORA" or unknown:
+            kind = f"LoRA with {', '.join(unknown)}" if about.get("peft_type") == "LORA" else about.get("peft_type")
             raise ConversionError(
                 f"{source.name} is an adapter of type {kind}; LoRA and DoRA are merged here. Merge it by peft's "
                 "`merge_and_unload` and `save_pretrained`, and give that folder."
             )
         with library_errors(f"{source.name}: {ADAPTER}"):
-            self.config = LoraConfig.from_pretrained(source.folder)
+            self.settings = {key: about[key] for key in ADAPTER_SETTINGS if about.get(key) is not None}
+            check_adapter_settings(self.settings)
         if "adapter_model.safetensors" not in source.files:
             raise ConversionError(f"{source.name} has no adapter_model.safetensors (pickles are not read).")
         if others := [file for file in source.files if file.startswith("non_lora")]:
@@ -520,10 +732,12 @@ class Adapter:
                 "the training's own script, and give the merged folder."
             )
         self.parts = defaultdict(dict)
-        try:
-            tensors = load_file(source.folder / "adapter_model.safetensors")
-        except SafetensorError as error:
-            raise ConversionError(f"{source.name}: adapter_model.safetensors cannot be read: {error}") from error
+        entries = read_header(source, "adapter_model.safetensors").values()
+        tensors = {entry.name: load_tensor(source.folder, entry) for entry in entries if entry.dtype in DTYPES}
+        if others := sorted({entry.dtype for entry in entries} - DTYPES.keys()):
+            raise ConversionError(
+                f"{source.name} has adapter weights as {', '.join(others)}, not as {', '.join(DTYPES)}."
+            )
         for key, tensor in tensors.items():
             name = key.removeprefix("base_model.model.")
             module, lora, _ = name.partition(".lora_")
@@ -549,7 +763,7 @@ class Adapter:
 
     def merge(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """A weight with the adapter's change, as peft merges it."""
-        from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+        from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
         tensors = dict(self.parts.get(name, {}))
         for key in [key for key in tensors if ".lora_" not in key]:
@@ -561,13 +775,10 @@ class Adapter:
         if not tensors:
             return weight
         path = next(iter(tensors)).removeprefix("base_model.model.").partition(".lora_")[0]
-        config = copy.copy(self.config)
-        config.target_modules, config.task_type, config.bias = {path}, None, "none"
-        config.modules_to_save = config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
         try:
             with warnings.catch_warnings():  # that patterns for other layers match none here
                 warnings.simplefilter("ignore")
-                model = PeftModel(shell(path, weight), config)
+                model = PeftModel(shell(path, weight), LoraConfig(target_modules={path}, **self.settings))
             if get_peft_model_state_dict(model).keys() != tensors.keys():
                 expected = ", ".join(get_peft_model_state_dict(model))
                 raise ValueError(f"it has {', '.join(tensors)} where peft expects {expected}")
@@ -575,6 +786,25 @@ class Adapter:
         except (RuntimeError, ValueError) as error:
             raise ConversionError(f"{self.source.name} does not fit {name}: {error}") from error
         return model.merge_and_unload().get_submodule(path).weight.detach()
+
+
+def check_adapter_settings(settings: dict):
+    """Raises for settings that are of another kind, or patterns that could take for ever to match."""
+    for key, value in settings.items():
+        if key in ADAPTER_SWITCHES:
+            if not isinstance(value, bool):
+                raise ValueError(f"`{key}` is {value!r}, but must be true or false.")
+        elif key in ADAPTER_NUMBERS:
+            if not is_number(value):
+                raise ValueError(f"`{key}` is {value!r}, but must be a positive number.")
+        elif not isinstance(value, dict) or not all(map(is_number, value.values())):
+            raise ValueError(f"`{key}` is {value!r}, but must be a dict of positive numbers.")
+        elif unclear := [name for name in value if not LAYER_PATTERN.fullmatch(name)]:
+            raise ValueError(f"`{key}` has {unclear[0][:200]!r}, but must have names of layers.")
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= MAX_NUMBER
 
 
 def shell(path, weight):
@@ -656,13 +886,11 @@ def write_processor(source: Source, config, output: Path):
         if file not in source.files:
             raise ConversionError(f"{source.name} has no {file}. Put the base model's tokenizer files beside it.")
     with library_errors(f"{source.name}: its tokenizer cannot be read"):
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(source.folder)
-    for key in ("is_local", "local_files_only"):  # how it was loaded just now
-        tokenizer.init_kwargs.pop(key, None)
+        tokenizer = read_tokenizer(source)
     if tokenizer.convert_tokens_to_ids("<|image|>") != config.image_token_id:
         raise ConversionError(f"The tokenizer of {source.name} has no <|image|> with the id {config.image_token_id}.")
     about = source.json(PREPROCESSOR) if PREPROCESSOR in source.files else {}
-    settings = {key: about[key] for key in ("num_crops", "image_mean", "image_std") if key in about}
+    settings = {key: about[key] for key in IMAGE_SETTINGS if key in about}
     size = {"height": config.crop_size, "width": config.crop_size}
     processor_class = load_class("processing_phi3_embed.Phi3EmbedProcessor")
     image_processor_class = load_class("processing_phi3_embed.Phi3EmbedImageProcessor")
@@ -678,6 +906,53 @@ def write_processor(source: Source, config, output: Path):
         "Phi-3.5-vision has 4."
     )
     return f"{crops}; assumed, as the source does not say"
+
+
+def read_tokenizer(source: Source) -> PreTrainedTokenizerFast:
+    """The tokenizer of tokenizer.json and of the settings that are known, from a copy that has nothing else."""
+    about = source.json("tokenizer_config.json")
+    tokens = source.json("special_tokens_map.json") if "special_tokens_map.json" in source.files else {}
+    named = {key: value for key, value in (tokens | about).items() if key in NAMED_TOKENS and value}
+    settings = {key: read_token(value)["content"] for key, value in named.items()}
+    settings |= {key: about[key] for key, kind in TOKENIZER_SETTINGS.items() if isinstance(about.get(key), kind)}
+    for key in TOKEN_LISTS:
+        if isinstance(about.get(key), list):
+            settings[key] = [read_token(token)["content"] for token in about[key]]
+    if isinstance(about.get("added_tokens_decoder"), dict):
+        added = {str(int(number)): read_token(token) for number, token in about["added_tokens_decoder"].items()}
+        settings["added_tokens_decoder"] = added
+    template = (
+        source.text("chat_template.jinja") if "chat_template.jinja" in source.files else about.get("chat_template")
+    )
+    if template is not None:
+        settings["chat_template"] = read_template(template)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "tokenizer.json").write_text(json.dumps(source.json("tokenizer.json")))
+        Path(folder, "tokenizer_config.json").write_text(json.dumps(settings))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
+    for key in ("is_local", "local_files_only"):  # how it was loaded just now
+        tokenizer.init_kwargs.pop(key, None)
+    return tokenizer
+
+
+def read_token(token) -> dict:
+    """A token of a tokenizer_config.json, which is its text or says how it is matched."""
+    token = {"content": token} if isinstance(token, str) else token
+    if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+        raise ValueError(f"a token is {str(token)[:100]!r}, but must be a text")
+    return {key: token[key] for key, kind in TOKEN_KEYS.items() if isinstance(token.get(key), kind)}
+
+
+def read_template(template):
+    """A chat template, or several by name; a name becomes that of a file."""
+    if isinstance(template, str):
+        return template
+    if not isinstance(template, list) or not all(isinstance(named, dict) for named in template):
+        raise ValueError(f"`chat_template` is {str(template)[:100]!r}, but must be a text or a list of named texts")
+    for named in template:
+        if not re.fullmatch(r"\w[\w-]*", str(named.get("name"))) or not isinstance(named.get("template"), str):
+            raise ValueError(f"a chat template is called {str(named.get('name'))[:100]!r}, which is no name")
+    return [{key: named[key] for key in ("name", "template")} for named in template]
 
 
 CARD = """---
@@ -719,7 +994,7 @@ the vision tower's behind the feature layer. Nothing was trained.
 
 
 def write_card(source: Source, adapter, selected, config, crops, command, name, output: Path):
-    said = read_card(source.folder / "README.md")
+    said = read_card(source)
     license = {key: said.get(key) for key in ("license", "license_name", "license_link")}
     metadata = ModelCardData(
         library_name="transformers",
@@ -746,20 +1021,36 @@ def write_card(source: Source, adapter, selected, config, crops, command, name, 
         crops=crops,
     )
     (output / "README.md").write_text(text, encoding="utf-8")
-    for path in source.folder.glob("LICENSE*"):
-        shutil.copyfile(path, output / path.name)
+    for file in source.files:
+        if matches(file, ("LICENSE*",)):
+            (output / file).write_text(source.text(file, errors="replace"), encoding="utf-8")
 
 
-def read_card(path: Path):
-    """What a card's metadata say. A card that cannot be read is told, but stops no conversion."""
-    if not path.exists():
-        return ModelCardData()
+def read_card(source: Source) -> dict[str, str]:
+    """Short texts of a card's metadata. A card that cannot be read is told, but stops no conversion."""
     try:
         with library_errors("README.md cannot be read, so the licence is not taken over"):
-            return RepoCard(path.read_text(encoding="utf-8-sig", errors="replace"), ignore_metadata_errors=True).data
+            text = source.text("README.md", errors="replace") if "README.md" in source.files else ""
+            found = re.match(r"\s*---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+            if found is None:
+                return {}
+            if len(found[1]) > MAX_CARD_SIZE:
+                raise ValueError(f"its metadata are longer than {MAX_CARD_SIZE} characters")
+            said = yaml.load(found[1], Loader=CardLoader)
+            said = said if isinstance(said, dict) else {}
+            return {key: " ".join(text.split())[:200] for key, text in said.items() if isinstance(text, str)}
     except ConversionError as error:
         print(error)
-        return ModelCardData()
+        return {}
+
+
+class CardLoader(yaml.SafeLoader):
+    """YAML without aliases, by which a few lines can stand for billions."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("its metadata have an alias")
+        return super().compose_node(parent, index)
 
 
 def without_path(name):
@@ -852,7 +1143,13 @@ def convert(
     """
     with work_folder(output) as partial:
         source, adapter = open_source(source_name, revision, partial / "source"), None
-        if ADAPTER in source.files and not {WEIGHTS, INDEX} & source.files:
+        has_weights = bool({WEIGHTS, INDEX} & source.files)
+        if ADAPTER in source.files and has_weights and base is None:
+            raise ConversionError(
+                f"{source_name} has weights, and an adapter beside them. Move {ADAPTER} away to convert the weights "
+                f"as they are, or give `--base {source_name}` to merge the adapter into them."
+            )
+        if ADAPTER in source.files:
             adapter = Adapter(source)
             source = open_base(adapter, base, partial / "base")
         elif base is not None:
@@ -877,10 +1174,21 @@ def convert(
 
 
 def open_base(adapter, base, folder):
-    if base is None and adapter.base is None:
-        raise ConversionError(f"{adapter.source.name} does not name its base. Give it by `--base`.")
+    """The base that was given, a folder or a Hub id, or else the one on the Hub that an adapter names."""
+    if base is None:
+        if adapter.base is None:
+            raise ConversionError(f"{adapter.source.name} does not name its base. Give it by `--base`.")
+        named = f"{adapter.base}@{adapter.base_revision or 'main'}"
+        if not re.fullmatch(r"\w[\w.-]{0,95}/[\w.-]{1,96}@\w[\w./-]{0,200}", named):
+            raise ConversionError(
+                f"{adapter.source.name} names {str(adapter.base)[:200]!r} as its base, which is no Hub id. Give the "
+                "base by `--base`, if you trust it."
+            )
+        print(f"The base is {adapter.base}, as {adapter.source.name} names it.")
     try:
-        return open_source(base or adapter.base, None if base else adapter.base_revision, folder)
+        if base:
+            return open_source(base, None, folder)
+        return open_source(adapter.base, adapter.base_revision, folder, is_on_hub=True)
     except ConversionError as error:
         raise ConversionError(f"{error} (It is the base of {adapter.source.name}; `--base` gives another.)") from error
 
@@ -974,9 +1282,13 @@ def same_weights(source: Source, entries, name) -> list[Entry]:
 
 def copy_files(folder: Path, output: Path):
     """Everything but pickles: those would still hold the old weights."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    pickles = [path for path in paths if any(path.match(pattern) for pattern in PICKLES)]
-    paths = [path for path in paths if path not in pickles and ".cache" not in path.relative_to(folder).parts]
+    paths = [Path(place, name) for place, _, names in os.walk(folder) for name in sorted(names)]
+    paths = [path for path in paths if ".cache" not in path.relative_to(folder).parts]
+    unlike = {path: reason for path in paths if (reason := unlike_a_file(path, folder))}
+    pickles = [path for path in paths if matches(path, PICKLES)]
+    paths = [path for path in paths if path not in pickles and path not in unlike]
+    for path, reason in unlike.items():
+        print(f"Left out: {path.relative_to(folder)} is {reason}.")
     if pickles:
         print(f"Left out, as they hold the old weights: {', '.join(path.name for path in pickles)}")
     total = sum(path.stat().st_size for path in paths)
@@ -1072,9 +1384,12 @@ def main():
         run(sys.argv[1:])
     except ConversionError as error:
         sys.exit(f"error: {error}")
-    except (OSError, httpx2.TransportError) as error:
-        is_full = getattr(error, "errno", None) == errno.ENOSPC
-        sys.exit(f"error: {error}{'. Free some space: the same command goes on from here.' if is_full else ''}")
+    except Exception as error:
+        if is_disk_full(error):
+            sys.exit(f"error: {first_line(error)}. Free some space: the same command goes on from here.")
+        if isinstance(error, (OSError, httpx2.TransportError)):
+            sys.exit(f"error: {error}")
+        raise
     except KeyboardInterrupt:
         sys.exit("\nInterrupted. The same command goes on from here.")
 

@@ -139,9 +139,7 @@ def look(item, num_crops):
     crops, overview = tokens[:length], tokens[length + 1 :]
     if model.config.hd_transform_order == "glb_sub":
         crops, overview = tokens[-length:], tokens[: -length - 1]
-    pixels = image_processor(item.picture, num_crops=num_crops, do_normalize=False, return_tensors="np").pixel_values[
-        0
-    ]
+    pixels = image_processor(item.picture, num_crops=num_crops, do_normalize=False, return_tensors="np").pixel_values
     pixels = (pixels.transpose(0, 2, 3, 1) * 255).round().clip(0, 255).astype(np.uint8)
     return {
         "grid": (rows, cols),

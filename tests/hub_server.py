@@ -26,6 +26,8 @@ there by PUT. They are served by ranges; those that exceed 10 MB from where they
 - "drop": the connection is closed in place of an answer.
 - "lost": the work is done, and then the connection is closed in place of an answer.
 - "cut": the content of a file ends after `at` bytes and the connection is closed.
+- "long": the content of a file has `at` bytes more than were asked for, and says so; "endless": and does not say so.
+- "empty": the answer has no content. "shifted": it brings the bytes that begin `at` bytes later, and says so.
 - "flip": the byte `at` of a file's content is wrong; in a PUT, that of what arrives.
 """
 
@@ -317,7 +319,7 @@ class _Handler(BaseHTTPRequestHandler):
         for chunk in content:
             if fault and fault.kind == "cut":
                 chunk = chunk[: max(fault.at - position, 0)]
-            elif fault:
+            elif fault and fault.kind == "flip":
                 chunk = _flip(chunk, fault.at - position)
             self.entry.sent += len(chunk)
             self.wfile.write(chunk)
@@ -337,9 +339,23 @@ class _Handler(BaseHTTPRequestHandler):
             if start >= stop:
                 raise _Refusal(416, "Range Not Satisfiable")
             status, headers["Content-Range"] = 206, f"bytes {start}-{stop - 1}/{file.size}"
-        headers["Content-Length"] = stop - start
-        fault = None if self.command == "HEAD" else self.hub.take_fault(self.entry.line, "cut", "flip")
-        self.reply(status, file.chunks(start, stop), headers, fault)
+        fault = None if self.command == "HEAD" else self.hub.take_fault(self.entry.line, *CONTENT_FAULTS)
+        content = file.chunks(start, stop)
+        if fault and fault.kind in ("long", "endless"):
+            content, stop = (*content, b"\0" * fault.at), stop + fault.at
+        elif fault and fault.kind == "empty":
+            content, stop = (), start
+        elif fault and fault.kind == "shifted":
+            content = file.chunks(start + fault.at, stop + fault.at)
+            headers["Content-Range"] = f"bytes {start + fault.at}-{stop + fault.at - 1}/{file.size}"
+        if fault and fault.kind == "endless":
+            headers["Connection"], self.close_connection = "close", True
+        else:
+            headers["Content-Length"] = stop - start
+        self.reply(status, content, headers, fault)
+
+
+CONTENT_FAULTS = ("cut", "flip", "long", "endless", "empty", "shifted")
 
 
 def _flip(chunk, at):

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
 
-MODULES = ("configuration_phi3_embed.py", "modeling_phi3_embed.py", "processing_phi3_embed.py")
+MODULES = ("checks_phi3_embed.py", "configuration_phi3_embed.py", "modeling_phi3_embed.py", "processing_phi3_embed.py")
 COMMAND = [sys.executable, ROOT / "convert_phi3_vision.py"]
 GLB, FC1 = "model.vision_embed_tokens.glb_GN", f"{convert_phi3_vision.TOWER}encoder.layers.1.mlp.fc1.weight"
 
@@ -263,8 +263,9 @@ def truncate(folder):
         (rewrite("preprocessor_config.json", num_crops=1000), "preprocessor_config.json: `num_crops` is 1000"),
         (rewrite("preprocessor_config.json", image_mean=[0.5] * 2), "json: `image_mean` has 2 values"),
         (rewrite("preprocessor_config.json", image_std=0), "json: `image_std` is 0, but must be positive"),
-        (write("tokenizer.json", '{"version": "1.0"'), "its tokenizer cannot be read"),
-        (write("tokenizer_config.json", "{"), "its tokenizer cannot be read"),
+        (write("tokenizer.json", '{"version": "1.0"'), "tokenizer.json is no JSON"),
+        (write("tokenizer.json", '{"version": "1.0"}'), "its tokenizer cannot be read"),
+        (write("tokenizer_config.json", "{"), "tokenizer_config.json is no JSON"),
         (lambda folder: (folder / "tokenizer_config.json").unlink(), "has no tokenizer_config.json"),
         (only_index("{}"), "index.json has no `weight_map`"),
         (only_index('{"weight_map": []}'), "index.json has no `weight_map`"),
@@ -403,9 +404,8 @@ def test_an_adapter_is_merged_as_peft_merges_it(
             nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(tmp_path / "adapter")
     merged = PeftModel.from_pretrained(Published(published.weights()), tmp_path / "adapter").merge_and_unload()
-    rewrite("adapter_config.json", base_model_name_or_path=str(source), task_type="CAUSAL_LM")(tmp_path / "adapter")
 
-    convert(str(tmp_path / "adapter"), tmp_path / "output")
+    convert(str(tmp_path / "adapter"), tmp_path / "output", base=str(source))
     assert_same_weights(tmp_path / "output", merged.state_dict())
     output, before = load_file(tmp_path / "output" / "model.safetensors"), load_file(converted / "model.safetensors")
     assert sum(not torch.equal(tensor, before[name]) for name, tensor in output.items()) == changed_weights
@@ -423,9 +423,11 @@ def test_adapters_that_cannot_be_merged_say_why(source, tmp_path):
     with pytest.raises(ConversionError, match="no Hub id.*It is the base of"):
         convert(str(adapter), tmp_path / "output", base="gone/from/here")
     about = (adapter / "adapter_config.json").read_text()
-    for text in ("[]", json.dumps(json.loads(about) | {"target_modules": "fc1", "layers_to_transform": [1]})):
+    for text in ("[]", json.dumps(json.loads(about) | {"lora_alpha": "8"})):
         write("adapter_config.json", text)(adapter)
-        with pytest.raises(ConversionError, match=r"adapter_config.json( must hold a JSON object|: `layers_to)"):
+        with pytest.raises(
+            ConversionError, match=r"adapter_config.json( must hold a JSON object|: `lora_alpha` is '8')"
+        ):
             convert(str(adapter), tmp_path / "output", base=str(source))
     write("adapter_config.json", about)(adapter)
     rewrite("adapter_config.json", peft_type="IA3")(adapter)
@@ -448,7 +450,7 @@ def test_adapters_that_cannot_be_merged_say_why(source, tmp_path):
     with pytest.raises(ConversionError, match=f"does not fit .*where peft expects {first}"):
         convert(str(adapter), tmp_path / "output", base=str(source))
     (adapter / "adapter_model.safetensors").write_bytes(b"")
-    with pytest.raises(ConversionError, match="adapter_model.safetensors cannot be read"):
+    with pytest.raises(ConversionError, match="adapter_model.safetensors is no safetensors file"):
         convert(str(adapter), tmp_path / "output", base=str(source))
 
 
@@ -606,7 +608,7 @@ def test_bad_small_files_are_told_before_the_weights_are_fetched(far, source, tm
     hub, main = far
     hub.add_repo("someone/cut", {path.name: path for path in source.iterdir()} | {"tokenizer.json": b"{"})
     sent = hub.bytes_sent(STORAGE)
-    assert "its tokenizer cannot be read" in main("someone/cut", tmp_path / "output")
+    assert "tokenizer.json is no JSON" in main("someone/cut", tmp_path / "output")
     assert hub.bytes_sent(STORAGE) - sent == header_size(source / "model.safetensors")
     assert not list(tmp_path.iterdir())
 
@@ -627,11 +629,45 @@ def test_only_what_is_wanted_is_fetched_through_every_fault(far, source, tmp_pat
         for request in (r"GET /api/models/someone/phi3v", r"tokenizer\.json", r"GET .*resolve.*/model\.safetensors"):
             hub.fail(request, kind=kind, times=2)
     hub.fail(STORAGE, kind="cut", at=1_000_000, times=5)
+    hub.fail(STORAGE, kind="empty", times=3)
     assert main("someone/phi3v", tmp_path / "output") is None
     assert_same_weights(tmp_path / "output", published.weights())
     assert hub.bytes_sent(STORAGE) - sent == WANTED + header_size(source / "model.safetensors")
     card = (tmp_path / "output" / "README.md").read_text()
     assert "\n- someone/phi3v\n" in card and hub.head("someone/phi3v") in card
+
+
+@pytest.mark.parametrize(
+    "kind, at, said",
+    [
+        ("long", 7, "was asked for the bytes .* but answers with bytes .* bytes long"),
+        ("endless", 7, "sends more bytes of .* than were asked for"),
+        ("shifted", 1, r"was asked for the bytes (\d+) to (\d+), but answers with bytes \d+-\d+/"),
+        ("empty", 0, r"The network fails \(the answer ends \d+ bytes early\). The same command goes on from here"),
+    ],
+)
+@pytest.mark.parametrize("request_of", [r"GET .*/tokenizer_config\.json", STORAGE])
+def test_a_server_that_gives_other_bytes_than_were_asked_for_makes_no_model(request_of, kind, at, said, far, tmp_path):
+    hub, main = far
+    hub.fail(request_of, kind=kind, at=at, times=100)
+    try:
+        assert re.search(f"^error: .*{said}", main("someone/phi3v", tmp_path / "output"))
+        assert not (tmp_path / "output").exists()
+    finally:
+        hub.faults.clear()
+    assert main("someone/phi3v", tmp_path / "output") is None
+    assert_same_weights(tmp_path / "output", published.weights())
+
+
+def test_a_download_with_bytes_too_many_or_others_is_begun_anew_at_the_right_place(far, tmp_path):
+    """Faults in the middle: what came before them is kept, what they brought is not."""
+    hub, main = far
+    for kind in ("long", "shifted"):
+        hub.fail(STORAGE, kind="cut", at=2_000_000, times=3)
+        hub.fail(STORAGE, kind=kind, at=64)
+        assert "was asked for the bytes" in main("someone/phi3v", tmp_path / "output")
+    assert main("someone/phi3v", tmp_path / "output") is None
+    assert_same_weights(tmp_path / "output", published.weights())
 
 
 @pytest.mark.parametrize("end", ["the network fails", "the disk is full"])
@@ -643,7 +679,7 @@ def test_a_download_that_breaks_off_is_kept_and_goes_on_with_the_same_revision_a
         hub.fail(STORAGE, kind="cut", at=0, times=6)
         assert "The network fails" in main("someone/moving", output)
     else:
-        assert "File too large" in main("someone/moving", output, limit=2_000_000)
+        assert "File too large. Free some space: the same" in main("someone/moving", output, limit=2_000_000)
     assert [path.name for path in tmp_path.iterdir()] == ["output.partial"]
 
     now = hub.commit("someone/moving", {"config.json": json.dumps(published.SMALL_CONFIG | {"new": 1}).encode()})

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from phi3_tools.measures import UNLABELLED, search, unit
+from phi3_tools.measures import UNLABELLED, nearest, unit
 
 MAPPED = 400  # images in a map
 CASES = 12  # queries with their neighbours
@@ -386,7 +386,7 @@ def disagreements(units, data):
     if not units or len(data.names) < 3:
         return []
     own = np.arange(len(data.names))
-    found = {label: search(rows, rows, NEIGHBOURS, own) for label, rows in units.items()}
+    found = {label: nearest(rows, rows, NEIGHBOURS, own) for label, rows in units.items()}
     common = np.zeros(len(own))
     for left, right in combinations(found.values(), 2):
         common += (left[:, :, None] == right[:, None]).sum((1, 2))
@@ -423,7 +423,7 @@ def rows_of(case, place, data):
 def neighbours(vectors):
     if len(vectors) < 2:
         return [[] for _ in vectors]
-    return search(vectors, vectors, NEIGHBOURS, np.arange(len(vectors))).tolist()
+    return nearest(vectors, vectors, NEIGHBOURS, np.arange(len(vectors))).tolist()
 
 
 def layout(vectors, seed):
