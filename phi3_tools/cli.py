@@ -61,6 +61,28 @@ Seed = Annotated[int, typer.Option("--seed", min=0)]
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
+@app.command(epilog="Interrupted, the same command goes on where it stopped.")
+def convert(
+    source: Annotated[str, typer.Argument(help="a folder or Hub id; also of a LoRA or DoRA adapter")],
+    output: Annotated[Path, typer.Argument(help="the folder to write; must not exist")],
+    dtype: Annotated[
+        str | None, typer.Option(help="of the weights; without it SOURCE's own", show_default=False)
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="a branch, tag or commit of SOURCE on the Hub")] = None,
+    base: Annotated[str | None, typer.Option(help="of an adapter, in place of the base that it names")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="NAME", help="push OUTPUT to this repository")] = None,
+    private: Annotated[bool, typer.Option("--private", help="make that repository private, if it is new")] = False,
+    put_back: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="the reverse: OUTPUT is SOURCE with the weights of this phi3-embed model"),
+    ] = None,
+):
+    """Bring Microsoft's Phi-3-vision checkpoints, and fine-tunes of them, into phi3-embed; and back."""
+    from phi3_tools.checkpoint.command import run
+
+    run(source, output, dtype, revision, base, push_to_hub, private, put_back)
+
+
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def finetune(context: typer.Context):
     """Train a classifier, or the embedding itself, on your images (its options are transformers' arguments)."""
