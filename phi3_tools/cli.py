@@ -202,6 +202,10 @@ def embed(
     model: Model = None,
     num_crops: NumCrops = None,
     image_column: ImageColumn = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="embed texts, or texts with their images", show_default=False)
+    ] = None,
+    template: Annotated[str, typer.Option(help="what is said around a text")] = "{text}",
     shard_size: Annotated[int, typer.Option(min=1, help="images in a shard, which is one batch")] = 64,
     copies: Annotated[
         int | None,
@@ -209,10 +213,10 @@ def embed(
     ] = None,
     dtype: Dtype = "float32",
 ):
-    """Embed millions of images into parquet files, by Ray Data."""
+    """Embed millions of images, or texts, into parquet files, by Ray Data."""
     from phi3_tools.embed import run
 
-    run(source, output, model, num_crops, image_column, shard_size, copies, dtype)
+    run(source, output, model, num_crops, image_column, text_column, template, shard_size, copies, dtype)
 
 
 @app.command()

@@ -50,8 +50,8 @@ BATCH_SIZE = 8
 CLASS_TOKENS = ("cls_token", "class_embedding")  # what towers call it
 WEIGHTS = (".safetensors", ".bin")
 RECIPE_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
-# A text of more bytes is embedded alone, because Phi-3's rope factors change at 4,096 tokens for a whole batch: shorter
-# texts beside it would get other vectors. No token has less than a byte; the rest is for the template.
+# A text of more bytes is embedded alone, because Phi-3's rope factors change at 4,096 tokens for a whole batch:
+# shorter texts beside it would get other vectors. No token has less than a byte; the rest is for the template.
 MAX_BYTES_TOGETHER = 3072
 # What of a folder makes its vectors: a change of any makes them others.
 COUNTED = (*WEIGHTS, ".json", ".jinja", ".py", ".txt", ".model")
@@ -110,16 +110,17 @@ class Embedder:
 
     `encode_poolings(images, poolings)` takes PIL images in RGB and gives {pooling: (vectors `(n, d)` in float32,
     tokens of each image `(n,)` or None)}, where `None` is the model's own pooling. `encode_texts(texts)` gives vectors
-    `(n, d)` in the images' space, and `encode_pairs(texts, images)` those of texts with an image each; they are None
-    for a model without such. `open_image` opens a file as the model's own
-    image processor does. `dimensions`: to what lengths vectors may be cut, where the model is trained for that.
+    `(n, d)` of queries (or with `is_query=False` of what is searched) in the images' space, `encode_pairs(texts,
+    images)` those of texts with an image each; they are None for a model without such. `open_image` opens a file as
+    the model's own image processor does. `dimensions`: to what lengths vectors may be cut, where the model is trained
+    for that.
     """
 
     model: Model
     encode_poolings: Callable[[list[Image.Image], Sequence[str | None]], dict]
     parameters: int
-    encode_texts: Callable[[list[str]], np.ndarray] | None = None
-    encode_pairs: Callable[[list[str], list[Image.Image]], np.ndarray] | None = None
+    encode_texts: Callable[..., np.ndarray] | None = None
+    encode_pairs: Callable[..., np.ndarray] | None = None
     open_image: Callable[[bytes], Image.Image] = _open_image
     dimensions: tuple[int, ...] = ()
 
@@ -143,7 +144,7 @@ def embed(encode: Callable, items: Sequence, batch_size: int = BATCH_SIZE, title
 def encode_or_refuse(encode: Callable, items: Sequence) -> list[np.ndarray | ValueError]:
     """The vector of each item of a batch, or why the model refuses this one, so that one stops no others."""
     try:
-        return list(encode(items))
+        return list(encode(items)) if items else []
     except ValueError as error:
         if len(items) == 1:
             return [error]
@@ -417,7 +418,7 @@ def _load_transformers(model, num_crops, dtype, device):
         length = loaded.config.text_config.max_position_embeddings
 
         @torch.inference_mode()
-        def encode_texts(texts):
+        def encode_texts(texts, is_query=True):
             inputs = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
             return loaded.get_text_features(**inputs.to(device)).pooler_output.float().numpy(force=True)
 
@@ -452,15 +453,15 @@ def _load_sentence_transformers(model, num_crops, dtype, device):
     def encode_images(images, poolings):
         return {None: (encode_together(loaded.encode_document, images), None)}
 
-    def encode_texts(texts):
-        is_long = [len(text.encode()) > MAX_BYTES_TOGETHER for text in texts]
-        if len(texts) > 1 and any(is_long):
-            return np.concatenate([encode_texts([text]) for text in texts])
-        return encode_together(loaded.encode_query, texts)
+    def encode_texts(texts, is_query=True):
+        if len(texts) > 1 and any(len(text.encode()) > MAX_BYTES_TOGETHER for text in texts):
+            return np.concatenate([encode_texts([text], is_query) for text in texts])
+        return encode_together(loaded.encode_query if is_query else loaded.encode_document, texts)
 
-    def encode_pairs(texts, images):
+    def encode_pairs(texts, images, is_query=True):
+        encode = loaded.encode_query if is_query else loaded.encode_document
         pairs = [{"text": text, "image": image} for text, image in zip(texts, images)]
-        return np.concatenate([encode_together(loaded.encode_query, [pair]) for pair in pairs])
+        return np.concatenate([encode_together(encode, [pair]) for pair in pairs])
 
     return Embedder(
         model,

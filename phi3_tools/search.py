@@ -32,6 +32,7 @@ from phi3_tools.measures import unit
 from phi3_tools.models import BATCH_SIZE, Embedder, encode_or_refuse, find_model, load_embedder, recipe
 from phi3_tools.results import (
     THUMBNAIL,
+    check_png,
     check_writable,
     console,
     draw_rows,
@@ -100,10 +101,7 @@ def query_index(
             read_image(image)  # a wrong one is told before the model is loaded
         except ValueError as error:
             raise ValueError(f"{query}: {error}") from error
-    output = Path(output)
-    if output.is_dir() or output.suffix != ".png":
-        raise ValueError(f"{output} is no name for a PNG file. Give one that ends in .png, and is no folder.")
-    check_writable(output.absolute().parent)
+    output = check_png(output)
     table = _open_table(Path(index))
     if not table.count_rows():
         raise ValueError(f"{index} holds no images. Add some: phi3-embed search add SOURCE {index}")
