@@ -35,9 +35,9 @@ def full_model():
     return build(Phi3EmbedConfig())
 
 
-def preprocess(note):
+def preprocess(note, **kwargs):
     pictures = [golden.image(**picture) for picture in note["images"]]
-    return Phi3EmbedImageProcessor(num_crops=note["num_crops"])(pictures, return_tensors="pt")
+    return Phi3EmbedImageProcessor(num_crops=note["num_crops"])(pictures, return_tensors="pt", **kwargs)
 
 
 def of_images(inputs):
@@ -108,7 +108,7 @@ def test_onnx_tokens_equal_the_original_at_full_size(full_model, tmp_path):
     image_processor = Phi3EmbedImageProcessor(num_crops=note["num_crops"])
     export.export(full_model, image_processor).save(tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    inputs = preprocess(note)
+    inputs = preprocess(note, pad_views=True)
     (tokens,) = session.run(["last_hidden_state"], {key: inputs[key].numpy() for key in export.INPUTS})
     np.testing.assert_allclose(tokens[0, arrays["token_index"]], arrays["tokens"], **close)
     (tmp_path / "model.onnx").unlink()  # 1.3 GB
