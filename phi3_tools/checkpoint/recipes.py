@@ -1,8 +1,8 @@
 """
 Recipes: which forms, prompts, crops and pooling made the vectors of a checkpoint that was trained to embed.
 
-A recipe is data, a JSON file in `recipes/` or a user's own. Its forms are texts with `{prompt}`, `{text}` and `{images}`
-in them; what is written of them is a chat template and the files of sentence-transformers, so that
+A recipe is data, a JSON file in `recipes/` or a user's own. Its forms are texts with `{prompt}`, `{text}` and
+`{images}` in them; what is written of them is a chat template and the files of sentence-transformers, so that
 `SentenceTransformer(folder, trust_remote_code=True)` encodes texts, images, and texts with images.
 """
 
@@ -51,10 +51,12 @@ class Recipe:
     num_crops: int | None
     note: str
 
-    def form(self, name: str) -> str:
-        """A form as the card shows it."""
+    def form(self, name: str) -> str | None:
+        """A form as the card shows it, for one image."""
         form, default = getattr(self, name), self.without_prompt.get(name)
-        form = form.replace("{images}", self.image_tag.replace("{number}", "1")) if form else "none"
+        if form is None:
+            return None
+        form = form.replace("{images}", self.image_tag.replace("{number}", "1"))
         return form.replace("{prompt}", f"{{prompt, or {default!r}}}" if default else "{prompt}")
 
 
@@ -110,7 +112,7 @@ def _problems(recipe):
         yield f"`num_crops` is {recipe.num_crops!r}, but must be a number of crops or null"
     forms = {name: form for name in FORMS if (form := getattr(recipe, name)) is not None}
     if (recipe.pooling == "mean") == bool(forms):
-        yield f"`pooling` is {recipe.pooling!r}, which goes {'without' if forms else 'with'} forms, but has {list(forms)}"
+        yield f"`pooling` is {recipe.pooling!r} with {len(forms)} forms, but `mean` goes without any, `lasttoken` with"
     allowed = {
         "text": {"prompt", "text"},
         "image": {"prompt", "images"},
@@ -126,7 +128,7 @@ def _problems(recipe):
         if "{prompt}" not in forms.get(name, ""):
             yield f"`without_prompt` names {name!r}, a form that is not there or has no {{prompt}}"
     if recipe.prompts and not any("{prompt}" in form for form in forms.values()):
-        yield f"`prompts` are given, but no form has {{prompt}}"
+        yield "`prompts` are given, but no form has {prompt}"
 
 
 def known_for(*checkpoints: str) -> Recipe | None:
@@ -185,13 +187,13 @@ def _literal(text):
 
 def sentence_transformers_files(recipe: Recipe, dimension: int) -> dict[str, dict | list]:
     """
-    The files, by their paths in a folder, by which sentence-transformers takes the last token of what [`chat_template`]
-    writes. It sends every input through the template where `modality_config` has `message`.
+    The files, by their paths in a folder, by which sentence-transformers takes the last token of what
+    [`chat_template`] writes. It sends every input through the template where `modality_config` has `message`.
     """
     modules = "sentence_transformers.sentence_transformer.modules"
     output = {"method": "forward", "method_output_name": "last_hidden_state"}
     modalities = {"text": recipe.text, "image": recipe.image, "image+text": recipe.text_with_image}
-    processing = {"chat_template": {"chat_template": TEMPLATE}}
+    processing: dict[str, dict] = {"chat_template": {"chat_template": TEMPLATE}}
     if recipe.num_crops is not None:
         processing["image"] = {"num_crops": recipe.num_crops}
     return {
