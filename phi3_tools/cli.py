@@ -234,11 +234,14 @@ def serve(
     num_crops: NumCrops = None,
     dtype: Dtype = "float32",
     device: Device = None,
+    max_inputs: Annotated[int, typer.Option(min=1, help="most texts and images of a request")] = 64,
+    max_bytes: Annotated[int, typer.Option(min=1, help="most bytes of a request's body")] = 32 * 2**20,
+    max_pixels: Annotated[int, typer.Option(min=1, help="most pixels of a request's images together")] = 100_000_000,
 ):
     """Serve embeddings over HTTP, in OpenAI's format."""
-    from phi3_tools.serve import run
+    from phi3_tools.serve import Limits, run
 
-    run(model, host, port, num_crops, dtype, device)
+    run(model, host, port, num_crops, dtype, device, Limits(max_inputs, max_bytes, max_pixels))
 
 
 @app.command()
@@ -299,10 +302,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def error_line(error: BaseException, command: str) -> str | None:
     """What went wrong and how to mend it, for an error that a user can mend; otherwise `None`."""
-    if isinstance(error, ModuleNotFoundError):
-        package = (error.name or "").partition(".")[0]
-        if not package or package.startswith("phi3_"):
-            return None
+    package = (getattr(error, "name", None) or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    if package.startswith("phi3_"):
+        return None
+    if isinstance(error, ModuleNotFoundError) and package:
         package = DISTRIBUTIONS.get(package) or package.replace("_", "-")
         extra = EXTRAS.get(command, command)
         return f'the package {package} is missing. Install what this command needs: pip install "phi3-embed[{extra}]"'
