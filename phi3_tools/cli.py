@@ -72,6 +72,18 @@ def convert(
     base: Annotated[str | None, typer.Option(help="of an adapter, in place of the base that it names")] = None,
     push_to_hub: Annotated[str | None, typer.Option(metavar="NAME", help="push OUTPUT to this repository")] = None,
     private: Annotated[bool, typer.Option("--private", help="make that repository private, if it is new")] = False,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="with the language model; else the image embedding alone")
+    ] = False,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="how the whole embeds: vlm2vec, unime, dse, vdocretriever, mean, or a JSON file of your own"
+        ),
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="read a .bin file, as data alone, where there are no safetensors")
+    ] = False,
     put_back: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="the reverse: OUTPUT is SOURCE with the weights of this phi3-embed model"),
@@ -80,7 +92,7 @@ def convert(
     """Bring Microsoft's Phi-3-vision checkpoints, and fine-tunes of them, into phi3-embed; and back."""
     from phi3_tools.checkpoint.command import run
 
-    run(source, output, dtype, revision, base, push_to_hub, private, put_back)
+    run(source, output, dtype, revision, base, push_to_hub, private, put_back, whole, recipe, allow_pickle)
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
