@@ -24,8 +24,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
+from phi3_tools import ROOT
 from phi3_tools.images import make_shards, read_image, read_shard
-from phi3_tools.models import PHI3_EMBED, ROOT, Model, find_model, pick_device
+from phi3_tools.models import PHI3_EMBED, Model, find_model, pick_device
 from phi3_tools.results import one_line, say_left_out, write_beside, write_text
 
 

@@ -68,8 +68,8 @@ def _image_processor():
 
 def open_image(image: str | Path | bytes | Image.Image) -> Image.Image:
     """
-    A path, a file's bytes or a PIL image -> a PIL image in RGB, as the image processor's `open_image` opens it: upright
-    by a file's EXIF, 16 bits scaled to 8. Formats of pillow-heif are known where it is installed.
+    A path, a file's bytes or a PIL image -> a PIL image in RGB, as the image processor's `open_image` opens it:
+    upright by a file's EXIF, 16 bits scaled to 8. Formats of pillow-heif are known where it is installed.
 
     Raises:
         ValueError: it cannot be read.
@@ -193,6 +193,8 @@ def load_images(
     first = next(iter(splits.values()))
     if needs_labels and LABEL not in (first.features or {}):
         raise ValueError(f"{source} has no labels. {_why_no_labels(source)}")
+    if not any(isinstance(split, IterableDataset) for split in splits.values()):
+        splits = _with_classes(DatasetDict(splits))
     if streaming:
         return IterableDatasetDict(
             {
@@ -200,7 +202,7 @@ def load_images(
                 for name, split in splits.items()
             }
         )
-    return _with_classes(DatasetDict(splits))
+    return splits
 
 
 def load_rows(source: str | Path, **columns: str | None) -> Dataset:
@@ -398,6 +400,12 @@ def _load_image_files(source, files, columns):
     if source.is_file():
         source = source.parent
     described, left_out = _read_metadata(files, columns)
+    for ours in (LABEL, TEXT):
+        if columns[ours] and not files.metadata:
+            raise ValueError(
+                f"{source} has no column {columns[ours]!r}: it is a folder of images without a metadata.csv. Leave "
+                f"out --{ours}-column, or write one."
+            )
     splits = {}
     for split, folder in _split_folders(source, files.images).items():
         paths = [path for path in files.images if path.is_relative_to(folder) and path not in left_out]

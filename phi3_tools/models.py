@@ -90,6 +90,12 @@ class Model(NamedTuple):
         }
 
 
+def _open_image(content: bytes) -> Image.Image:
+    from phi3_tools.images import open_image  # here, as it needs `datasets`
+
+    return open_image(content)
+
+
 @dataclass
 class Embedder:
     """
@@ -97,14 +103,16 @@ class Embedder:
 
     `encode_poolings(images, poolings)` takes PIL images in RGB and gives {pooling: (vectors `(n, d)` in float32,
     tokens of each image `(n,)` or None)}, where `None` is the model's own pooling. `encode_texts(texts)` gives vectors
-    `(n, d)` in the images' space; it is None for a model without such.
+    `(n, d)` in the images' space; it is None for a model without such. `open_image` opens a file as the model's own
+    image processor does. `dimensions`: to what lengths vectors may be cut, where the model is trained for that.
     """
 
     model: Model
     encode_poolings: Callable[[list[Image.Image], Sequence[str | None]], dict]
     parameters: int
     encode_texts: Callable[[list[str]], np.ndarray] | None = None
-    open_image: Callable[[Any], Image.Image] | None = None
+    open_image: Callable[[bytes], Image.Image] = _open_image
+    dimensions: tuple[int, ...] = ()
 
     def encode_images(self, images: list[Image.Image]) -> np.ndarray:
         """Vectors `(n, d)` in float32 by the pooling that the model was named with."""
@@ -321,7 +329,10 @@ def _load_phi3_embed(model, num_crops, dtype, device):
         image_processor(Image.new("L", (8, 8)), num_crops=num_crops)  # raises unless it is a number of crops
     loaded = AutoModel.from_pretrained(**model.pinned, dtype=dtype, device_map=device).eval()
     encode = functools.partial(_encode_phi3_embed, loaded, image_processor, num_crops)
-    return Embedder(model, encode, loaded.num_parameters(), open_image=image_processor.open_image)
+    dimensions = tuple(getattr(loaded.config, "matryoshka_dimensions", None) or ())
+    return Embedder(
+        model, encode, loaded.num_parameters(), open_image=image_processor.open_image, dimensions=dimensions
+    )
 
 
 @torch.inference_mode()
