@@ -193,17 +193,18 @@ def remove(
 
 @search.command()
 def query(
-    image: Annotated[str, typer.Argument(metavar="IMAGE", help="the file of an image", show_default=False)],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="the file of an image, or words", show_default=False)],
     index: Index,
+    text: Annotated[str | None, typer.Option(help="words beside an image", show_default=False)] = None,
     count: Annotated[int, typer.Option("--count", min=1, help="how many to find")] = 5,
     exclude_self: Annotated[bool, typer.Option(help="leave out the query itself where the index holds it")] = True,
     output: Annotated[Path, typer.Option(help="the PNG file to draw")] = Path("neighbours.png"),
     device: Device = None,
 ):
-    """Print and draw the images of an index that are nearest to another."""
+    """Print and draw the images of an index that are nearest to another, to words, or to both."""
     from phi3_tools.search import query_index
 
-    query_index(image, index, count, exclude_self, output, device)
+    query_index(query, index, text, count, exclude_self, output, device)
 
 
 @app.command()
@@ -213,6 +214,10 @@ def embed(
     model: Model = None,
     num_crops: NumCrops = None,
     image_column: ImageColumn = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="embed texts, or texts with their images", show_default=False)
+    ] = None,
+    template: Annotated[str, typer.Option(help="what is said around a text")] = "{text}",
     shard_size: Annotated[int, typer.Option(min=1, help="images in a shard, which is one batch")] = 64,
     copies: Annotated[
         int | None,
@@ -220,10 +225,10 @@ def embed(
     ] = None,
     dtype: Dtype = "float32",
 ):
-    """Embed millions of images into parquet files, by Ray Data."""
+    """Embed millions of images, or texts, into parquet files, by Ray Data."""
     from phi3_tools.embed import run
 
-    run(source, output, model, num_crops, image_column, shard_size, copies, dtype)
+    run(source, output, model, num_crops, image_column, text_column, template, shard_size, copies, dtype)
 
 
 @app.command()
@@ -258,15 +263,18 @@ def export(
 @app.command()
 def evaluate(
     model: ModelArgument,
+    benchmark: Annotated[
+        str, typer.Option(help="of mteb: MIEB(Img), MIEB(lite), MIEB(eng), ViDoRe(v2), ...")
+    ] = "MIEB(Img)",
     num_crops: NumCrops = None,
     batch_size: BatchSize = 16,
     output: Annotated[Path, typer.Option(help="the folder of the finished tasks' scores")] = Path("results"),
     device: Device = None,
 ):
-    """Run MIEB(Img), mteb's benchmark of images, and print the leaderboard's row."""
+    """Run a benchmark of mteb, and print the leaderboard's row."""
     from phi3_tools.evaluate import run
 
-    run(model, num_crops, batch_size, output, device)
+    run(model, benchmark, num_crops, batch_size, output, device)
 
 
 @app.command()
