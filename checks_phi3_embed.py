@@ -88,7 +88,9 @@ def check_pixels(config: Phi3EmbedConfig, pixel_values: torch.Tensor) -> None:
             f"{channels}, {size}, {size}), or features in place of pixels, (num_views, {patches}, {width}) or "
             f"(num_images, max_views, {patches}, {width})"
         )
-        is_accepted = any(shape[start:] in (pixels, (patches, width)) for start in (1, 2))
+        is_accepted = any(
+            len(shape) - len(form) in (1, 2) and shape[-len(form) :] == form for form in (pixels, (patches, width))
+        )
     else:
         accepted = f"(num_images, {channels}, {size}, {size}), or (num_images, num_tokens, {width}) for features"
         is_accepted = shape[1:] == pixels or (len(shape) == 3 and shape[2] == width)
@@ -112,9 +114,9 @@ def check_image_sizes(
     if image_sizes is None and config.use_hd_transform:
         raise ValueError("`image_sizes` are missing: the HD transform needs the size of each image's grid of crops.")
     if image_sizes is None:
-        return torch.zeros(len(pixel_values), 2, dtype=torch.int64, device=pixel_values.device)
+        return torch.zeros(pixel_values.shape[0], 2, dtype=torch.int64, device=pixel_values.device)
     one_row_an_image = is_padded(config, pixel_values) or not config.use_hd_transform
-    num_images = len(pixel_values) if one_row_an_image else "num_images"
+    num_images = pixel_values.shape[0] if one_row_an_image else "num_images"
     sizes = _int_pairs(image_sizes, num_images)
     grids = (sizes // config.crop_size).to(pixel_values.device)
     if torch.compiler.is_compiling():
@@ -157,19 +159,25 @@ def check_image_sizes(
 
 
 def _int_pairs(image_sizes, num_images) -> torch.LongTensor:
-    accepted = f"but must be ints of shape ({num_images}, 2), a height and a width for each image of `pixel_values`."
     if isinstance(image_sizes, torch.Tensor):
         check_tensor("image_sizes", image_sizes)
     try:
         sizes = torch.as_tensor(image_sizes)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"`image_sizes` are {image_sizes!r:.80}, {accepted}") from error
+        raise ValueError(f"`image_sizes` are {image_sizes!r:.80}, {_accepted_sizes(num_images)}") from error
     is_ints = not (sizes.is_floating_point() or sizes.is_complex() or sizes.dtype == torch.bool)
     is_count = sizes.numel() > 0 if num_images == "num_images" else sizes.numel() == 2 * num_images
     if not (is_ints and is_count and sizes.shape[-1:] == (2,)):
-        raise ValueError(f"`image_sizes` are of shape {tuple(sizes.shape)} and dtype {sizes.dtype}, {accepted}")
+        raise ValueError(
+            f"`image_sizes` are of shape {tuple(sizes.shape)} and dtype {sizes.dtype}, {_accepted_sizes(num_images)}"
+        )
     # In 8 bits the arithmetic on grids would overflow, and uint64 has none.
     return sizes.to(torch.int64).reshape(-1, 2)
+
+
+# Formatted on error only: a traced graph would make a constant of a number of images that it writes out.
+def _accepted_sizes(num_images):
+    return f"but must be ints of shape ({num_images}, 2), a height and a width for each image of `pixel_values`."
 
 
 def check_input_ids(input_ids: torch.Tensor, num_embeddings: int) -> None:

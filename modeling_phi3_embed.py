@@ -296,7 +296,7 @@ class Phi3EmbedEmbeddings(nn.Module):
         projected = self.projector(features)
         layout = ViewLayout(*(part.to(projected.device) for part in layout))
         if encoded_view is None:
-            encoded_view = torch.arange(len(features), device=projected.device)
+            encoded_view = torch.arange(features.shape[0], device=projected.device)
         else:
             encoded_view = encoded_view.to(projected.device)
             features = features[encoded_view]  # again one row a view
@@ -320,9 +320,9 @@ class Phi3EmbedEmbeddings(nn.Module):
         -> the layout, the views `(num_encoded, ...)` that go through the tower, and which of them each view is, where
         they are fewer than all.
         """
-        num_images, num_views = len(grids), grids.prod(-1) + 1
+        num_images, num_views = grids.shape[0], grids.prod(-1) + 1
         if not is_padded(self.config, pixel_values):
-            views, row, num_real = pixel_values, None, len(pixel_values)
+            views, row, num_real = pixel_values, None, pixel_values.shape[0]
         else:
             max_views, views = pixel_values.shape[1], pixel_values.flatten(0, 1)
             is_real = torch.arange(max_views, device=grids.device) < num_views[:, None]  # (num_images, max_views)
@@ -332,9 +332,10 @@ class Phi3EmbedEmbeddings(nn.Module):
                 image, weight = number[:, None].expand(-1, max_views), is_real / num_views[:, None]
                 return ViewLayout(grids, number * max_views, image.flatten(), weight.flatten()), views, None
             row = is_real.flatten().nonzero().squeeze(1)
-            num_real = len(row)
+            num_real = row.shape[0]
         first_view = num_views.cumsum(0) - num_views
-        image = torch.arange(num_images, device=grids.device).repeat_interleave(num_views, output_size=num_real)
+        # Of each view how many images end before it, which unlike `repeat_interleave` is traced to ONNX too.
+        image = (torch.arange(num_real, device=grids.device)[:, None] >= num_views.cumsum(0)).sum(-1)
         encoded_view = None
         # The only crop of a 1 x 1 grid equals the global view, to the bit as the processor makes them: encode it once,
         # but where each view's own gradient is asked for.
@@ -380,7 +381,7 @@ class Phi3EmbedEmbeddings(nn.Module):
             return projected[encoded_view[layout.first_view]].mean(1)
         # In float32, as half precision would round the sum.
         means = projected.mean(1)[encoded_view] * layout.weight[:, None]
-        zeros = means.new_zeros(len(layout.grids), means.shape[-1])
+        zeros = means.new_zeros(layout.grids.shape[0], means.shape[-1])
         return zeros.index_add(0, layout.image, means).to(projected.dtype)
 
     def merge(

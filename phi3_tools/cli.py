@@ -61,6 +61,28 @@ Seed = Annotated[int, typer.Option("--seed", min=0)]
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
+@app.command(epilog="Interrupted, the same command goes on where it stopped.")
+def convert(
+    source: Annotated[str, typer.Argument(help="a folder or Hub id; also of a LoRA or DoRA adapter")],
+    output: Annotated[Path, typer.Argument(help="the folder to write; must not exist")],
+    dtype: Annotated[
+        str | None, typer.Option(help="of the weights; without it SOURCE's own", show_default=False)
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="a branch, tag or commit of SOURCE on the Hub")] = None,
+    base: Annotated[str | None, typer.Option(help="of an adapter, in place of the base that it names")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="NAME", help="push OUTPUT to this repository")] = None,
+    private: Annotated[bool, typer.Option("--private", help="make that repository private, if it is new")] = False,
+    put_back: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="the reverse: OUTPUT is SOURCE with the weights of this phi3-embed model"),
+    ] = None,
+):
+    """Bring Microsoft's Phi-3-vision checkpoints, and fine-tunes of them, into phi3-embed; and back."""
+    from phi3_tools.checkpoint.command import run
+
+    run(source, output, dtype, revision, base, push_to_hub, private, put_back)
+
+
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def finetune(context: typer.Context):
     """Train a classifier, or the embedding itself, on your images (its options are transformers' arguments)."""
@@ -225,11 +247,14 @@ def serve(
     num_crops: NumCrops = None,
     dtype: Dtype = "float32",
     device: Device = None,
+    max_inputs: Annotated[int, typer.Option(min=1, help="most texts and images of a request")] = 64,
+    max_bytes: Annotated[int, typer.Option(min=1, help="most bytes of a request's body")] = 32 * 2**20,
+    max_pixels: Annotated[int, typer.Option(min=1, help="most pixels of a request's images together")] = 100_000_000,
 ):
     """Serve embeddings over HTTP, in OpenAI's format."""
-    from phi3_tools.serve import run
+    from phi3_tools.serve import Limits, run
 
-    run(model, host, port, num_crops, dtype, device)
+    run(model, host, port, num_crops, dtype, device, Limits(max_inputs, max_bytes, max_pixels))
 
 
 @app.command()
@@ -290,10 +315,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def error_line(error: BaseException, command: str) -> str | None:
     """What went wrong and how to mend it, for an error that a user can mend; otherwise `None`."""
-    if isinstance(error, ModuleNotFoundError):
-        package = (error.name or "").partition(".")[0]
-        if not package or package.startswith("phi3_"):
-            return None
+    package = (getattr(error, "name", None) or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    if package.startswith("phi3_"):
+        return None
+    if isinstance(error, ModuleNotFoundError) and package:
         package = DISTRIBUTIONS.get(package) or package.replace("_", "-")
         extra = EXTRAS.get(command, command)
         return f'the package {package} is missing. Install what this command needs: pip install "phi3-embed[{extra}]"'

@@ -11,6 +11,7 @@ from rich.table import Table
 from sklearn.datasets import load_sample_images
 from transformers import AutoTokenizer
 
+from phi3_tools import ROOT
 from phi3_tools.images import (
     DIGIT_CROPS,
     DIGIT_NAMES,
@@ -23,7 +24,7 @@ from phi3_tools.images import (
     readable,
 )
 from phi3_tools.measures import nearest, pixel_vectors, recall, unit
-from phi3_tools.models import ROOT, embed, embed_words, find_model, load_embedder, load_model
+from phi3_tools.models import embed, embed_words, find_model, load_embedder, load_model
 from phi3_tools.results import console, draw_rows, new_figure, save_figure
 
 NUM_QUERIES, NUM_NEIGHBOURS = 6, 5

@@ -24,8 +24,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
-from phi3_tools.images import image_bytes, make_shards, open_image, read_shard
-from phi3_tools.models import PHI3_EMBED, ROOT, Model, find_model, pick_device
+from phi3_tools import ROOT
+from phi3_tools.images import make_shards, read_image, read_shard
+from phi3_tools.models import PHI3_EMBED, Model, find_model, pick_device
 from phi3_tools.results import one_line, say_left_out, write_beside, write_text
 
 
@@ -90,15 +91,13 @@ class Preprocess:
         images, errors = [], []
         for image in read_shard(shard):
             try:
-                opened = open_image(image_bytes(image))
-                self.image_processor.num_image_tokens(*opened.size)
-                images.append(opened)
+                images.append(read_image(image, self.image_processor.open_image))
                 errors.append("")
             except ValueError as error:
                 errors.append(str(error))
         row = {"number": shard["number"], "names": shard["names"], "errors": errors}
         if not images:
-            return row | {"pixel_values": np.zeros((0, 1, 3, 1, 1), np.float32), "image_sizes": np.zeros((0, 2), int)}
+            return row | {"pixel_values": np.zeros((0, 3, 1, 1), np.float32), "image_sizes": np.zeros((0, 2), int)}
         inputs = self.image_processor(images, return_tensors="np")
         return row | {key: inputs[key] for key in ("pixel_values", "image_sizes")}
 

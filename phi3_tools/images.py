@@ -13,7 +13,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +26,10 @@ import pyarrow.json
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
 from huggingface_hub.constants import HF_HUB_CACHE
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from tqdm import tqdm
 
+from phi3_tools import ROOT
 from phi3_tools.results import name_some, one_line, say_left_out
 
 DIGITS, SMALL_TEXT = "digits", "small-text"
@@ -58,31 +59,23 @@ PAGES_A_WORD, PAGE_SIZE, LETTER_SIZE, TIMES = 10, 672, 9, 80
 # Opening an image
 
 
+@functools.cache
+def _image_processor():
+    from transformers import AutoImageProcessor  # here, as it is slow to import
+
+    return AutoImageProcessor.from_pretrained(ROOT, trust_remote_code=True)
+
+
 def open_image(image: str | Path | bytes | Image.Image) -> Image.Image:
     """
-    A path, a file's bytes or a PIL image -> a PIL image in RGB, upright as a file's EXIF says, 16 bits scaled to 8.
+    A path, a file's bytes or a PIL image -> a PIL image in RGB, as the image processor's `open_image` opens it:
+    upright by a file's EXIF, 16 bits scaled to 8. Formats of pillow-heif are known where it is installed.
 
     Raises:
         ValueError: it cannot be read.
     """
-    # Until the image processor's `open_image` is there.
-    import io
-
-    try:
-        if not isinstance(image, Image.Image):
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(image) if isinstance(image, bytes) else image))
-        image.load()
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-        elif image.mode in ("I", "F"):
-            low, high = image.getextrema()
-            if not (low >= 0 and high <= 255) or (image.mode == "F" and 0 < high <= 1):
-                raise ValueError(
-                    f"its values (mode {image.mode}) go from {low} to {high}, but must be in 0..255: scale it first"
-                )
-        return image.convert("RGB")
-    except Exception as error:  # decoders raise errors of every kind
-        raise ValueError(f"it cannot be read as an image: {one_line(error)}") from error
+    _known_suffixes()  # which registers the plugins
+    return _image_processor().open_image(image)
 
 
 def image_bytes(image: dict | None) -> bytes:
@@ -115,9 +108,23 @@ def image_hash(image: dict | None) -> str:
     return hashlib.sha256(image_bytes(image)).hexdigest()
 
 
-def read_image(image: dict | None) -> Image.Image:
-    """An undecoded image -> a PIL image in RGB, as [`open_image`] gives it. Raises ValueError if it cannot be read."""
-    return open_image(image_bytes(image))
+def read_image(image: dict | None, opener: Callable[[bytes], Image.Image] = open_image) -> Image.Image:
+    """
+    An undecoded image -> a PIL image in RGB, by [`open_image`] or the `open_image` of a model's own image processor.
+
+    Raises:
+        ValueError: it cannot be read; the reason, without the image's name.
+    """
+    content = image_bytes(image)
+    try:
+        return opener(content)
+    except ValueError as error:
+        reason = one_line(error.__cause__ or error)
+        if isinstance(error.__cause__, UnidentifiedImageError):
+            reason = "its format is not known here"
+            if content[4:8] == b"ftyp":
+                reason += ". Photographs of phones (HEIC) take: pip install pillow-heif"
+        raise ValueError(f"it cannot be read as an image: {reason}") from error
 
 
 def readable(split: Dataset, skip_broken: bool = False) -> Dataset:
@@ -186,6 +193,8 @@ def load_images(
     first = next(iter(splits.values()))
     if needs_labels and LABEL not in (first.features or {}):
         raise ValueError(f"{source} has no labels. {_why_no_labels(source)}")
+    if not any(isinstance(split, IterableDataset) for split in splits.values()):
+        splits = _with_classes(DatasetDict(splits))
     if streaming:
         return IterableDatasetDict(
             {
@@ -193,7 +202,7 @@ def load_images(
                 for name, split in splits.items()
             }
         )
-    return _with_classes(DatasetDict(splits))
+    return splits
 
 
 def load_rows(source: str | Path, **columns: str | None) -> Dataset:
@@ -391,6 +400,12 @@ def _load_image_files(source, files, columns):
     if source.is_file():
         source = source.parent
     described, left_out = _read_metadata(files, columns)
+    for ours in (LABEL, TEXT):
+        if columns[ours] and not files.metadata:
+            raise ValueError(
+                f"{source} has no column {columns[ours]!r}: it is a folder of images without a metadata.csv. Leave "
+                f"out --{ours}-column, or write one."
+            )
     splits = {}
     for split, folder in _split_folders(source, files.images).items():
         paths = [path for path in files.images if path.is_relative_to(folder) and path not in left_out]

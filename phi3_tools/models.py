@@ -34,8 +34,6 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 
 from phi3_tools.results import one_line, write_text
 
-# The repository is a checkpoint too: a small one, which knows handwritten digits and nothing else.
-ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phi3-embed"
 PIXELS, PIXELS_SIDE = "pixels", 32
 PHI3_EMBED, TRANSFORMERS, SENTENCE_TRANSFORMERS = "phi3_embed", "transformers", "sentence-transformers"
@@ -92,6 +90,12 @@ class Model(NamedTuple):
         }
 
 
+def _open_image(content: bytes) -> Image.Image:
+    from phi3_tools.images import open_image  # here, as it needs `datasets`
+
+    return open_image(content)
+
+
 @dataclass
 class Embedder:
     """
@@ -99,13 +103,16 @@ class Embedder:
 
     `encode_poolings(images, poolings)` takes PIL images in RGB and gives {pooling: (vectors `(n, d)` in float32,
     tokens of each image `(n,)` or None)}, where `None` is the model's own pooling. `encode_texts(texts)` gives vectors
-    `(n, d)` in the images' space; it is None for a model without such.
+    `(n, d)` in the images' space; it is None for a model without such. `open_image` opens a file as the model's own
+    image processor does. `dimensions`: to what lengths vectors may be cut, where the model is trained for that.
     """
 
     model: Model
     encode_poolings: Callable[[list[Image.Image], Sequence[str | None]], dict]
     parameters: int
     encode_texts: Callable[[list[str]], np.ndarray] | None = None
+    open_image: Callable[[bytes], Image.Image] = _open_image
+    dimensions: tuple[int, ...] = ()
 
     def encode_images(self, images: list[Image.Image]) -> np.ndarray:
         """Vectors `(n, d)` in float32 by the pooling that the model was named with."""
@@ -284,9 +291,10 @@ def load_embedder(
         raise ValueError(f"{model.name} cannot be loaded: {one_line(error)}") from error
 
 
-def load_model(model: Model | str, dtype: str = "float32", device: str | None = None) -> tuple:
+def load_model(model: Model | str, dtype: str = "float32", device: str | None = None, **settings) -> tuple:
     """
-    Our model itself, in evaluation mode, and its image processor, for what an [`Embedder`] does not give.
+    Our model itself, in evaluation mode, and its image processor with these settings, for what an [`Embedder`] does
+    not give.
 
     Raises:
         ValueError: it is not there, or no phi3_embed model.
@@ -294,7 +302,7 @@ def load_model(model: Model | str, dtype: str = "float32", device: str | None = 
     model = find_model(model) if isinstance(model, str) else model
     if model.kind != PHI3_EMBED:
         raise ValueError(f"{model.name} is no phi3_embed model, but of {model.kind}.")
-    image_processor = AutoImageProcessor.from_pretrained(**model.pinned)
+    image_processor = AutoImageProcessor.from_pretrained(**model.pinned, **settings)
     loaded = AutoModel.from_pretrained(**model.pinned, dtype=getattr(torch, dtype), device_map=pick_device(device))
     return loaded.eval(), image_processor
 
@@ -320,28 +328,33 @@ def _load_phi3_embed(model, num_crops, dtype, device):
     if num_crops is not None:
         image_processor(Image.new("L", (8, 8)), num_crops=num_crops)  # raises unless it is a number of crops
     loaded = AutoModel.from_pretrained(**model.pinned, dtype=dtype, device_map=device).eval()
-    default, loaded.config.pooling_mode = loaded.config.pooling_mode, "mean"
-    encode = functools.partial(_encode_phi3_embed, loaded, image_processor, num_crops, default)
-    return Embedder(model, encode, loaded.num_parameters())
+    encode = functools.partial(_encode_phi3_embed, loaded, image_processor, num_crops)
+    dimensions = tuple(getattr(loaded.config, "matryoshka_dimensions", None) or ())
+    return Embedder(
+        model, encode, loaded.num_parameters(), open_image=image_processor.open_image, dimensions=dimensions
+    )
 
 
 @torch.inference_mode()
-def _encode_phi3_embed(model, image_processor, num_crops, default, images, poolings):
+def _encode_phi3_embed(model, image_processor, num_crops, images, poolings):
     """All poolings from one pass through the tower; the crops go through it only where they are pooled."""
-    asked = {pooling: pooling or default for pooling in poolings}
-    needs_crops = model.config.use_hd_transform and "mean" in asked.values()
-    inputs = image_processor(images, num_crops=num_crops if needs_crops else 0, return_tensors="pt").to(model.device)
-    pixel_values, image_sizes = inputs.pixel_values, inputs.image_sizes
-    output = model.get_image_features(pixel_values, image_sizes)
-    first = output.global_features
-    of_global = model.get_image_features(first, torch.zeros_like(image_sizes)).image_embeds
-    global_tokens = model.config.num_img_tokens
-    vectors = {
-        "mean": (output.image_embeds, [len(tokens) for tokens in output.pooler_output]),
-        "global": (of_global, [global_tokens] * len(images)),
-        "tower": (first.mean(1), [first.shape[1]] * len(images)),
+    modes = {pooling: pooling or model.config.pooling_mode for pooling in poolings}
+    inputs = image_processor(images, num_crops=num_crops, return_tensors="pt").to(model.device)
+    views, image_sizes = inputs.pixel_values, inputs.image_sizes
+    if "mean" not in modes.values():  # the global view alone, which is the first of each image
+        num_views = (image_sizes // model.config.crop_size).prod(-1) + 1
+        views, image_sizes = views[num_views.cumsum(0) - num_views], torch.zeros_like(image_sizes)
+    num_tokens = {
+        "mean": inputs.num_img_tokens.tolist(),
+        "global": [model.config.num_img_tokens] * len(images),
+        "tower": [model.config.patches_per_side**2] * len(images),
     }
-    return {pooling: (vectors[name][0].float().numpy(force=True), vectors[name][1]) for pooling, name in asked.items()}
+    vectors = {}
+    for pooling, mode in modes.items():
+        output = model.get_image_features(views, image_sizes, pooling_mode=mode)
+        vectors[pooling] = (output.image_embeds.float().numpy(force=True), num_tokens[mode])
+        views = output.last_hidden_state  # the tower's features, which stand for pixels from here on
+    return vectors
 
 
 def _load_transformers(model, num_crops, dtype, device):

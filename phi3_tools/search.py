@@ -25,9 +25,10 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from tqdm import tqdm
 
+from phi3_tools import ROOT
 from phi3_tools.images import IMAGE, NAME, image_hash, load_rows, read_image
 from phi3_tools.measures import unit
-from phi3_tools.models import BATCH_SIZE, ROOT, Embedder, encode_or_refuse, find_model, load_embedder, recipe
+from phi3_tools.models import BATCH_SIZE, Embedder, encode_or_refuse, find_model, load_embedder, recipe
 from phi3_tools.results import (
     check_writable,
     console,
@@ -89,9 +90,9 @@ def remove_images(paths, index) -> None:
 def query_index(image, index, count=5, exclude_self=True, output=Path("neighbours.png"), device=None) -> None:
     """Prints and draws the images of an index that are nearest to another."""
     made_by = _read_made_by(Path(index))
+    asked = {"path": str(image), "bytes": None}
     try:
-        asked = {"path": str(image), "bytes": None}
-        opened, digest = read_image(asked), image_hash(asked)
+        read_image(asked)  # a wrong one is told before the model is loaded
     except ValueError as error:
         raise ValueError(f"{image}: {error}") from error
     output = Path(output)
@@ -102,8 +103,9 @@ def query_index(image, index, count=5, exclude_self=True, output=Path("neighbour
     if not table.count_rows():
         raise ValueError(f"{index} holds no images. Add some: phi3-embed search add SOURCE {index}")
     embedder, _ = _load_embedder(Path(index), made_by, device=device)
+    opened = read_image(asked, embedder.open_image)
     vector = unit(embedder.encode_images([opened]))[0]
-    rows = _nearest(table, vector, count, digest if exclude_self else None)
+    rows = _nearest(table, vector, count, image_hash(asked) if exclude_self else None)
     printed = RichTable(title=f"Nearest to {image}")
     for column, justify in (("", "right"), ("cosine", "right"), ("image", "left")):
         printed.add_column(column, justify=justify, overflow="fold")
@@ -251,7 +253,7 @@ def _embed_rows(table: Table, rows: Dataset, place: str, embedder: Embedder) -> 
         try:
             digest = image_hash(row[IMAGE])
             if digest not in read and digest not in held:
-                batch.append((digest, path, read_image(row[IMAGE])))
+                batch.append((digest, path, read_image(row[IMAGE], embedder.open_image)))
             read.setdefault(digest, set()).add(path)
         except ValueError as error:
             left_out.append(f"{path}: {error}")

@@ -7,8 +7,9 @@ import golden
 import torch
 from huggingface_hub import save_torch_state_dict
 from phi3_embed.configuration_phi3_embed import CLIP_VIT_LARGE_PATCH14_336
-from phi3_embed.convert_phi3_vision import safetensors_header
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+from phi3_tools.checkpoint.source import safetensors_header
 
 DATA = Path(__file__).resolve().parent / "data"
 CONFIG = json.loads((DATA / "phi-3-vision-128k-instruct.config.json").read_text())

@@ -18,8 +18,19 @@ def settings(config):
     }
 
 
-def test_the_default_is_the_repository_config():
-    assert settings(Phi3EmbedConfig()) == settings(Phi3EmbedConfig.from_pretrained(ROOT))
+def test_the_default_is_phi_3_visions_geometry_and_the_root_has_it_with_narrow_layers():
+    default, root = Phi3EmbedConfig(), Phi3EmbedConfig.from_pretrained(ROOT)
+    for name in (
+        "crop_size",
+        "patches_per_side",
+        "num_img_tokens",
+        "layer_idx",
+        "hd_transform_order",
+        "projection_cls",
+    ):
+        assert getattr(root, name) == getattr(default, name)
+    assert (default.hidden_size, default.vision_config.num_hidden_layers) == (3072, 24)
+    assert root.hidden_size < default.hidden_size
 
 
 def test_microsofts_config_is_read_as_it_stands():
@@ -171,8 +182,9 @@ def test_arguments_of_from_pretrained_are_checked_too(changes, message):
         ({"vision_config": {"model_type": "vit"}}, {"num_img_tokens": 49, "crop_size": 224}),
     ],
 )
-def test_what_follows_from_arguments_of_from_pretrained_is_derived_anew(changes, said):
-    config, unused = Phi3EmbedConfig.from_pretrained(ROOT, return_unused_kwargs=True, **changes, foo=1)
+def test_what_follows_from_arguments_of_from_pretrained_is_derived_anew(changes, said, tmp_path):
+    Phi3EmbedConfig().save_pretrained(tmp_path)
+    config, unused = Phi3EmbedConfig.from_pretrained(tmp_path, return_unused_kwargs=True, **changes, foo=1)
     assert {name: getattr(config, name) for name in said} == said and unused == {"foo": 1}
     assert config.vision_config.num_hidden_layers == (12 if config.vision_config.model_type == "vit" else 24)
 
