@@ -104,6 +104,31 @@ def finetune(context: typer.Context):
 
 
 @app.command()
+def assemble(
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="the folder to write; must not exist")],
+    tower: Annotated[str, typer.Option(metavar="TOWER", help="a folder or Hub id of a plain vision transformer")],
+    language_model: Annotated[
+        str,
+        typer.Option(
+            metavar="LM", help="a folder or Hub id of a Phi-3 text model or one of Llama's form, or a GGUF file"
+        ),
+    ],
+    crop_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="pixels a side; without it the tower's own, or the nearest that fits", show_default=False
+        ),
+    ] = None,
+    layer_idx: Annotated[int, typer.Option(help="the hidden state of the tower that is projected")] = -2,
+    num_crops: Annotated[int, typer.Option(min=0, help="the most crops of an image")] = 16,
+):
+    """Put any vision tower before any Phi-3 language model; the projection between them is then to be trained."""
+    from phi3_tools.checkpoint.assemble import run
+
+    run(tower, language_model, output, crop_size, layer_idx, num_crops)
+
+
+@app.command()
 def compare(
     source: Source,
     model: Annotated[list[str], typer.Option("--model", metavar="MODEL", help=f"{MODEL}, or pixels; several times")],
