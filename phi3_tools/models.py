@@ -449,7 +449,7 @@ def load_sentence_transformer(
         config_kwargs=code,
         processor_kwargs=({} if num_crops is None else {"num_crops": num_crops}) | code,
     )
-    if loaded is not None:
+    if loaded is not None:  # in place of weights that were not read
         made[0].model = loaded
     if num_crops is not None and model.has_recipe:
         made[0].processing_kwargs.setdefault("image", {})["num_crops"] = num_crops

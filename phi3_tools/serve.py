@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -174,6 +175,20 @@ def _count_pixels(content):
         return 0
 
 
+def _until(pieces: Iterator[str], stops: list[str]) -> Iterator[str]:
+    """The pieces of a text up to the first of the stop strings, which may lie across pieces; the rest is drained."""
+    held, back, is_over = "", max(map(len, stops), default=1) - 1, False
+    for piece in pieces:
+        held += "" if is_over else piece
+        if ends := [held.find(stop) for stop in stops if stop in held]:
+            held, back, is_over = held[: min(ends)], 0, True
+        said, held = held[: len(held) - back], held[max(len(held) - back, 0) :]
+        if said:
+            yield said
+    if held:
+        yield held
+
+
 # The server
 
 
@@ -208,7 +223,7 @@ class Spec(LitSpec):
         if request.encoding_format == "base64":  # little-endian float32
             vectors = [base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode() for vector in vectors]
         data = [Embedding(index=index, embedding=vector) for index, vector in enumerate(vectors)]
-        return EmbeddingResponse(data=data, model=request.model, usage=UsageInfo(**answer["usage"]))
+        return EmbeddingResponse(data=data, model=request.model, usage=answer["usage"])
 
     async def chat(self, request: ChatRequest):
         self._check_model(request.model)
@@ -216,9 +231,7 @@ class Spec(LitSpec):
         if request.max_tokens > self.limits.tokens:
             raise _refuse(f"`max_tokens` is {request.max_tokens}, but an answer may have {self.limits.tokens}.")
         pieces = aiter(self._ask(request))
-        begun = json.loads(
-            await anext(pieces)
-        )  # before anything is streamed, as what is wrong has a status of its own
+        begun = json.loads(await anext(pieces))  # before the stream, as a refusal has a status of its own
         if request.stream:
             return StreamingResponse(self._stream(request, pieces), media_type="text/event-stream")
         text, ended = "", begun
@@ -287,7 +300,13 @@ class Api(litserve.LitAPI):
         if self.chat_model is None:
             raise _refuse(f"{self.model.label} has no language model, so it answers no chats. Ask for embeddings.")
         inputs = self._prompt(request.messages).to(self.chat_model.device)
-        usage = {"prompt_tokens": inputs["input_ids"].shape[1], "completion_tokens": 0}
+        length, most = inputs["input_ids"].shape[1], self.chat_model.config.text_config.max_position_embeddings
+        if length + request.max_tokens > most:
+            raise _refuse(
+                f"The prompt has {length} tokens, those of its images counted, and the answer may have "
+                f"{request.max_tokens}, but together the model takes {most}. Send less, or lower `max_tokens`."
+            )
+        usage = {"prompt_tokens": length, "completion_tokens": 0}
         yield {"usage": usage, "finish_reason": None}
         settings = {"max_new_tokens": request.max_tokens, "do_sample": request.temperature > 0}
         if settings["do_sample"]:
@@ -308,7 +327,7 @@ class Api(litserve.LitAPI):
 
         thread = threading.Thread(target=generate)
         thread.start()
-        for text in streamer:
+        for text in _until(streamer, [request.stop] if isinstance(request.stop, str) else request.stop or []):
             yield {"text": text, "finish_reason": None, "usage": None}
         thread.join()
         if "error" in outcome:
