@@ -9,6 +9,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 # The HD transform merges every 2 x 2 neighbouring patches into one token.
 MERGE_SIZE = 2
 
+# The one vector of an image, see `Phi3EmbedConfig`.
+POOLING_MODES = ("mean", "global", "tower")
+
 # openai/clip-vit-large-patch14-336, the tower of Phi-3-vision and Phi-3.5-vision.
 CLIP_VIT_LARGE_PATCH14_336 = {
     "model_type": "clip_vision_model",
@@ -204,8 +207,9 @@ class Phi3EmbedConfig(PreTrainedConfig):
         embd_pdrop (`float`, *optional*, defaults to 0.0):
             Dropout on the merged embeddings. Also called `embed_pdrop`.
         pooling_mode (`str`, *optional*, defaults to `"mean"`):
-            The one vector of an image: the mean over the tokens of all its crops and its global view (`"mean"`), or of
-            its global view alone (`"global"`). Separators and padding do not count.
+            The one vector of an image: the mean over the tokens of all its crops and its global view (`"mean"`), over
+            the tokens of its global view alone (`"global"`), or over the tower's patch features of its global view,
+            before the projection (`"tower"`). Separators and padding do not count. Also an argument of each call.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of a fresh model's projection and word embeddings.
 
@@ -339,7 +343,7 @@ class Phi3EmbedConfig(PreTrainedConfig):
             ("type_feature", ("patch", "cls_patch")),
             ("hd_transform_order", ("sub_glb", "glb_sub")),
             ("projection_cls", ("mlp", "linear")),
-            ("pooling_mode", ("mean", "global")),
+            ("pooling_mode", POOLING_MODES),
             ("use_hd_transform", (True, False)),
         ):
             _require(getattr(self, name) in accepted, name, getattr(self, name), f"one of {accepted}")
@@ -408,6 +412,11 @@ class Phi3EmbedConfig(PreTrainedConfig):
     def tokens_per_side(self) -> int:
         """Lines, and tokens in a line, that a crop gives under the HD transform."""
         return self.patches_per_side // MERGE_SIZE
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of an image's vector, by `pooling_mode`."""
+        return self.vision_config.hidden_size if self.pooling_mode == "tower" else self.hidden_size
 
     @property
     def num_feature_layers(self) -> int:

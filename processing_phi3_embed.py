@@ -1,8 +1,12 @@
 """Phi-3-vision image embedding: image processor and processor."""
 
 import copy
+import io
+import itertools
 import math
+import os
 import re
+import stat
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +14,7 @@ from typing import TypedDict
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
@@ -25,11 +29,13 @@ from transformers.utils import TensorType
 
 from .configuration_phi3_embed import hd_num_tokens
 
-# A picture of 257 views is 350 MB of float32 and 37,000 tokens, more than a quarter of Phi-3's longest context.
+# An image of 257 views is 350 MB of float32 and 37,000 tokens, more than a quarter of Phi-3's longest context.
 MAX_NUM_CROPS = 256
 WHITE = (255, 255, 255)
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
-ACCEPTED_IMAGES = "PIL images, numpy or torch arrays, paths, or lists of these"
+ACCEPTED_IMAGES = "PIL images, numpy or torch arrays, paths, bytes, binary files, or lists of these"
+MAX_DEPTH = 8
+TRANSPARENCY = ("drop", "white")
 
 
 class Phi3EmbedImageProcessorKwargs(TypedDict, total=False):
@@ -37,6 +43,8 @@ class Phi3EmbedImageProcessorKwargs(TypedDict, total=False):
 
     num_crops: int
     num_img_tokens: int
+    pad_views: bool
+    transparency: str
     size: dict[str, int] | SizeDict
     do_rescale: bool
     rescale_factor: float
@@ -69,12 +77,18 @@ def hd_resize(image: Image.Image, num_crops: int, crop_size: int) -> Image.Image
         # The original turns a tall image on its side. Pillow rounds between its two passes, so their order counts.
         image = image.resize((image.width, height), Image.Resampling.BILINEAR)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
-    padded_size = tuple(math.ceil(side / crop_size) * crop_size for side in image.size)
+    corner, padded_size = zip(*_padded(image.size, crop_size))
     if padded_size == image.size:
         return image
     padded = Image.new("RGB", padded_size, WHITE)
-    padded.paste(image, tuple((outer - inner) // 2 for outer, inner in zip(padded_size, image.size)))
+    padded.paste(image, corner)
     return padded
+
+
+def _padded(size: tuple[int, int], crop_size: int) -> list[tuple[int, int]]:
+    """For each side: where the image begins on it, and its length with the padding."""
+    lengths = [math.ceil(side / crop_size) * crop_size for side in size]
+    return [((length - side) // 2, length) for side, length in zip(size, lengths)]
 
 
 def bicubic_shrink(pixels: np.ndarray, factor: int, axis: int) -> np.ndarray:
@@ -92,25 +106,8 @@ def bicubic_shrink(pixels: np.ndarray, factor: int, axis: int) -> np.ndarray:
     return (np.add(taps[0], taps[3], dtype=np.float32)) * outer + (np.add(taps[1], taps[2], dtype=np.float32)) * inner
 
 
-def _open(path) -> Image.Image:
-    if re.match(r"[a-z][a-z0-9+.-]+://|data:", str(path), re.IGNORECASE):
-        raise ValueError(f"{str(path)[:80]!r} is a URL. Fetch it first: `transformers.image_utils.load_image` does.")
-    try:
-        with Image.open(path) as image:
-            # As the camera says it is up, as transformers' pipelines open files.
-            return ImageOps.exif_transpose(image)
-    except FileNotFoundError as error:
-        raise ValueError(f"There is no image file {str(path)!r}.") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"{str(path)!r} has too many pixels ({error}). If you trust it, raise `PIL.Image.MAX_IMAGE_PIXELS`."
-        ) from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} cannot be read as an image: {error}") from error
-
-
 def _infer_channel_dimension(shape) -> ChannelDimension:
-    # 1 channel is the weaker sign: a colour picture may be 1 pixel high or wide.
+    # 1 channel is the weaker sign: a colour image may be 1 pixel high or wide.
     for counts in ((3, 4), (1,)):
         is_first, is_last = shape[0] in counts, shape[-1] in counts
         if is_first and is_last:
@@ -147,62 +144,127 @@ def _array_to_pil(array: np.ndarray, input_data_format) -> Image.Image:
         raise ValueError(f"An image array is of dtype {array.dtype}, but must be uint8, or float in [0, 1].")
     if array.shape[2] not in (1, 3, 4):
         raise ValueError(f"An image array has {array.shape[2]} channels (last), but must have 1, 3 or 4.")
-    if array.shape[2] == 1:
-        return Image.fromarray(array[..., 0]).convert("RGB")
-    return Image.fromarray(np.ascontiguousarray(array[..., :3]))
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else np.ascontiguousarray(array))
+
+
+def _tensor_to_array(tensor: torch.Tensor) -> np.ndarray:
+    try:
+        return (tensor.float() if tensor.is_floating_point() else tensor).numpy(force=True)
+    except (TypeError, RuntimeError) as error:  # NotImplementedError among them: meta, sparse, nested, packed dtypes
+        raise ValueError(
+            f"An image is a tensor of dtype {tensor.dtype}, layout {tensor.layout} and device {tensor.device}, but "
+            "must be dense, on a device that holds its values, and of uint8, or floating point in [0, 1]."
+        ) from error
 
 
 def _check_kind(image):
-    if not isinstance(image, (str, Path, Image.Image, np.ndarray, torch.Tensor)):
+    if not isinstance(image, (str, Path, bytes, Image.Image, np.ndarray, torch.Tensor)) and not hasattr(image, "read"):
         raise ValueError(f"An image is of type {type(image).__name__}. Accepted are {ACCEPTED_IMAGES}.")
 
 
-def to_rgb(image, input_data_format=None) -> Image.Image:
-    """Any one image -> a PIL image of mode RGB. An alpha channel is dropped, as in the original."""
-    if isinstance(image, (str, Path)):
-        image = _open(image)
-    if isinstance(image, torch.Tensor):
-        image = (image.float() if image.is_floating_point() else image).numpy(force=True)
-    if isinstance(image, np.ndarray):
-        return _array_to_pil(image, input_data_format)
-    _check_kind(image)
-    if 0 in image.size:
-        raise ValueError(f"An image is of size {image.size}: it has no pixels.")
-    if image.mode.startswith("I;16"):
-        return _array_to_pil((np.asarray(image) / 257).round().astype(np.uint8), None)
-    if image.mode in ("I", "F"):
-        low, high = image.getextrema()
-        if not (low >= 0 and high <= 255):
-            raise ValueError(
-                f"An image of mode {image.mode!r} has values from {low} to {high}, but must be in 0..255: scale it "
-                "first."
-            )
-        if image.mode == "F" and 0 < high <= 1:
-            raise ValueError(
-                f"An image of mode 'F' has values from {low} to {high}, but must be in 0..255. Values in [0, 1] are "
-                "taken as an array: `np.asarray(image)`."
-            )
+def _check_path(path):
+    """Pillow would wait for ever for what a pipe may bring."""
+    if re.match(r"[a-z][a-z0-9+.-]+://|data:", str(path), re.IGNORECASE):
+        raise ValueError(f"{str(path)[:80]!r} is a URL. Fetch it first: `transformers.image_utils.load_image` does.")
     try:
-        image.load()
-        if image.mode == "RGB":  # which `convert` would copy
-            return image
-        with warnings.catch_warnings():
-            # Transparency of a palette is dropped knowingly.
-            warnings.filterwarnings("ignore", message="Palette images with Transparency")
-            # Pillow has no way from La, grey with alpha multiplied in, but by LA.
-            return (image.convert("LA") if image.mode == "La" else image).convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"An image ({getattr(image, 'filename', '') or image!r}) cannot be read: {error}") from error
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        if isinstance(error, FileNotFoundError):
+            raise ValueError(f"There is no image file {str(path)!r}.") from error
+        raise ValueError(f"{str(path)!r} cannot be read as an image: {error}") from error
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{str(path)!r} is not a regular file, but a folder, a pipe or a device.")
+
+
+def _name(image) -> str:
+    if isinstance(image, (str, Path)):
+        return repr(str(image))
+    if isinstance(image, bytes):
+        return f"An image of {len(image)} bytes"
+    return f"An image ({getattr(image, 'filename', '') or getattr(image, 'name', '') or repr(image):.200})"
+
+
+def open_image(image, input_data_format=None, transparency="drop") -> Image.Image:
+    """Any one image -> a PIL image of mode RGB. See [`~Phi3EmbedImageProcessor.open_image`]."""
+    _check_kind(image)
+    if isinstance(image, torch.Tensor):
+        image = _tensor_to_array(image)
+    if isinstance(image, np.ndarray):
+        return _to_rgb(_array_to_pil(image, input_data_format), transparency)
+    if isinstance(image, (str, Path)):
+        _check_path(image)
+    try:
+        if isinstance(image, Image.Image):
+            image.load()
+            return _to_rgb(image, transparency)
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            opened.load()
+            # Upright as the camera says, as transformers' pipelines open files.
+            ImageOps.exif_transpose(opened, in_place=True)
+            return _to_rgb(opened, transparency)
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{_name(image)} has too many pixels ({error}). If you trust it, raise `PIL.Image.MAX_IMAGE_PIXELS`."
+        ) from error
+    except Exception as error:  # of any type, as decoders raise: KeyError, IndexError, struct.error, ...
+        raise ValueError(f"{_name(image)} cannot be read as an image: {error or type(error).__name__}") from error
+
+
+def _to_rgb(image: Image.Image, transparency: str) -> Image.Image:
+    if 0 in image.size:
+        raise ValueError(f"its size is {image.size}, so it has no pixels.")
+    on_white = transparency == "white" and image.has_transparency_data
+    if image.mode.startswith("I;16"):
+        return _scale_16_bits(image, on_white)
+    if image.mode in ("I", "F"):
+        _check_range(image)
+    if image.mode == "La":
+        image = image.convert("LA")  # Pillow has no way from grey with alpha multiplied in to RGB but by this
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Palette images with Transparency")
+        if on_white:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (*WHITE, 255)), image)
+        # `convert` would copy.
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _scale_16_bits(image: Image.Image, on_white: bool) -> Image.Image:
+    grey = np.array(image)
+    is_transparent = grey == image.info["transparency"] if on_white else None
+    # round(grey / 257) in whole numbers: as floats a large image would take 8 bytes a pixel.
+    scaled = (grey // 257).astype(np.uint8)
+    grey %= 257
+    scaled += grey > 128
+    if on_white:
+        scaled[is_transparent] = 255
+    return Image.fromarray(scaled).convert("RGB")
+
+
+def _check_range(image: Image.Image) -> None:
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= 255):  # NaN fails this comparison too
+        raise ValueError(
+            f"mode {image.mode!r} has values from {low} to {high}, but must be in 0..255: scale it first."
+        )
+    if image.mode == "F" and 0 < high <= 1:
+        raise ValueError(
+            f"mode 'F' has values from {low} to {high}, but must be in 0..255. Values in [0, 1] are taken as an "
+            "array: `np.asarray(image)`."
+        )
 
 
 def _is_float(array) -> bool:
     return array.is_floating_point() if isinstance(array, torch.Tensor) else np.issubdtype(array.dtype, np.floating)
 
 
-def flatten_images(images) -> list:
+def flatten_images(images, depth: int = 0) -> list:
     """Single, listed, nested or stacked images -> a flat list."""
     if isinstance(images, (list, tuple)):
-        return [flat for image in images for flat in flatten_images(image)]
+        if depth == MAX_DEPTH:
+            raise ValueError(f"Lists of images are nested more than {MAX_DEPTH} deep. Accepted are {ACCEPTED_IMAGES}.")
+        return [flat for image in images for flat in flatten_images(image, depth + 1)]
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
         return list(images)
     return [images]
@@ -220,6 +282,12 @@ class Phi3EmbedImageProcessor(BaseImageProcessor):
             The size of a crop in pixels.
         num_img_tokens (`int`, *optional*, defaults to 144):
             Tokens that the model makes of a crop.
+        pad_views (`bool`, *optional*, defaults to `False`):
+            Whether `pixel_values` have one row an image, as Microsoft's, with zeros behind its views: for tools that
+            cut batches by rows. Also an argument of every call.
+        transparency (`str`, *optional*, defaults to `"drop"`):
+            `"drop"`: an alpha channel is left out, as in the original. `"white"`: the image is put on white, so that
+            transparent pixels look as a page shows them. Also an argument of every call.
         do_rescale, rescale_factor, do_normalize, image_mean, image_std (*optional*):
             As everywhere; defaults to 1 / 255 and CLIP's mean and standard deviation.
 
@@ -229,7 +297,7 @@ class Phi3EmbedImageProcessor(BaseImageProcessor):
     >>> image_processor = AutoImageProcessor.from_pretrained(".", trust_remote_code=True)
     >>> inputs = image_processor(Image.new("RGB", (1366, 768)), return_tensors="pt")
     >>> inputs.pixel_values.shape, inputs.image_sizes.tolist(), inputs.num_img_tokens.tolist()
-    (torch.Size([1, 17, 3, 336, 336]), [[1008, 1680]], [2353])
+    (torch.Size([16, 3, 336, 336]), [[1008, 1680]], [2353])
     ```"""
 
     model_input_names = ["pixel_values", "image_sizes", "num_img_tokens"]
@@ -237,6 +305,8 @@ class Phi3EmbedImageProcessor(BaseImageProcessor):
 
     num_crops = 16
     num_img_tokens = 144
+    pad_views = False
+    transparency = "drop"
     size = {"height": 336, "width": 336}
     do_rescale = True
     do_normalize = True
@@ -247,11 +317,13 @@ class Phi3EmbedImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         self._set_attributes(**kwargs)
         _check_geometry(self.num_crops, self.size, self.num_img_tokens)
+        _check_choices(self.pad_views, self.transparency)
         _affine(*(getattr(self, name) for name in AFFINE_KWARGS))  # raises
 
     def save_pretrained(self, save_directory, **kwargs):
         """As [`BaseImageProcessor.save_pretrained`]."""
-        # One that came out of a processor still names it: `AutoProcessor` would ask this folder for a tokenizer.
+        # An image processor taken from a processor keeps its `AutoProcessor` entry, with which loading this folder
+        # needs a tokenizer.
         getattr(self, "auto_map", {}).pop("AutoProcessor", None)
         return super().save_pretrained(save_directory, **kwargs)
 
@@ -267,18 +339,18 @@ class Phi3EmbedImageProcessor(BaseImageProcessor):
         r"""
         Args:
             images:
-                PIL images of any mode, numpy or torch arrays (either channel order; uint8, or float in [0, 1]), paths;
-                one, or a list, or nested lists. A path is turned upright by its EXIF orientation; a PIL image is taken
-                as it is (`PIL.ImageOps.exif_transpose` turns it).
-            num_crops (`int`, *optional*):
+                What [`~Phi3EmbedImageProcessor.open_image`] takes; one, or a list, or nested lists.
+            num_crops, pad_views, transparency (*optional*):
                 In place of the processor's own.
             return_tensors (`str`, *optional*):
                 `"pt"` or `"np"`.
 
         Returns:
-            `pixel_values` (`(num_images, num_crops + 1, 3, height, width)`, float32): the global view, the crops row
-            by row, zeros. `image_sizes` (`(num_images, 2)`): height and width of each grid of crops in pixels.
-            `num_img_tokens` (`(num_images,)`): the tokens the model makes of each image.
+            `pixel_values` (`(num_views, 3, height, width)`, float32): the views of all images one after another, of
+            each its global view, then its crops row by row; with `pad_views` `(num_images, max_views, 3, height,
+            width)`, one row an image with zeros behind its views, `max_views` those of the image that has most.
+            `image_sizes` (`(num_images, 2)`): height and width of each grid of crops in pixels; 0 x 0 for the global
+            view alone. `num_img_tokens` (`(num_images,)`): the tokens that the model makes of each image.
 
         Raises:
             ValueError: an image cannot be read or is of a wrong kind, shape, dtype or range, or there is none.
@@ -289,37 +361,54 @@ class Phi3EmbedImageProcessor(BaseImageProcessor):
         return super().preprocess(images, **kwargs)
 
     def _preprocess_image_like_inputs(
-        self, images, num_crops, num_img_tokens, size, input_data_format=None, return_tensors=None, **kwargs
+        self,
+        images,
+        num_crops,
+        num_img_tokens,
+        size,
+        pad_views,
+        transparency,
+        input_data_format=None,
+        return_tensors=None,
+        **kwargs,
     ):
         _check_geometry(num_crops, size, num_img_tokens)
+        _check_choices(pad_views, transparency)
         images = flatten_images(images)
         if not images:
             raise ValueError(f"There are no images. Accepted are {ACCEPTED_IMAGES}.")
         for image in images:
             _check_kind(image)
-            if not kwargs["do_rescale"] and not isinstance(image, (str, Path, Image.Image)) and _is_float(image):
+            if not kwargs["do_rescale"] and isinstance(image, (np.ndarray, torch.Tensor)) and _is_float(image):
                 raise ValueError(
                     "A float image array is in [0, 1] already and `do_rescale` is False, but resizing is done in "
                     "0..255. Leave `do_rescale` on: values come out as if they had not been rescaled."
                 )
         scale, bias = _affine(**{name: kwargs[name] for name in AFFINE_KWARGS})
-        # Padding crops stay the operating system's zero pages: they cost neither time nor memory.
-        pixel_values = np.zeros((len(images), num_crops + 1, 3, size.height, size.width), np.float32)
 
-        def write(number):
+        def resize(number):
             try:
-                image = to_rgb(images[number], input_data_format)
+                image = open_image(images[number], input_data_format, transparency)
             except ValueError as error:
                 raise ValueError(f"Image {number}: {error}") from error
-            return _write_views(image, num_crops, size.height, scale, bias, out=pixel_values[number])
+            return hd_resize(image, max(num_crops, 1), size.height)
 
         # Pillow and numpy release the GIL. In the workers of a DataLoader torch has one thread, as this should.
-        if (workers := min(len(images), torch.get_num_threads())) == 1:
-            grids = [write(number) for number in range(len(images))]
-        else:
-            with ThreadPoolExecutor(workers) as pool:
-                grids = list(pool.map(write, range(len(images))))
-        grids = np.array(grids)
+        num_threads = min(len(images), torch.get_num_threads())
+        with ThreadPoolExecutor(num_threads) as pool:
+            run = map if num_threads == 1 else pool.map
+            # Resized images are a quarter of their views' bytes, and tell how many views there are.
+            resized = list(run(resize, range(len(images))))
+            grids = np.array([(image.height, image.width) for image in resized]) // size.height * (num_crops > 0)
+            num_views = grids.prod(1) + 1
+            ends = num_views.cumsum()
+            if pad_views:
+                pixel_values = np.zeros((len(images), num_views.max(), 3, size.height, size.width), np.float32)
+                targets = [views[:used] for views, used in zip(pixel_values, num_views)]
+            else:
+                pixel_values = np.empty((ends[-1], 3, size.height, size.width), np.float32)
+                targets = np.split(pixel_values, ends[:-1])
+            list(run(lambda image, target: _write_views(image, size.height, scale, bias, target), resized, targets))
         data = {
             "pixel_values": pixel_values,
             "image_sizes": grids * size.height,
@@ -327,11 +416,46 @@ class Phi3EmbedImageProcessor(BaseImageProcessor):
         }
         return BatchFeature(data, tensor_type=return_tensors)
 
+    def open_image(self, image, input_data_format=None, transparency: str | None = None) -> Image.Image:
+        r"""
+        One image of any kind as it is embedded, before it is resized: the only opener that is needed.
+
+        Args:
+            image:
+                A path, bytes or a binary file, which are decoded and turned upright by their EXIF orientation; or a
+                PIL image of any mode, taken as it stands (`PIL.ImageOps.exif_transpose` turns it); or a numpy or torch
+                array in either channel order, uint8 or float in [0, 1]. Greys of 16 bits are scaled to 8.
+            input_data_format (`str`, *optional*):
+                `"channels_first"` or `"channels_last"`, where the shape of an array leaves it open.
+            transparency (`str`, *optional*):
+                In place of the processor's own.
+
+        Returns:
+            A PIL image of mode RGB.
+
+        Raises:
+            ValueError: it cannot be read, or is of a wrong kind, shape, dtype or range. The file is named. More than
+                twice `PIL.Image.MAX_IMAGE_PIXELS` pixels are not decoded.
+        """
+        transparency = self.transparency if transparency is None else transparency
+        _check_choices(self.pad_views, transparency)
+        return open_image(image, input_data_format, transparency)
+
+    def image_box(self, width: int, height: int, num_crops: int | None = None) -> tuple[int, int, int, int]:
+        """
+        Where an image of this size in pixels lies in its grid of crops (with `num_crops` 0 in its global view), around
+        which the grid is white: left, upper, right, lower in pixels of the grid.
+        """
+        _check_sides(width, height)
+        num_crops = self.num_crops if num_crops is None else num_crops
+        _check_geometry(num_crops, self.size, self.num_img_tokens)
+        inner = hd_target_size(width, height, max(num_crops, 1), self.size.height)
+        left, upper = (start for start, _ in _padded(inner, self.size.height))
+        return left, upper, left + inner[0], upper + inner[1]
+
     def num_image_tokens(self, width: int, height: int, num_crops: int | None = None) -> int:
         """Tokens that an image of this size in pixels takes, without touching a pixel."""
-        for name, side in (("width", width), ("height", height)):
-            if not isinstance(side, (int, np.integer)) or side < 1:
-                raise ValueError(f"`{name}` is {side!r}, but must be a positive whole number of pixels.")
+        _check_sides(width, height)
         rows, cols = self._grid(width, height, self.num_crops if num_crops is None else num_crops)
         return hd_num_tokens(rows, cols, math.isqrt(self.num_img_tokens))
 
@@ -339,8 +463,8 @@ class Phi3EmbedImageProcessor(BaseImageProcessor):
         _check_geometry(num_crops, self.size, self.num_img_tokens)
         if num_crops == 0:
             return 0, 0
-        width, height = hd_target_size(width, height, num_crops, self.size.height)
-        return math.ceil(height / self.size.height), math.ceil(width / self.size.width)
+        (_, width), (_, height) = _padded(hd_target_size(width, height, num_crops, self.size.height), self.size.height)
+        return height // self.size.height, width // self.size.height
 
 
 AFFINE_KWARGS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
@@ -373,19 +497,29 @@ def _per_channel(name, value):
     return array
 
 
-def _write_views(image, num_crops, crop_size, scale, bias, out) -> tuple[int, int]:
-    """Writes global view and crops of one image into `out` (views, 3, crop_size, crop_size) -> its (rows, cols)."""
-    pixels = np.asarray(hd_resize(image, max(num_crops, 1), crop_size))  # (rows * crop_size, cols * crop_size, 3)
+def _write_views(image: Image.Image, crop_size: int, scale: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
+    """Writes the views of one resized image into `out` (num_views, 3, crop_size, crop_size)."""
+    pixels = np.asarray(image)  # (rows * crop_size, cols * crop_size, 3)
     rows, cols = pixels.shape[0] // crop_size, pixels.shape[1] // crop_size
     global_view = bicubic_shrink(bicubic_shrink(pixels, rows, axis=0), cols, axis=1)
-    if num_crops == 0:
-        rows = cols = 0
     corners = ((y * crop_size, x * crop_size) for y in range(rows) for x in range(cols))
-    crops = [pixels[y : y + crop_size, x : x + crop_size] for y, x in corners]
-    for view, target in zip([global_view, *crops], out):
+    crops = (pixels[y : y + crop_size, x : x + crop_size] for y, x in corners)
+    for target, view in zip(out, itertools.chain([global_view], crops)):
         np.multiply(view.transpose(2, 0, 1), scale, out=target)
         target += bias
-    return rows, cols
+
+
+def _check_sides(width, height):
+    for name, side in (("width", width), ("height", height)):
+        if not isinstance(side, (int, np.integer)) or side < 1:
+            raise ValueError(f"`{name}` is {side!r}, but must be a positive whole number of pixels.")
+
+
+def _check_choices(pad_views, transparency):
+    if not isinstance(pad_views, (bool, np.bool_)):
+        raise ValueError(f"`pad_views` is {pad_views!r}, but must be True or False.")
+    if transparency not in TRANSPARENCY:
+        raise ValueError(f"`transparency` is {transparency!r}, but must be one of {TRANSPARENCY}.")
 
 
 def _check_num_crops(num_crops):
@@ -474,7 +608,7 @@ class Phi3EmbedProcessor(ProcessorMixin):
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         if text is not None:
             text = [text] if isinstance(text, str) else text
-            if not isinstance(text, (list, tuple)) or not text or not all(isinstance(each, str) for each in text):
+            if not isinstance(text, (list, tuple)) or not text or not all(isinstance(sample, str) for sample in text):
                 raise ValueError(
                     f"`text` is {text!r:.80}, but must be a string or a list of strings, and not empty. Images are "
                     "the first argument; name both: `processor(images=..., text=...)`."

@@ -1,37 +1,284 @@
-"""The command line: `phi3-embed COMMAND`, or `python -m phi3_tools COMMAND`."""
+"""
+The command line: `phi3-embed COMMAND`, or `python -m phi3_tools COMMAND`.
 
-import importlib
+All options stand here, one spelling for each. The commands are plain functions in modules of their own, which are
+imported when they run, so that help is quick and a command asks for no other command's packages.
+"""
+
+import os
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-app = typer.Typer(name="phi3-embed", no_args_is_help=True, add_completion=False, help=__doc__)
-COMMANDS = {
-    "finetune": "phi3_tools.finetune.command",
-    "compare": "phi3_tools.compare.command",
-    "search": "phi3_tools.search",
-    "embed": "phi3_tools.embed",
-    "serve": "phi3_tools.serve",
-    "export": "phi3_tools.export",
-    "evaluate": "phi3_tools.evaluate",
-    "demo": "phi3_tools.demo",
-}
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "faiss": "faiss-cpu", "PIL": "pillow", "dotenv": "python-dotenv"}
+# The extra of pyproject.toml that a command needs, where it has another name.
+EXTRAS = {"export": "onnx"}
+INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
+GOES_ON = "What is done is kept: the same command goes on from there."
+
+app = typer.Typer(
+    name="phi3-embed",
+    help="Phi-3-vision's image embedding: convert, fine-tune, compare, search, embed, serve, export, evaluate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+search = typer.Typer(
+    no_args_is_help=True, help="Keep an index of images on disk, and search it.", rich_markup_mode=None
+)
+app.add_typer(search, name="search")
+
+SOURCE = "a folder of images, one image, parquet, a tar file, a Hub dataset NAME[@REVISION], digits or small-text"
+MODEL = "a folder or Hub id: NAME[@REVISION][:mean|global|tower]"
+SMALL = "Without it the repository's small checkpoint, which knows digits alone."
+
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE, show_default=False)]
+Model = Annotated[str | None, typer.Option("--model", metavar="MODEL", help=f"{MODEL}. {SMALL}", show_default=False)]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL, show_default=False)]
+Index = Annotated[Path, typer.Argument(metavar="INDEX", help="the folder of the index", show_default=False)]
+NumCrops = Annotated[
+    int | None,
+    typer.Option(
+        "--num-crops", min=0, help="the most crops of an image; without it the model's own", show_default=False
+    ),
+]
+ImageColumn = Annotated[
+    str | None, typer.Option("--image-column", help="without it the only column of images", show_default=False)
+]
+LabelColumn = Annotated[str | None, typer.Option("--label-column", help="without it `label`", show_default=False)]
+TextColumn = Annotated[
+    str | None, typer.Option("--text-column", help="without it `text` or `caption`", show_default=False)
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="images in a batch")]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="without it the machine's accelerator, else its CPU", show_default=False)
+]
+Seed = Annotated[int, typer.Option("--seed", min=0)]
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-def _add(name, module):
-    @app.command(
-        name,
-        add_help_option=False,
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def finetune(context: typer.Context):
+    """Train a classifier, or the embedding itself, on your images (its options are transformers' arguments)."""
+    from phi3_tools.finetune.command import main
+
+    main(context.args)
+
+
+@app.command()
+def compare(
+    source: Source,
+    model: Annotated[list[str], typer.Option("--model", metavar="MODEL", help=f"{MODEL}, or pixels; several times")],
+    output: Annotated[Path, typer.Option(help="the folder to write")] = Path("report"),
+    split: Annotated[
+        str | None,
+        typer.Option(help="of the data; without it test if there is one, else the first", show_default=False),
+    ] = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    text_column: TextColumn = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="a random sample of so many images", show_default=False)
+    ] = None,
+    probe: Annotated[int, typer.Option(min=1, help="images that are changed, for robustness and detail")] = 100,
+    num_crops: NumCrops = None,
+    resamples: Annotated[int, typer.Option(min=100, help="of the bootstrap")] = 1000,
+    batch_size: BatchSize = 8,
+    seed: Seed = 0,
+    cache: Annotated[
+        Path | None, typer.Option(help="the file that keeps the vectors; in the user's cache", show_default=False)
+    ] = None,
+):
+    """Measure the embeddings of several models on your images, and write a report."""
+    from phi3_tools.compare.command import Arguments, run
+    from phi3_tools.compare.vectors import VECTORS
+
+    run(
+        Arguments(
+            models=model,
+            source=source,
+            output=output,
+            split=split,
+            image_column=image_column,
+            label_column=label_column,
+            text_column=text_column,
+            limit=limit,
+            probe=probe,
+            num_crops=num_crops,
+            resamples=resamples,
+            batch_size=batch_size,
+            seed=seed,
+            cache=cache or VECTORS,
+        )
     )
-    def command(context: typer.Context):
-        sys.argv = [name, *context.args]
-        importlib.import_module(module).main()
 
 
-for _name, _module in COMMANDS.items():
-    _add(_name, _module)
+@search.command()
+def index(
+    source: Source,
+    index: Index,
+    model: Model = None,
+    num_crops: NumCrops = None,
+    image_column: ImageColumn = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
+):
+    """Make an index, or bring one in line with its source: what is new is embedded, what is gone is removed."""
+    from phi3_tools.search import make_index
+
+    make_index(source, index, model, num_crops, image_column, dtype, device)
 
 
-def main():
-    app()
+@search.command()
+def add(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help=SOURCE, show_default=False)],
+    index: Index,
+    image_column: ImageColumn = None,
+    device: Device = None,
+):
+    """Add images to an index."""
+    from phi3_tools.search import add_images
+
+    add_images(sources, index, image_column, device)
+
+
+@search.command()
+def remove(
+    paths: Annotated[list[str], typer.Argument(metavar="IMAGE_OR_FOLDER...", show_default=False)],
+    index: Index,
+):
+    """Remove images from an index; their files stay."""
+    from phi3_tools.search import remove_images
+
+    remove_images(paths, index)
+
+
+@search.command()
+def query(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="the file of an image", show_default=False)],
+    index: Index,
+    count: Annotated[int, typer.Option("--count", min=1, help="how many to find")] = 5,
+    exclude_self: Annotated[bool, typer.Option(help="leave out the query itself where the index holds it")] = True,
+    output: Annotated[Path, typer.Option(help="the PNG file to draw")] = Path("neighbours.png"),
+    device: Device = None,
+):
+    """Print and draw the images of an index that are nearest to another."""
+    from phi3_tools.search import query_index
+
+    query_index(image, index, count, exclude_self, output, device)
+
+
+@app.command()
+def embed(
+    source: Source,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="the folder to write, or to go on with")],
+    model: Model = None,
+    num_crops: NumCrops = None,
+    image_column: ImageColumn = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="images in a shard, which is one batch")] = 64,
+    copies: Annotated[
+        int | None,
+        typer.Option(help="of the model; without it one a GPU, or for a quarter of the CPUs", show_default=False),
+    ] = None,
+    dtype: Dtype = "float32",
+):
+    """Embed millions of images into parquet files, by Ray Data."""
+    from phi3_tools.embed import run
+
+    run(source, output, model, num_crops, image_column, shard_size, copies, dtype)
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    host: Annotated[str, typer.Option(help="where to listen")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    num_crops: NumCrops = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
+):
+    """Serve embeddings over HTTP, in OpenAI's format."""
+    from phi3_tools.serve import run
+
+    run(model, host, port, num_crops, dtype, device)
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="the folder to write; must not exist")],
+):
+    """Write a checkpoint as ONNX, with its preprocessing beside it."""
+    from phi3_tools.export import run
+
+    run(model, output)
+
+
+@app.command()
+def evaluate(
+    model: ModelArgument,
+    num_crops: NumCrops = None,
+    batch_size: BatchSize = 16,
+    output: Annotated[Path, typer.Option(help="the folder of the finished tasks' scores")] = Path("results"),
+    device: Device = None,
+):
+    """Run MIEB(Img), mteb's benchmark of images, and print the leaderboard's row."""
+    from phi3_tools.evaluate import run
+
+    run(model, num_crops, batch_size, output, device)
+
+
+@app.command()
+def demo(
+    source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help=SOURCE, show_default=False)] = None,
+    model: Model = None,
+    output: Annotated[Path, typer.Option(help="the PNG file to draw")] = Path("demo/neighbours.png"),
+):
+    """Embed and search images, and draw a picture of it; without a SOURCE, handwritten digits."""
+    from phi3_tools.demo import run
+
+    run(source, model, output)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command. What a user can mend is a line on stderr, and exit status 1."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    name = f"phi3-embed {command}".strip()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(arguments)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print(f"\n{name}: interrupted. {GOES_ON}", file=sys.stderr)
+        if end.code:
+            raise
+    except Exception as error:
+        if (line := error_line(error, command)) is None:
+            raise
+        sys.exit(f"{name}: {line}")
+
+
+def error_line(error: BaseException, command: str) -> str | None:
+    """What went wrong and how to mend it, for an error that a user can mend; otherwise `None`."""
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if not package or package.startswith("phi3_"):
+            return None
+        package = DISTRIBUTIONS.get(package) or package.replace("_", "-")
+        extra = EXTRAS.get(command, command)
+        return f'the package {package} is missing. Install what this command needs: pip install "phi3-embed[{extra}]"'
+    from phi3_tools.results import is_disk_full, one_line
+
+    if is_disk_full(error):
+        return f"The disk is full: {one_line(error)}. Free some space. {GOES_ON}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "CPUAllocator" in str(error):
+        return "A batch does not fit in memory. Give a smaller --batch-size, fewer --num-crops, or --dtype bfloat16."
+    is_mended_by_user = (
+        isinstance(error, (ValueError, OSError, ImportError)) or type(error).__name__ == "SafetensorError"
+    )
+    return str(error) if is_mended_by_user else None

@@ -1,64 +1,55 @@
 """
 MIEB(Img), mteb's benchmark of images alone: runs its tasks and prints the leaderboard's row.
 
-    python examples/mteb_eval.py FOLDER_OR_HUB_ID [--num-crops N] [--batch-size N] [--results FOLDER]
-
 mteb fetches each task's images from the Hub. Finished tasks are kept in the results folder: run the same command again
 to go on after an interruption.
 """
 
-import argparse
-import hashlib
-import sys
 from pathlib import Path
 
 import mteb
 import torch
 from mteb.models import SentenceTransformerEncoderWrapper
 from mteb.results import BenchmarkResults
-from rich.console import Console
 from rich.table import Table
 from sentence_transformers import SentenceTransformer
 
-console = Console()
+from phi3_tools.models import PHI3_EMBED, find_model, pick_device
+from phi3_tools.results import console
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Evaluate a model on MIEB(Img).")
-    parser.add_argument("model", help="a folder or Hub id")
-    parser.add_argument("--num-crops", type=int, help="the most crops of an image; without it the checkpoint's")
-    parser.add_argument("--batch-size", type=int, default=16, help="images in a batch (default 16)")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the finished tasks' scores")
-    arguments = parser.parse_args()
-    try:
-        encoder = load(arguments.model, arguments.num_crops)
-    except (OSError, ValueError) as error:
-        sys.exit(f"mteb_eval: {error}")
-    failed = evaluate(encoder, mteb.get_benchmark("MIEB(Img)"), arguments.batch_size, arguments.results)
+def run(model, num_crops=None, batch_size=16, output=Path("results"), device=None):
+    """Prints the scores of MIEB(Img)'s tasks, and the leaderboard's row if none failed."""
+    encoder = load(model, num_crops, device)
+    failed = evaluate(encoder, mteb.get_benchmark("MIEB(Img)"), batch_size, output)
     if failed:
-        sys.exit(f"mteb_eval: {len(failed)} tasks failed, so there is no row. Run again to go on with them.")
+        raise ValueError(f"{len(failed)} tasks failed, so there is no row. Run again to go on with them.")
 
 
-def load(name, num_crops=None):
+def load(name, num_crops=None, device=None):
     """The model as mteb takes it, with a revision under which scores of other weights are never taken for its own."""
+    model = find_model(name)
     processor_kwargs = {} if num_crops is None else {"num_crops": num_crops}
-    model = SentenceTransformer(name, trust_remote_code=True, processor_kwargs=processor_kwargs)
-    encoder = SentenceTransformerEncoderWrapper(model)
+    code = {"code_revision": model.revision} if model.revision else {}
+    encoder = SentenceTransformerEncoderWrapper(
+        SentenceTransformer(
+            model.name,
+            revision=model.revision,
+            trust_remote_code=model.kind == PHI3_EMBED,
+            device=str(pick_device(device)),
+            model_kwargs={"dtype": torch.float32} | code,
+            config_kwargs=code,
+            processor_kwargs=processor_kwargs | code,
+        )
+    )
     about = {
-        "name": f"local/{Path(name).resolve().name}" if Path(name).is_dir() else name,
-        "revision": model.model_card_data.base_model_revision or weights_digest(model),
-        "modalities": model.modalities,
+        "name": f"local/{model.label}" if Path(model.name).is_dir() else model.name,
+        "revision": model.version,
+        "modalities": encoder.model.modalities,
         "experiment_kwargs": processor_kwargs or None,
     }
     encoder.mteb_model_meta = encoder.mteb_model_meta.model_copy(update=about)
     return encoder
-
-
-def weights_digest(model):
-    digest = hashlib.sha256()
-    for weight in model.state_dict().values():
-        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def evaluate(encoder, benchmark, batch_size, results):
@@ -84,7 +75,3 @@ def evaluate(encoder, benchmark, batch_size, results):
         row.add_row(outcome.model_name, *(f"{score:.2%}" for score in scores.values()))
         console.print(row)
     return outcome.exceptions
-
-
-if __name__ == "__main__":
-    main()

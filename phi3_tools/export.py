@@ -1,31 +1,26 @@
 """
 A checkpoint -> an ONNX file of pixels -> image tokens and one vector an image, with its preprocessing beside it.
 
-    python examples/export.py MODEL FOLDER [--revision COMMIT]
-
-MODEL is a folder or a Hub id; FOLDER is made, and must not exist. It gets `model.onnx` (weights above 2 GB in
-`model.onnx.data`), `preprocessor_config.json` and `config.json` with the code that they name.
+The output folder is made, and must not exist. It gets `model.onnx` (weights above 2 GB in `model.onnx.data`),
+`preprocessor_config.json` and `config.json` with the code that they name.
 
 The graph takes any number of images of any grids at once. transformers' own exporter makes the sizes of the images it
 traces constants of the graph (5.23), so this is `torch.onnx.export`.
 """
 
-import argparse
 import logging
-import sys
-import tempfile
 import warnings
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import torch
 from PIL import Image
-from rich.console import Console
-from transformers import AutoImageProcessor, AutoModel
+
+from phi3_tools.models import find_model, load_model
+from phi3_tools.results import console, folder_beside
 
 INPUTS = {
-    "pixel_values": "(num_images, max_crops, 3, height, width): the global view, the crops row by row, zeros",
+    "pixel_values": "(num_images, max_views, 3, height, width): the global view, the crops row by row, zeros",
     "image_sizes": "(num_images, 2): height and width in pixels of each image's grid of crops",
 }
 OUTPUTS = {
@@ -35,47 +30,29 @@ OUTPUTS = {
 }
 # The greatest difference to torch, as a share of the greatest value.
 TOLERANCE = 1e-4
-console = Console()
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Write a checkpoint as ONNX, with its preprocessing beside it.")
-    parser.add_argument("model", help="a folder or Hub id")
-    parser.add_argument("folder", type=Path, help="where to write; must not exist")
-    parser.add_argument("--revision", help="the commit to load from the Hub")
-    arguments = parser.parse_args()
-    try:
-        run(arguments.model, arguments.folder, arguments.revision)
-    except (OSError, ValueError) as error:
-        sys.exit(f"export: {error}")
-
-
-def run(name, folder, revision=None):
-    if folder.exists():
-        raise ValueError(f"{folder} exists already. Give a folder that does not, or remove it.")
-    model = AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32, trust_remote_code=True).eval()
-    image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, trust_remote_code=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
-        part = Path(beside) / folder.name
-        part.mkdir()
+def run(name, folder):
+    model = find_model(name)
+    with folder_beside(folder) as part:
+        loaded, image_processor = load_model(model, device="cpu")
+        image_processor.pad_views = True  # the graph has one row an image
         console.print("Tracing and writing.")
-        export(model, image_processor).save(part / "model.onnx")
+        export(loaded, image_processor).save(part / "model.onnx")
         image_processor.save_pretrained(part)
-        model.config.save_pretrained(part)
+        loaded.config.save_pretrained(part)
         console.print("Comparing with torch.")
-        for output, difference in differences(model, image_processor, part / "model.onnx").items():
+        for output, difference in differences(loaded, image_processor, part / "model.onnx").items():
             console.print(f"{output}: differs by {difference:.1e} of its greatest value.")
             if not difference <= TOLERANCE:
                 raise ValueError(f"`{output}` differs by more than {TOLERANCE}. Nothing was written.")
-        part.rename(folder)
     console.print(f"Written: {folder}")
 
 
 def export(model, image_processor) -> torch.onnx.ONNXProgram:
-    images, crops = torch.export.Dim("num_images"), torch.export.Dim("max_crops")
+    images, views = torch.export.Dim("num_images"), torch.export.Dim("max_views")
     inputs = sample_inputs(model.config, image_processor, num_images=3, num_crops=4)
-    dims = {"pixel_values": {0: images, 1: crops}, "image_sizes": {0: images}}
+    dims = {"pixel_values": {0: images, 1: views}, "image_sizes": {0: images}}
     if not model.config.use_hd_transform:
         dims["pixel_values"] = {0: images}
     with warnings.catch_warnings():
@@ -96,11 +73,11 @@ def export(model, image_processor) -> torch.onnx.ONNXProgram:
 
 
 def sample_inputs(config, image_processor, num_images, num_crops):
-    """Pictures of noise, upright and wide in turn, as the model takes them."""
+    """Images of noise, upright and wide in turn, as the model takes them."""
     generator = np.random.default_rng(0)
     shapes = [(90, 30, 3) if number % 2 else (40, 80, 3) for number in range(num_images)]
-    pictures = [Image.fromarray(generator.integers(0, 256, shape, np.uint8)) for shape in shapes]
-    inputs = image_processor(pictures, num_crops=num_crops, return_tensors="pt")
+    images_of_noise = [Image.fromarray(generator.integers(0, 256, shape, np.uint8)) for shape in shapes]
+    inputs = image_processor(images_of_noise, num_crops=num_crops, pad_views=True, return_tensors="pt")
     if config.use_hd_transform:
         return {key: inputs[key] for key in INPUTS}
     return {"pixel_values": inputs.pixel_values[:, 0]}
@@ -119,7 +96,3 @@ def differences(model, image_processor, path) -> dict[str, float]:
         left = left[:, : right.shape[1]]  # a graph's padding is longer
         found[name] = float(np.abs(left - right).max() / np.abs(right).max())
     return found
-
-
-if __name__ == "__main__":
-    main()

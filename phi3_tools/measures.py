@@ -1,22 +1,21 @@
 """
-What embeddings are measured by. A figure has a value for each model with a 95% bootstrap interval over pictures, and
+What embeddings are measured by. A figure has a value for each model with a 95% bootstrap interval over images, and
 for each two models their difference with a paired test; where it has no meaning it is undefined and says why.
+
+Numbers in, numbers out: no model and no file.
 """
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-import faiss
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from scipy import stats
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -46,11 +45,10 @@ class Figure:
     higher_is_better: bool = True
 
 
-def unit(vectors):
-    """Rows of length 1, float32; a row of zeros stays one."""
-    vectors = np.array(vectors, np.float32, order="C")
-    faiss.normalize_L2(vectors)
-    return vectors
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows of length 1 in float32; a row of zeros stays one."""
+    vectors = np.asarray(vectors, np.float32)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def why_undefined(vectors):
@@ -65,17 +63,32 @@ def why_undefined(vectors):
     return None
 
 
-def search(gallery, queries, k, own=None):
-    """The `k` rows of `gallery` nearest to each query by cosine, nearest first; `own`: a row for each to leave out."""
-    index = faiss.IndexFlatIP(gallery.shape[1])
-    index.add(gallery)
+def nearest(gallery: np.ndarray, queries: np.ndarray, k: int, own: np.ndarray | None = None) -> np.ndarray:
+    """
+    The rows of `gallery` nearest to each query by cosine, nearest first, `(queries, k)`.
+
+    `own` `(queries,)`: a row of the gallery to leave out for each query; `k` is then one row fewer at most.
+    """
     k = min(k, len(gallery) - (own is not None))
-    found = index.search(queries, k + (own is not None))[1]
+    index = NearestNeighbors(n_neighbors=k + (own is not None), metric="cosine", algorithm="brute").fit(gallery)
+    rows = index.kneighbors(queries, return_distance=False)
     if own is None:
-        return found
-    is_own = found == np.asarray(own)[:, None]
+        return rows
+    is_own = rows == np.asarray(own)[:, None]
     is_own[~is_own.any(1), -1] = True
-    return found[~is_own].reshape(len(queries), k)
+    return rows[~is_own].reshape(len(queries), k)
+
+
+def recall(vectors: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """Share of the images, each searched among all others, with one of their own class among the `k` nearest."""
+    rows = nearest(vectors, vectors, k, own=np.arange(len(vectors)))
+    return float((labels[rows] == labels[:, None]).any(1).mean())
+
+
+def pixel_vectors(images: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Raw pixels of equally large images as unit vectors: as they are, and with the images' mean taken off."""
+    pixels = np.stack([np.asarray(image, np.float64).ravel() for image in images])
+    return {"raw pixels": unit(pixels), "raw pixels, centred": unit(pixels - pixels.mean(0))}
 
 
 def retrieval(vectors, labels):
@@ -89,7 +102,7 @@ def retrieval(vectors, labels):
     queries = np.flatnonzero(np.isin(labels, classes[counts > 1]))
     hits = {f"recall@{rank}": [] for rank in RANKS} | {"mAP": []}
     for some in np.array_split(queries, max(len(queries) // 1000, 1)):
-        found = search(vectors, vectors[some], len(vectors), own=some)
+        found = nearest(vectors, vectors[some], len(vectors), own=some)
         is_hit = labels[found] == labels[some, None]  # (queries, n - 1)
         for rank in RANKS:
             hits[f"recall@{rank}"].append(is_hit[:, :rank].any(1))
@@ -142,7 +155,7 @@ def linear_cka(left, right):
 def overlap(left, right):
     """The share of the nearest neighbours that two spaces have in common, for each picture: `(n,)`."""
     own = np.arange(len(left))
-    left, right = (search(each, each, NUM_NEIGHBOURS, own) for each in (left, right))
+    left, right = (nearest(each, each, NUM_NEIGHBOURS, own) for each in (left, right))
     return np.array([len(set(a) & set(b)) / len(a) for a, b in zip(left.tolist(), right.tolist())])
 
 
@@ -150,45 +163,8 @@ def text_to_image(texts, vectors, captions):
     """{figure: for each caption that is not empty whether a picture with that caption is among the nearest}."""
     captions = np.asarray(captions)
     given = captions != ""
-    is_hit = captions[search(vectors, texts[given], max(RANKS))] == captions[given, None]
+    is_hit = captions[nearest(vectors, texts[given], max(RANKS))] == captions[given, None]
     return {f"recall@{rank}": is_hit[:, :rank].any(1).astype(np.float64) for rank in RANKS}
-
-
-# What is done to a picture, each of an everyday strength.
-
-
-def _crop(image):
-    width, height = image.size
-    x, y = (-(-side // 10) if side > 2 else 0 for side in image.size)
-    return image.crop((x, y, width - x, height - y))
-
-
-def _blur(image):
-    return image.filter(ImageFilter.GaussianBlur(max(image.size) / 60))
-
-
-def _jpeg(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=15)
-    return Image.open(buffer).convert("RGB")
-
-
-def shrink(image, factor):
-    return image.resize([max(round(side / factor), 1) for side in image.size], Image.Resampling.BOX)
-
-
-CHANGES = {
-    "crop": _crop,
-    "flip": ImageOps.mirror,
-    "blur": _blur,
-    "JPEG": _jpeg,
-    "brightness": lambda image: ImageEnhance.Brightness(image).enhance(1.5),
-    "downscaling": lambda image: shrink(image, 2).resize(image.size, Image.Resampling.BILINEAR),
-}
-# To be raised when a change becomes another one: kept vectors of changed pictures are then not taken.
-CHANGES_VERSION = 1
-# Pictures at a share of their resolution.
-SHRINKS = {"1/2 size": 2, "1/4 size": 4, "1/8 size": 8}
 
 
 def after_change(gallery, changed, own, labels):
@@ -202,7 +178,7 @@ def after_change(gallery, changed, own, labels):
         {figure: a value for each changed picture}. `moved` is the cosine distance to the unchanged picture, as a share
         of the mean distance between two pictures, so that spaces of other spreads compare.
     """
-    first = search(gallery, changed, 1)[:, 0]
+    first = nearest(gallery, changed, 1)[:, 0]
     num_pairs = len(gallery) * (len(gallery) - 1)
     spread = 1 - (np.square(gallery.sum(0, dtype=np.float64)).sum() - len(gallery)) / num_pairs
     found = {
@@ -212,10 +188,10 @@ def after_change(gallery, changed, own, labels):
     classes, counts = np.unique(labels[labels != UNLABELLED], return_counts=True)
     has_fellows = np.isin(labels[own], classes[counts > 1])
     if len(classes) > 1 and has_fellows.any():
-        nearest = search(gallery, changed[has_fellows], 1, own=own[has_fellows])[:, 0]
-        before = search(gallery, gallery[own[has_fellows]], 1, own=own[has_fellows])[:, 0]
+        after = nearest(gallery, changed[has_fellows], 1, own=own[has_fellows])[:, 0]
+        before = nearest(gallery, gallery[own[has_fellows]], 1, own=own[has_fellows])[:, 0]
         mine = labels[own[has_fellows]]
-        found["recall@1"] = (labels[nearest] == mine).astype(np.float64)
+        found["recall@1"] = (labels[after] == mine).astype(np.float64)
         found["fall of recall@1"] = (labels[before] == mine).astype(np.float64) - found["recall@1"]
     return found
 

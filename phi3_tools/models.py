@@ -1,14 +1,17 @@
 """
-Pictures embedded by any model, and the vectors kept on disk.
+A MODEL as it is named, found, loaded, and asked for vectors.
 
-A model is written `SOURCE[@REVISION][:POOLING]`. SOURCE is a folder or a Hub id of
+A MODEL is written `NAME[@REVISION][:POOLING]`. NAME is a folder or a Hub id of
 
 - our model, with the poolings `mean` (all tokens of crops and global view), `global` (the global view's tokens) and
   `tower` (the tower's patches of the global view, before the projection: CLIP's side); without one, the config's own;
 - CLIP, SigLIP, DINOv2, ViT and whatever else transformers' `AutoModel` and `AutoImageProcessor` load;
 - a sentence-transformers model that takes images;
 
-or it is `pixels`, the picture itself at 32 x 32 pixels.
+or it is `pixels`, the image itself at 32 x 32 pixels.
+
+Vectors are comparable between tools: weights are in float32 unless another dtype is asked for, on the machine's
+accelerator where it has one, and code and weights are of one and the same commit.
 """
 
 import functools
@@ -16,240 +19,352 @@ import hashlib
 import json
 import os
 import re
-import sqlite3
-import time
-from collections.abc import Callable
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedConfig
 
+from phi3_tools.results import one_line, write_text
+
+# The repository is a checkpoint too: a small one, which knows handwritten digits and nothing else.
 ROOT = Path(__file__).resolve().parent.parent
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phi3-embed" / "vectors.sqlite"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phi3-embed"
 PIXELS, PIXELS_SIDE = "pixels", 32
+PHI3_EMBED, TRANSFORMERS, SENTENCE_TRANSFORMERS = "phi3_embed", "transformers", "sentence-transformers"
 POOLINGS = ("mean", "global", "tower")
-SPEC = re.compile(rf"(?P<source>.+?)(@(?P<revision>[\w./-]+))?(:(?P<pooling>{'|'.join(POOLINGS)}))?")
+ACCEPTED = (
+    f"a folder with a model, a Hub id, or {PIXELS!r}: NAME[@REVISION][:POOLING], with one of {', '.join(POOLINGS)} as "
+    "POOLING of a phi3_embed model"
+)
+PATTERN = re.compile(rf"(?P<name>.+?)(@(?P<revision>[\w./-]+))?(:(?P<pooling>{'|'.join(POOLINGS)}))?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+DTYPES = ("float32", "bfloat16", "float16")
 BATCH_SIZE = 8
-TIMED_PICTURES = 8
 CLASS_TOKENS = ("cls_token", "class_embedding")  # what towers call it
+WEIGHTS = (".safetensors", ".bin")
 # What of a folder makes its vectors: a change of any makes them others.
-COUNTED_SUFFIXES = {".json", ".safetensors", ".bin", ".py", ".txt", ".model"}
+COUNTED = (*WEIGHTS, ".json", ".jinja", ".py", ".txt", ".model")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-class Spec(NamedTuple):
-    """A model as it is named: see the module's docstring."""
+class Model(NamedTuple):
+    """
+    A model that is there. `text` is as it was named; `revision` and `code` pin weights and code to a commit of the
+    Hub; `version` is that commit, or a hash of what a folder's vectors follow from.
+    """
 
     text: str
-    source: str
-    revision: str | None
+    name: str
     pooling: str | None
+    kind: str
+    revision: str | None
+    version: str
 
     @property
     def label(self) -> str:
         """The name in tables: that of a folder without its path."""
-        name = Path(self.source).resolve().name if Path(self.source).is_dir() else self.source
+        name = Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
         return f"{name} ({self.pooling})" if self.pooling else name
 
+    @property
+    def pinned_text(self) -> str:
+        """The MODEL as one names this very version from anywhere."""
+        return (
+            self.name + (f"@{self.revision}" if self.revision else "") + (f":{self.pooling}" if self.pooling else "")
+        )
 
-class Picture(NamedTuple):
-    """What is embedded: `key` tells equal pictures, `read` gives a PIL image in RGB."""
-
-    key: str
-    read: Callable[[], Image.Image]
+    @property
+    def pinned(self) -> dict[str, Any]:
+        """The arguments of `from_pretrained` that load this version of weights and code."""
+        return {
+            "pretrained_model_name_or_path": self.name,
+            "revision": self.revision,
+            "code_revision": self.revision,
+            "trust_remote_code": self.kind == PHI3_EMBED,
+        }
 
 
 @dataclass
-class Loaded:
+class Embedder:
     """
     A model in memory.
 
-    `encode(images, poolings)` gives {pooling: (vectors `(n, d)`, tokens of each image `(n,)` or None)}. `encode_texts`
-    gives vectors `(n, d)` in the images' space; None for a model without such.
+    `encode_poolings(images, poolings)` takes PIL images in RGB and gives {pooling: (vectors `(n, d)` in float32,
+    tokens of each image `(n,)` or None)}, where `None` is the model's own pooling. `encode_texts(texts)` gives vectors
+    `(n, d)` in the images' space; it is None for a model without such.
     """
 
-    encode: Callable
+    model: Model
+    encode_poolings: Callable[[list[Image.Image], Sequence[str | None]], dict]
     parameters: int
-    encode_texts: Callable | None = None
+    encode_texts: Callable[[list[str]], np.ndarray] | None = None
+
+    def encode_images(self, images: list[Image.Image]) -> np.ndarray:
+        """Vectors `(n, d)` in float32 by the pooling that the model was named with."""
+        return self.encode_poolings(images, [self.model.pooling])[self.model.pooling][0]
 
 
-@dataclass
-class Embedded:
+def in_batches(items: Sequence, batch_size: int = BATCH_SIZE, title: str = "Embedding") -> Iterator[Sequence]:
+    """`items` in batches, with a bar where there are several."""
+    starts = range(0, len(items), batch_size)
+    for start in tqdm(starts, desc=title, unit="batch", disable=len(starts) < 2):
+        yield items[start : start + batch_size]
+
+
+def embed(encode: Callable, items: Sequence, batch_size: int = BATCH_SIZE, title: str = "Embedding") -> np.ndarray:
+    """Vectors `(n, d)` of many images or texts by `encode_images` or `encode_texts`, batch by batch, with a bar."""
+    return np.concatenate([encode(batch) for batch in in_batches(items, batch_size, title)])
+
+
+def encode_or_refuse(encode: Callable, items: Sequence) -> list[np.ndarray | ValueError]:
+    """The vector of each item of a batch, or why the model refuses this one, so that one stops no others."""
+    try:
+        return list(encode(items))
+    except ValueError as error:
+        if len(items) == 1:
+            return [error]
+    return [encode_or_refuse(encode, [item])[0] for item in items]
+
+
+# Which model
+
+
+def find_model(text: str) -> Model:
     """
-    Vectors of pictures by one model, `(n, d)` float32 in the pictures' order; NaN where the model gave such, or did
-    not take a picture: `refused` has the keys of these and why.
-
-    `cost`: parameters, dimensions, tokens an image, milliseconds an image on the machine that embedded them, bytes a
-    vector. `texts`: the same of texts, where there were some and the model has a text side.
-    """
-
-    spec: Spec
-    version: str
-    vectors: np.ndarray
-    cost: dict = field(default_factory=dict)
-    texts: np.ndarray | None = None
-    refused: dict = field(default_factory=dict)
-
-
-def parse_spec(text) -> Spec:
-    """
-    Raises:
-        ValueError: there is no such folder, or the pooling is none.
-    """
-    found = SPEC.fullmatch(text)
-    if Path(text).is_dir() or not found:
-        return Spec(text, text, None, None)
-    spec = Spec(text, found["source"], found["revision"], found["pooling"])
-    if not Path(spec.source).is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", spec.source):
-        raise ValueError(
-            f"{text}: there is no folder {spec.source}, and it is no Hub id. Give {PIXELS!r}, or SOURCE[@REVISION]"
-            f"[:POOLING] with a folder or Hub id as SOURCE and one of {', '.join(POOLINGS)} as POOLING."
-        )
-    return spec
-
-
-class Source(NamedTuple):
-    """Where the weights are: `version` is a commit, or a hash of the folder's files."""
-
-    name: str
-    kind: str
-    version: str
-    revision: str | None
-
-
-def find_source(name, revision) -> Source:
-    """
-    What kind of model a folder or Hub id is, and which version, without reading its weights into memory.
+    A MODEL as it is named -> where it is, of what kind, and which version, without loading its weights.
 
     Raises:
-        ValueError: it is not there, or no model that can embed images.
+        ValueError: it is not there, cannot embed images, or has no such pooling.
     """
-    if name == PIXELS:
-        return Source(name, PIXELS, str(PIXELS_SIDE), None)
-    if Path(name).is_dir():
-        folder, version = Path(name), _hash_folder(Path(name))
+    found = None if Path(text).is_dir() else PATTERN.fullmatch(text)
+    name, revision, pooling = found.group("name", "revision", "pooling") if found else (text, None, None)
+    if name == PIXELS and not Path(name).is_dir():
+        model = Model(text, name, pooling, PIXELS, None, str(PIXELS_SIDE))
+    elif Path(name).is_dir():
+        if revision:
+            raise ValueError(f"{text}: {name} is a folder, which has no revisions. Leave out @{revision}.")
+        name = str(Path(name).resolve())
+        model = Model(text, name, pooling, _kind(Path(name), name), None, _folder_version(Path(name)))
     else:
+        if not HUB_ID.fullmatch(name):
+            raise ValueError(f"There is no folder {name}. Give {ACCEPTED}.")
         try:
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json"]))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{name} is no folder, and not to be had from the Hub: {_one_line(error)}") from error
-        version = revision = folder.name
-    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+            raise ValueError(
+                f"There is no folder {name}, and no model of that name to be had from the Hub: {one_line(error)}. "
+                f"Give {ACCEPTED}."
+            ) from error
+        model = Model(text, name, pooling, _kind(folder, name), folder.name, folder.name)
+    if pooling and model.kind != PHI3_EMBED:
+        raise ValueError(f"{name} is no phi3_embed model, but of {model.kind}: it has no pooling {pooling!r}.")
+    return model
+
+
+def _kind(folder, name):
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
     if "img_processor" in config:
         raise ValueError(
-            f"{name} is in Microsoft's layout. Take the image embedding out of it by "
-            f"`python convert_phi3_vision.py {name} OUTPUT`, and compare OUTPUT."
+            f"{name} is in Microsoft's layout. Take the image embedding out of it by `phi3-embed convert {name} "
+            "OUTPUT`, and give OUTPUT."
         )
     if config.get("model_type") == "phi3_embed":
-        kind = "phi3_embed"
-    elif (folder / "modules.json").exists():
-        kind = "sentence-transformers"
-    elif config:
-        kind = "transformers"
-    else:
-        raise ValueError(f"{name} holds no model: it has neither a config.json nor a modules.json.")
-    return Source(name, kind, version, revision)
+        return PHI3_EMBED
+    if (folder / "modules.json").exists():
+        return SENTENCE_TRANSFORMERS
+    if config:
+        return TRANSFORMERS
+    raise ValueError(f"{name} holds no model: it has neither a config.json nor a modules.json. Give {ACCEPTED}.")
 
 
-def _hash_folder(folder):
+def _folder_version(folder):
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*"), *folder.glob("[!.]*/*")]):
-        if path.is_file() and path.suffix in COUNTED_SUFFIXES:
-            digest.update(str(path.relative_to(folder)).encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+    # Below the folder itself only the modules of sentence-transformers, as 1_Pooling, and chat templates.
+    for path in sorted(path for pattern in ("*", "[0-9]_*/*", "*chat_templates/*") for path in folder.glob(pattern)):
+        if path.is_file() and path.suffix in COUNTED:
+            digest.update(f"{path.relative_to(folder)}\0{file_hash(path)}".encode())
     return digest.hexdigest()
 
 
-def _one_line(error):
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def load(source: Source, num_crops=None) -> Loaded:
+def file_hash(path: Path) -> str:
     """
+    SHA-256 of a file, as hex digits. That of weights is kept, with the file's size and time, in the user's cache.
+
+    Raises:
+        ValueError: it is a Git LFS pointer.
+    """
+    path = Path(path).resolve()
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer in place of the weights. Run `git lfs pull` in its folder.")
+        file.seek(0)
+        if path.suffix not in WEIGHTS:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        stat, kept = path.stat(), CACHE / "hashes" / hashlib.sha256(str(path).encode()).hexdigest()
+        key = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
+        try:
+            known, _, digest = kept.read_text().rpartition("\n")
+            if known == key:
+                return digest
+        except OSError:
+            pass
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with suppress(OSError):  # a cache that cannot be written only costs time
+        write_text(kept, f"{key}\n{digest}")
+    return digest
+
+
+def recipe(model: Model, num_crops: int | None = None) -> dict[str, Any]:
+    """
+    What decides the vector of an image, and not how its files are written: `weights`, a hash of theirs, and
+    `settings`, what config and image processor say; and `num_crops`. Models of other kinds have a `version`.
+    """
+    if model.kind != PHI3_EMBED:
+        return {"version": model.version}
+    folder = Path(model.name) if Path(model.name).is_dir() else None
+    if folder is None:
+        folder = Path(
+            snapshot_download(model.name, revision=model.revision, allow_patterns=["*.json", "*.safetensors"])
+        )
+    digest = hashlib.sha256("".join(file_hash(path) for path in sorted(folder.glob("*.safetensors"))).encode())
+    # What every config has tells of the file, the classes' names or the output, and nothing of the vectors.
+    of_all = PreTrainedConfig().to_dict().keys() | {"auto_map", "bos_token_id", "eos_token_id", "pad_token_id"}
+    config = json.loads(AutoConfig.from_pretrained(**model.pinned).to_json_string(use_diff=False))
+    settings = {key: value for key, value in config.items() if key not in of_all}
+    settings["vision_config"] = {key: value for key, value in config["vision_config"].items() if key not in of_all}
+    processing = json.loads(AutoImageProcessor.from_pretrained(**model.pinned).to_json_string())
+    names = ("size", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "transparency")
+    settings |= {name: processing[name] for name in names if name in processing}
+    settings["pooling_mode"] = model.pooling or settings["pooling_mode"]
+    num_crops = processing["num_crops"] if num_crops is None else num_crops
+    return {"weights": digest.hexdigest(), "settings": settings, "num_crops": num_crops}
+
+
+# Loading
+
+
+def pick_device(device: str | None = None) -> torch.device:
+    """The device that was asked for, or else the machine's accelerator, or its CPU."""
+    return torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+
+
+def load_embedder(
+    model: Model | str, num_crops: int | None = None, dtype: str = "float32", device: str | None = None
+) -> Embedder:
+    """
+    Args:
+        model: a MODEL, found or as it is named.
+        num_crops: the most crops of an image for our model; by default its image processor's own.
+        dtype: of weights and computation.
+        device: by default the machine's accelerator.
+
     Raises:
         ValueError: it cannot be loaded, or lacks weights.
     """
+    model = find_model(model) if isinstance(model, str) else model
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}.")
     try:
-        return LOADERS[source.kind](source, num_crops)
+        return LOADERS[model.kind](model, num_crops, getattr(torch, dtype), pick_device(device))
+    except ModuleNotFoundError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ValueError(f"{source.name} cannot be loaded: {_one_line(error)}") from error
+        raise ValueError(f"{model.name} cannot be loaded: {one_line(error)}") from error
 
 
-def _load_pixels(source, num_crops):
+def load_model(model: Model | str, dtype: str = "float32", device: str | None = None) -> tuple:
+    """
+    Our model itself, in evaluation mode, and its image processor, for what an [`Embedder`] does not give.
+
+    Raises:
+        ValueError: it is not there, or no phi3_embed model.
+    """
+    model = find_model(model) if isinstance(model, str) else model
+    if model.kind != PHI3_EMBED:
+        raise ValueError(f"{model.name} is no phi3_embed model, but of {model.kind}.")
+    image_processor = AutoImageProcessor.from_pretrained(**model.pinned)
+    loaded = AutoModel.from_pretrained(**model.pinned, dtype=getattr(torch, dtype), device_map=pick_device(device))
+    return loaded.eval(), image_processor
+
+
+@torch.inference_mode()
+def embed_words(model, tokenizer, words: Sequence[str]) -> np.ndarray:
+    """One unit vector a word, `(n, hidden_size)`: its row of our model's word embeddings."""
+    ids = tokenizer(list(words), add_special_tokens=False, return_tensors="pt").input_ids  # (n, 1)
+    vectors = model(input_ids=ids.to(model.device)).last_hidden_state[:, 0].float()
+    return torch.nn.functional.normalize(vectors, dim=-1).numpy(force=True)
+
+
+def _load_pixels(model, num_crops, dtype, device):
     def encode(images, poolings):
         small = [image.convert("RGB").resize((PIXELS_SIDE,) * 2, Image.Resampling.BILINEAR) for image in images]
         return {None: (np.stack([np.asarray(image, np.float32).ravel() / 255 for image in small]), None)}
 
-    return Loaded(encode, parameters=0)
+    return Embedder(model, encode, parameters=0)
 
 
-def _load_phi3_embed(source, num_crops):
-    where = {"revision": source.revision, "code_revision": source.revision, "trust_remote_code": True}
-    model = AutoModel.from_pretrained(source.name, dtype=torch.float32, device_map="auto", **where).eval()
-    image_processor = AutoImageProcessor.from_pretrained(source.name, **where)
-    default, model.config.pooling_mode = model.config.pooling_mode, "mean"
-    return Loaded(
-        functools.partial(_encode_phi3_embed, model, image_processor, num_crops, default), model.num_parameters()
-    )
+def _load_phi3_embed(model, num_crops, dtype, device):
+    image_processor = AutoImageProcessor.from_pretrained(**model.pinned)
+    if num_crops is not None:
+        image_processor(Image.new("L", (8, 8)), num_crops=num_crops)  # raises unless it is a number of crops
+    loaded = AutoModel.from_pretrained(**model.pinned, dtype=dtype, device_map=device).eval()
+    default, loaded.config.pooling_mode = loaded.config.pooling_mode, "mean"
+    encode = functools.partial(_encode_phi3_embed, loaded, image_processor, num_crops, default)
+    return Embedder(model, encode, loaded.num_parameters())
 
 
 @torch.inference_mode()
 def _encode_phi3_embed(model, image_processor, num_crops, default, images, poolings):
     """All poolings from one pass through the tower; the crops go through it only where they are pooled."""
     asked = {pooling: pooling or default for pooling in poolings}
-    inputs = image_processor(images, num_crops=num_crops, return_tensors="pt").to(model.device)
+    needs_crops = model.config.use_hd_transform and "mean" in asked.values()
+    inputs = image_processor(images, num_crops=num_crops if needs_crops else 0, return_tensors="pt").to(model.device)
     pixel_values, image_sizes = inputs.pixel_values, inputs.image_sizes
-    if model.config.use_hd_transform:
-        if "mean" not in asked.values():
-            pixel_values, image_sizes = pixel_values[:, :1], torch.zeros_like(image_sizes)
-        output = model.get_image_features(pixel_values, image_sizes)
-        crops = (image_sizes // model.config.crop_size).prod(-1)
-        # One view of an image without crops, and of one whose only crop equals its global view.
-        num_views = (crops + (crops > 1)).clamp(min=1)
-        first = output.last_hidden_state[num_views.cumsum(0) - num_views]
-        of_global = model.get_image_features(first[:, None], torch.zeros_like(image_sizes)).image_embeds
-        global_tokens = model.config.num_img_tokens
-    else:
-        output = model.get_image_features(pixel_values[:, 0])
-        first, of_global = output.last_hidden_state, output.image_embeds
-        global_tokens = len(output.pooler_output[0])
-    found = {
+    output = model.get_image_features(pixel_values, image_sizes)
+    first = output.global_features
+    of_global = model.get_image_features(first, torch.zeros_like(image_sizes)).image_embeds
+    global_tokens = model.config.num_img_tokens
+    vectors = {
         "mean": (output.image_embeds, [len(tokens) for tokens in output.pooler_output]),
         "global": (of_global, [global_tokens] * len(images)),
         "tower": (first.mean(1), [first.shape[1]] * len(images)),
     }
-    return {pooling: (found[name][0].float().numpy(force=True), found[name][1]) for pooling, name in asked.items()}
+    return {pooling: (vectors[name][0].float().numpy(force=True), vectors[name][1]) for pooling, name in asked.items()}
 
 
-def _load_transformers(source, num_crops):
-    model, report = AutoModel.from_pretrained(
-        source.name, revision=source.revision, dtype=torch.float32, device_map="auto", output_loading_info=True
+def _load_transformers(model, num_crops, dtype, device):
+    loaded, report = AutoModel.from_pretrained(
+        **model.pinned, dtype=dtype, device_map=device, output_loading_info=True
     )
     # A pooler that the checkpoint lacks would be random: the class token stands for it.
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
     if missing:
         raise ValueError(f"the checkpoint lacks {len(missing)} weights: {', '.join(missing[:3])}, ...")
     has_pooler = not report["missing_keys"]
-    if getattr(model.config, "mask_ratio", None) is not None:
-        raise ValueError(f"{type(model).__name__} hides patches at random, so that it has no one vector of a picture")
-    has_class_token = any(name.endswith(CLASS_TOKENS) for name, _ in model.named_parameters())
-    image_processor = AutoImageProcessor.from_pretrained(source.name, revision=source.revision)
-    is_dual = hasattr(model, "get_image_features")
-    if not is_dual and model.main_input_name != "pixel_values":
-        raise ValueError(f"{type(model).__name__} takes `{model.main_input_name}`, not images")
+    if getattr(loaded.config, "mask_ratio", None) is not None:
+        raise ValueError(f"{type(loaded).__name__} hides patches at random, so that it has no one vector of an image")
+    has_class_token = any(name.endswith(CLASS_TOKENS) for name, _ in loaded.named_parameters())
+    image_processor = AutoImageProcessor.from_pretrained(**model.pinned)
+    is_dual = hasattr(loaded, "get_image_features")
+    if not is_dual and loaded.main_input_name != "pixel_values":
+        raise ValueError(f"{type(loaded).__name__} takes `{loaded.main_input_name}`, not images")
 
     @torch.inference_mode()
     def encode(images, poolings):
-        pixel_values = image_processor(images, return_tensors="pt").pixel_values.to(model.device)
-        output = (model.get_image_features if is_dual else model)(pixel_values=pixel_values)
+        pixel_values = image_processor(images, return_tensors="pt").pixel_values.to(device, dtype)
+        output = (loaded.get_image_features if is_dual else loaded)(pixel_values=pixel_values)
         tokens, vectors = output.last_hidden_state, output.get("pooler_output")
         if vectors is None or not has_pooler:
             # Tokens (n, length, d), or a map (n, d, height, width).
@@ -259,226 +374,42 @@ def _load_transformers(source, num_crops):
         return {None: (vectors.flatten(1).float().numpy(force=True), num_tokens)}
 
     encode_texts = None
-    if hasattr(model, "get_text_features"):
-        tokenizer = AutoTokenizer.from_pretrained(source.name, revision=source.revision)
-        length = model.config.text_config.max_position_embeddings
+    if hasattr(loaded, "get_text_features"):
+        tokenizer = AutoTokenizer.from_pretrained(**model.pinned)
+        length = loaded.config.text_config.max_position_embeddings
 
         @torch.inference_mode()
         def encode_texts(texts):
             inputs = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-            return model.get_text_features(**inputs.to(model.device)).pooler_output.float().numpy(force=True)
+            return loaded.get_text_features(**inputs.to(device)).pooler_output.float().numpy(force=True)
 
-    return Loaded(encode, model.num_parameters(), encode_texts)
+    return Embedder(model, encode, loaded.num_parameters(), encode_texts)
 
 
-def _load_sentence_transformers(source, num_crops):
+def _load_sentence_transformers(model, num_crops, dtype, device):
     from sentence_transformers import SentenceTransformer  # here, as it is slow to import
 
-    model = SentenceTransformer(source.name, revision=source.revision)
-    if not model.supports("image"):
-        raise ValueError(f"it takes {', '.join(map(str, model.modalities))}, not images")
+    loaded = SentenceTransformer(
+        model.name, revision=model.revision, device=str(device), model_kwargs={"dtype": dtype}
+    )
+    if not loaded.supports("image"):
+        raise ValueError(f"it takes {', '.join(map(str, loaded.modalities))}, not images")
 
-    def encode_any(each):
-        return model.encode(each, batch_size=len(each), show_progress_bar=False, convert_to_numpy=True)
+    def encode_any(items):
+        vectors = loaded.encode(items, batch_size=len(items), show_progress_bar=False, convert_to_tensor=True)
+        return vectors.float().numpy(force=True)
 
-    return Loaded(
+    return Embedder(
+        model,
         lambda images, poolings: {None: (encode_any(images), None)},
-        sum(parameter.numel() for parameter in model.parameters()),
-        encode_any if model.supports("text") else None,
+        sum(parameter.numel() for parameter in loaded.parameters()),
+        encode_any if loaded.supports("text") else None,
     )
 
 
 LOADERS = {
     PIXELS: _load_pixels,
-    "phi3_embed": _load_phi3_embed,
-    "transformers": _load_transformers,
-    "sentence-transformers": _load_sentence_transformers,
+    PHI3_EMBED: _load_phi3_embed,
+    TRANSFORMERS: _load_transformers,
+    SENTENCE_TRANSFORMERS: _load_sentence_transformers,
 }
-
-
-def embed(specs, pictures, texts=(), num_crops=None, cache=CACHE, batch_size=BATCH_SIZE) -> list[Embedded]:
-    """
-    Pictures by each of the models, batch by batch, with progress. What `cache` holds is not computed again; it gets
-    every batch when it is done, so that an interrupted run goes on where it stopped.
-
-    Args:
-        specs: models as text or `Spec`.
-        pictures: a list of [`Picture`].
-        texts: for models with a text side.
-        num_crops: the most crops of an image for our model; by default its image processor's own.
-        cache: a file.
-
-    Raises:
-        ValueError: a model cannot be loaded or takes none of the pictures, or the cache cannot be used.
-    """
-    specs = [parse_spec(spec) if isinstance(spec, str) else spec for spec in specs]
-    groups = {}
-    for spec in specs:
-        groups.setdefault((spec.source, spec.revision), {}).setdefault(spec.pooling, None)
-    done = {}
-    with closing(open_cache(cache)) as database:
-        # Every model is looked for before the first one works.
-        sources = {group: find_source(*group) for group in groups}
-        for group, poolings in groups.items():
-            if sources[group].kind != "phi3_embed" and any(poolings):
-                raise ValueError(
-                    f"{group[0]} is no phi3_embed model, but of {sources[group].kind}: it has no pooling "
-                    f"{next(filter(None, poolings))!r}."
-                )
-        for group, poolings in groups.items():
-            found = _embed_group(database, sources[group], list(poolings), pictures, texts, num_crops, batch_size)
-            done |= {(*group, pooling): each for pooling, each in found.items()}
-    return [
-        Embedded(spec, sources[spec[1:3]].version, *done[spec.source, spec.revision, spec.pooling]) for spec in specs
-    ]
-
-
-def _embed_group(database, source, poolings, pictures, texts, num_crops, batch_size):
-    """{pooling: (vectors, cost, vectors of texts or None, refused)}; the model is loaded only if something is new."""
-    crops = f"{num_crops} crops" if source.kind == "phi3_embed" else ""
-    version = f"{source.kind} {source.version} {crops} transformers {transformers.__version__}"
-    keys = {pooling: f"{version} {pooling}" for pooling in poolings}
-    loaded = functools.cache(lambda: load(source, num_crops))
-    costs, refused = {}, {}
-    for pooling, key in keys.items():
-        costs[pooling] = _read_cost(database, key)
-        if costs[pooling] is None:
-            costs[pooling] = _measure_cost(loaded(), source, pictures, pooling)
-            database.execute("INSERT INTO costs VALUES (?, ?)", (key, json.dumps(costs[pooling])))
-            database.commit()
-
-    wanted = {picture.key: picture for picture in pictures}
-    missing = set().union(*(wanted.keys() - _known(database, key) for key in keys.values()))
-    missing = [picture for key, picture in wanted.items() if key in missing]
-    for batch in _batches(missing, batch_size, f"Embedding by {source.name}"):
-        accepted, found = _encode_accepted(loaded(), source, batch, poolings, refused)
-        for pooling, (vectors, _) in found.items():
-            _store(database, keys[pooling], [picture.key for picture in accepted], vectors)
-
-    text_keys = {text: hashlib.sha256(text.encode()).hexdigest() for text in texts}
-    if has_texts := texts and all(cost["has_texts"] for cost in costs.values()):
-        known = _known(database, f"{version} texts")
-        missing = [text for text, key in text_keys.items() if key not in known]
-        for batch in _batches(missing, batch_size, f"Texts by {source.name}"):
-            _store(database, f"{version} texts", [text_keys[text] for text in batch], loaded().encode_texts(batch))
-    return {
-        pooling: (
-            _fetch(database, key, [picture.key for picture in pictures]),
-            costs[pooling],
-            _fetch(database, f"{version} texts", [text_keys[text] for text in texts]) if has_texts else None,
-            refused,
-        )
-        for pooling, key in keys.items()
-    }
-
-
-def _batches(items, batch_size, description):
-    if items:
-        for start in tqdm(range(0, len(items), batch_size), desc=description, unit="batch"):
-            yield items[start : start + batch_size]
-
-
-def _encode_accepted(loaded, source, batch, poolings, refused):
-    """The pictures of a batch that the model takes, and their vectors; `refused` gets the others' keys and why."""
-    try:
-        return batch, _encode(loaded, source, batch, poolings)
-    except ValueError as error:
-        if len(batch) == 1:
-            refused[batch[0].key] = str(error)
-            return [], {}
-    accepted = [each for each in batch if _encode_accepted(loaded, source, [each], poolings, refused)[0]]
-    return accepted, _encode(loaded, source, accepted, poolings) if accepted else {}
-
-
-def _encode(loaded, source, pictures, poolings):
-    try:
-        return loaded.encode([picture.read() for picture in pictures], poolings)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{source.name} does not take it: {_one_line(error)}") from error
-
-
-def _measure_cost(loaded, source, pictures, pooling):
-    timed, _ = _encode_accepted(loaded, source, pictures[:TIMED_PICTURES], [pooling], refused := {})
-    if not timed:
-        raise ValueError(next(iter(refused.values())))
-    _encode(loaded, source, timed[:1], [pooling])  # the first time is slower
-    start = time.perf_counter()
-    vectors, tokens = _encode(loaded, source, timed, [pooling])[pooling]
-    seconds = time.perf_counter() - start
-    return {
-        "parameters": loaded.parameters,
-        "dimensions": vectors.shape[1],
-        "tokens": None if tokens is None else float(np.mean(tokens)),
-        "milliseconds": 1000 * seconds / len(timed),
-        "bytes": vectors.shape[1] * 4,
-        "has_texts": loaded.encode_texts is not None,
-    }
-
-
-def open_cache(path):
-    """
-    Raises:
-        ValueError: the file cannot be written, or is no such cache.
-    """
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        database = sqlite3.connect(path, timeout=60)
-        database.execute("CREATE TABLE IF NOT EXISTS costs (model TEXT PRIMARY KEY, cost TEXT)")
-        database.execute(
-            "CREATE TABLE IF NOT EXISTS vectors (model TEXT, key TEXT, vector BLOB, PRIMARY KEY (model, key))"
-        )
-        database.execute("PRAGMA user_version = 1")  # which writes
-        database.commit()
-    except (OSError, sqlite3.Error) as error:
-        raise ValueError(f"The cache {path} cannot be used: {error}. Give another file, or remove it.") from error
-    return database
-
-
-def _known(database, model):
-    return {key for (key,) in database.execute("SELECT key FROM vectors WHERE model = ?", (model,))}
-
-
-def _read_cost(database, model):
-    row = database.execute("SELECT cost FROM costs WHERE model = ?", (model,)).fetchone()
-    return row and json.loads(row[0])
-
-
-def _store(database, model, keys, vectors):
-    rows = [(model, key, np.asarray(vector, np.float32).tobytes()) for key, vector in zip(keys, vectors)]
-    database.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows)
-    database.commit()
-
-
-def _fetch(database, model, keys):
-    """`(n, d)`, with NaN for keys that are not there."""
-    found = dict(database.execute("SELECT key, vector FROM vectors WHERE model = ?", (model,)))
-    nothing = np.full(len(next(iter(found.values()), b"")) // 4, np.nan, np.float32)
-    return np.stack([np.frombuffer(found[key], np.float32) if key in found else nothing for key in keys])
-
-
-# The cookbook's comparison calls these two: https://github.com/microsoft/PhiCookBook
-
-
-def load_phi3_model(fine_tuned=False):
-    """
-    Our model from the folder `phi3-vision-embed`, as the README converts it; `fine_tuned`: a folder or Hub id, or True
-    for `tiny/`, which is trained on digits. Its `get_image_features` takes what `process_for_phi3_model` gives.
-    """
-    source = {False: "phi3-vision-embed", True: str(ROOT / "tiny")}.get(fine_tuned, fine_tuned)
-    if fine_tuned is False and not Path(source).is_dir():
-        raise ValueError(
-            "There is no folder phi3-vision-embed. Make it by `python convert_phi3_vision.py "
-            "microsoft/Phi-3-vision-128k-instruct phi3-vision-embed`, or give `fine_tuned`."
-        )
-    model = AutoModel.from_pretrained(source, device_map="auto", trust_remote_code=True).eval()
-    of_pixels = model.get_image_features
-    model.get_image_features = lambda inputs: of_pixels(**inputs.to(model.device)).image_embeds
-    return model
-
-
-def process_for_phi3_model(images, num_crops=None):
-    """Images -> `pixel_values` and `image_sizes` in Phi-3-vision's geometry, which fine-tunes share."""
-    image_processor = AutoImageProcessor.from_pretrained(str(ROOT), trust_remote_code=True)
-    inputs = image_processor(images, num_crops=num_crops, return_tensors="pt")
-    del inputs["num_img_tokens"]
-    return inputs

@@ -9,32 +9,22 @@ learned there is then enlarged to crops of 336 pixels, and trained on.
 import shutil
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedTokenizerFast, set_seed
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from phi3_tools.digits import (
-    HELD_OUT,
-    NAMES,
-    NUM_CROPS,
-    SPLIT_SEED,
-    digits_split,
-    embed_images,
-    embed_words,
-    neighbours,
-    pixel_vectors,
-    recall,
-)
+from phi3_tools.images import DIGIT_CROPS, DIGIT_NAMES, HELD_OUT, SPLIT_SEED, digits_split
+from phi3_tools.measures import pixel_vectors, recall, unit
+from phi3_tools.models import ROOT, embed, embed_words, load_embedder
+from phi3_tools.results import folder_beside
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>", "<|image|>")
-WORDS = (*NAMES, "what", "which", "digit", "number", "is", "this", "the", "a", "picture", "of", "and", "?", ".")
+WORDS = (*DIGIT_NAMES, "what", "which", "digit", "number", "is", "this", "the", "a", "picture", "of", "and", "?", ".")
 WORK = ROOT / ".tiny"
 POSITIONS = "vision_embed_tokens.img_processor.embeddings.position_embedding.weight"
 SEED = 0
@@ -152,15 +142,14 @@ def train():
     return done
 
 
-def evaluate(model, image_processor, tokenizer, images, labels):
+def evaluate(folder, images, labels):
     """Recall and naming on images that the training did not see: a row of figures for each kind of vector."""
+    embedder = load_embedder(str(folder), DIGIT_CROPS)
     vectors = pixel_vectors(images)
-    vectors["this checkpoint"] = embed_images(model, image_processor, list(images), NUM_CROPS)
-    rows = {}
-    for name, each in vectors.items():
-        order, _ = neighbours(each)
-        rows[name] = [recall(order, labels, 1), recall(order, labels, 5)]
-    words = embed_words(model, tokenizer, NAMES)
+    vectors["this checkpoint"] = unit(embed(embedder.encode_images, [Image.fromarray(image) for image in images], 16))
+    rows = {name: [recall(contender, labels, k) for k in (1, 5)] for name, contender in vectors.items()}
+    where = {"pretrained_model_name_or_path": folder, "trust_remote_code": True}
+    words = embed_words(AutoModel.from_pretrained(**where), AutoTokenizer.from_pretrained(**where), DIGIT_NAMES)
     named = float(((vectors["this checkpoint"] @ words.T).argmax(1) == labels).mean())
     return rows, named
 
@@ -218,12 +207,9 @@ def save(model, image_processor, tokenizer, folder):
     """A folder that is there once it is whole."""
     processor_class = get_class_from_dynamic_module("processing_phi3_embed.Phi3EmbedProcessor", ROOT)
     processor_class.register_for_auto_class("AutoProcessor")
-    folder.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
-        whole = Path(beside) / "whole"
+    with folder_beside(folder) as whole:
         model.save_pretrained(whole)
         processor_class(image_processor, tokenizer).save_pretrained(whole)
-        whole.rename(folder)
 
 
 def main():
@@ -231,7 +217,7 @@ def main():
     model, tokenizer = AutoModel.from_pretrained(**where), make_tokenizer()
     image_processor = AutoImageProcessor.from_pretrained(**where, num_crops=16)
     training, held_out, _, labels = digits_split()
-    text = card(*evaluate(model, image_processor, tokenizer, held_out, labels), len(training), len(held_out))
+    text = card(*evaluate(where["pretrained_model_name_or_path"], held_out, labels), len(training), len(held_out))
     shutil.rmtree(WORK / "tiny", ignore_errors=True)
     save(model, image_processor, tokenizer, WORK / "tiny")
     for path in (WORK / "tiny").iterdir():

@@ -52,13 +52,19 @@ def small_model(tower=(), **kwargs):
     return model
 
 
-def small_pixels(*grids, max_views=None):
-    """Random pixels of images with these grids of crops, zeros behind them, and their sizes in pixels."""
+def small_pixels(*grids, pad_views=False, max_views=None):
+    """
+    Random pixels of images with these grids of crops, and their sizes in pixels: the views one after another, or with
+    `pad_views` or `max_views` one row an image, zeros behind its views.
+    """
     size, generator = SMALL_TOWER["image_size"], torch.Generator().manual_seed(0)
     num_views = [rows * cols + 1 for rows, cols in grids]
-    pixel_values = torch.zeros(len(grids), max_views or max(num_views), 3, size, size)
-    for image, views in zip(pixel_values, num_views):
-        image[:views] = torch.randn(views, 3, size, size, generator=generator)
+    views = [torch.randn(count, 3, size, size, generator=generator) for count in num_views]
+    pixel_values = torch.cat(views)
+    if pad_views or max_views:
+        pixel_values = torch.zeros(len(grids), max_views or max(num_views), 3, size, size)
+        for row, image in zip(pixel_values, views):
+            row[: len(image)] = image
     return {"pixel_values": pixel_values, "image_sizes": torch.tensor(grids) * size}
 
 
@@ -122,7 +128,7 @@ def repository(tmp_path_factory, tokenizer):
 # What makes the repository's root a checkpoint: the files that loading it takes.
 CHECKPOINT_FILES = (
     *("config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("configuration_phi3_embed.py", "modeling_phi3_embed.py", "processing_phi3_embed.py"),
+    *("checks_phi3_embed.py", "configuration_phi3_embed.py", "modeling_phi3_embed.py", "processing_phi3_embed.py"),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
 )
 

@@ -37,10 +37,14 @@ from transformers import (
     ViTModel,
 )
 
-from phi3_tools.compare import command as compare  # noqa: E402
-from phi3_tools.digits import NAMES, digits_split, neighbours, recall, unit  # noqa: E402
-from phi3_tools.measures import linear_cka, retrieval, text_to_image  # noqa: E402
-from phi3_tools.models import Picture, embed, load_phi3_model, process_for_phi3_model  # noqa: E402
+from phi3_tools.cli import main
+from phi3_tools.compare import command as compare
+from phi3_tools.compare.vectors import KeyedImage as Picture
+from phi3_tools.compare.vectors import embed
+from phi3_tools.cookbook import load_phi3_model, process_for_phi3_model
+from phi3_tools.images import DIGIT_NAMES as NAMES
+from phi3_tools.images import digits_split
+from phi3_tools.measures import linear_cka, recall, retrieval, text_to_image, unit
 
 TINY = str(ROOT)
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -61,8 +65,7 @@ def compare_here(monkeypatch, folder, *arguments):
     """As from the command line, in this process, which spares the imports -> results.json."""
     rest = ["--resamples", "100"] * ("--resamples" not in arguments)
     rest += ["--output", folder / "out", "--cache", folder / "cache.sqlite"]
-    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, [*arguments, *rest])])
-    compare.main()
+    main(["compare", *map(str, [*arguments, *rest])])
     assert "Image embeddings compared" in (folder / "out" / "report.html").read_text()
     return json.loads((folder / "out" / "results.json").read_text())
 
@@ -96,7 +99,7 @@ def digits(tmp_path_factory):
 def report(digits, tmp_path_factory):
     """Three models compared, and the arguments of that."""
     folder = tmp_path_factory.mktemp("report")
-    arguments = ["--models", f"{TINY}:mean", f"{TINY}:tower", "pixels", "--images", digits, "--num_crops", 1]
+    arguments = ["--model", f"{TINY}:mean", "--model", f"{TINY}:tower", "--model", "pixels", digits, "--num-crops", 1]
     arguments += ["--probe", 5, "--resamples", 200]
     done = run(*arguments, "--output", folder / "out", "--cache", folder / "cache.sqlite")
     assert done.returncode == 0, done.stderr
@@ -124,7 +127,7 @@ def test_figures_have_intervals_and_paired_tests(report):
     }
     labels = np.repeat(np.arange(3), 10)[np.argsort(np.repeat(["one", "two", "zero"], 10), kind="stable")]
     for name, each in vectors.items():
-        expected = recall(neighbours(unit(each))[0], labels, 1)
+        expected = recall(unit(each), labels, 1)
         assert figure(results, "recall@1")["values"][name]["value"] == pytest.approx(expected)
 
 
@@ -145,8 +148,8 @@ def test_a_second_run_embeds_nothing_and_gives_the_same(report, monkeypatch, cap
 
 def test_a_killed_run_goes_on_where_it_stopped(digits, tmp_path, monkeypatch, capsys):
     cache = tmp_path / "cache.sqlite"
-    arguments = ["--models", f"{TINY}:global", "--images", digits, "--num_crops", 0, "--probe", 1]
-    arguments += ["--batch_size", 1, "--resamples", 100]
+    arguments = ["--model", f"{TINY}:global", digits, "--num-crops", 0, "--probe", 1]
+    arguments += ["--batch-size", 1, "--resamples", 100]
     there = ["--output", tmp_path / "out", "--cache", cache]
 
     def count():
@@ -240,7 +243,7 @@ FEW = {
 def test_a_figure_without_meaning_is_undefined_and_says_why(case, folder, monkeypatch):
     classes, reason = FEW[case]
     save_all(folder, classes)
-    results = compare_here(monkeypatch, folder, "--models", "pixels", "--images", folder / "pictures")
+    results = compare_here(monkeypatch, folder, "--model", "pixels", folder / "pictures")
     for name in ("recall@1", "linear-probe accuracy", "NMI"):
         assert reason in figure(results, name)["values"]["pixels"]["undefined"]
     assert results["about"]["left_out"]["copies"] == (4 if case == "equal pictures" else 0)
@@ -259,8 +262,8 @@ def save_vit(path, image_processor=None, pooler=True, scale=1.0):
 
 
 def test_clusters_of_too_few_pictures_have_no_figure_rather_than_an_interval_beside_it(tmp_path, monkeypatch):
-    arguments = ["--models", f"{TINY}:tower", "pixels", "--images", "small-text", "--limit", 12, "--probe", 3]
-    results = compare_here(monkeypatch, tmp_path, *arguments, "--num_crops", 0)
+    arguments = ["--model", f"{TINY}:tower", "--model", "pixels", "small-text", "--limit", 12, "--probe", 3]
+    results = compare_here(monkeypatch, tmp_path, *arguments, "--num-crops", 0)
     assert all("too few pictures" in each["undefined"] for each in figure(results, "ARI")["values"].values())
     for each in results["figures"]:
         for value in each["values"].values():
@@ -270,7 +273,7 @@ def test_clusters_of_too_few_pictures_have_no_figure_rather_than_an_interval_bes
 def test_a_model_that_gives_nan_has_no_figures_and_the_others_have(folder, monkeypatch):
     broken = save_vit(folder / "broken", scale=float("nan"))
     save_all(folder, {name: [noise(n + 3 * k) for n in range(3)] for k, name in enumerate("ab")})
-    results = compare_here(monkeypatch, folder, "--models", broken, "pixels", "--images", folder / "pictures")
+    results = compare_here(monkeypatch, folder, "--model", broken, "--model", "pixels", folder / "pictures")
     values = figure(results, "mAP")["values"]
     assert "6 of 6 vectors hold NaN" in values["broken"]["undefined"] and values["pixels"]["value"] > 0
 
@@ -283,7 +286,7 @@ def test_a_picture_that_one_model_refuses_is_left_out_of_all(folder, monkeypatch
     assert list(embedded[0].refused) == ["4"] and np.isnan(embedded[0].vectors[4]).all()
     assert np.isfinite(embedded[0].vectors[:4]).all() and not embedded[1].refused
     monkeypatch.setattr(compare, "all_changes", lambda: compare.CHANGES | {"crop": lambda image: image.rotate(90)})
-    results = compare_here(monkeypatch, folder, "--models", strict, "pixels", "--images", folder / "pictures")
+    results = compare_here(monkeypatch, folder, "--model", strict, "--model", "pixels", folder / "pictures")
     assert results["about"]["pictures"] == 4 and list(results["about"]["left_out"]["refused"]) == ["a/2.png"]
     assert "Left out of all models: a/2.png" in capsys.readouterr().out
 
@@ -293,34 +296,40 @@ def test_a_dataset_on_the_hub_is_compared_as_its_parquet_file_is(hub, folder, mo
     parquet = folder / "train.parquet"
     Dataset.from_dict(rows, Features({"image": ImageFeature(), "label": Value("string")})).to_parquet(parquet)
     hub.add_repo("someone/noise", {"data/train.parquet": parquet})
-    arguments = ["--models", "pixels", "--resamples", 100, "--cache", folder / "cache.sqlite", "--images"]
-    done = run(*arguments, "someone/noise", "--output", folder / "hub", **hub.environment(folder / "home"))
+    arguments = ["--model", "pixels", "--resamples", 100]
+    done = run(
+        *arguments,
+        "someone/noise",
+        "--cache",
+        folder / "c",
+        "--output",
+        folder / "hub",
+        **hub.environment(folder / "home"),
+    )
     assert done.returncode == 0, done.stderr
-    here = compare_here(monkeypatch, folder, *arguments[:-3], "--images", parquet)
+    here = compare_here(monkeypatch, folder, *arguments, parquet)
     assert json.loads((folder / "hub" / "results.json").read_text())["figures"] == here["figures"]
     assert here["about"]["classes"] == 2 and here["about"]["pictures"] == 6
 
 
 BAD = {
-    "no such folder": (["--models", "./none"], "there is no folder ./none"),
-    "pooling of another model": (["--models", "pixels:mean"], "no pooling 'mean'"),
-    "a folder without a model": (["--models", str(ROOT / "tests")], "holds no model"),
-    "no such split": (["--models", "pixels", "--split", "val"], "no split 'val', but 'train', 'test'"),
-    "not on the hub": (["--models", "nobody/nothing"], "not to be had from the Hub"),
-    "too few": (["--models", "pixels", "--resamples", "5"], "--resamples is 5, but must be 100 at least"),
-    "output is a file": (["--models", "pixels", "--output", str(ROOT / "LICENSE")], "cannot be written to"),
-    "cache is no cache": (["--models", "pixels", "--cache", str(ROOT / "LICENSE")], "LICENSE cannot be used"),
+    "no such folder": (["--model", "./none"], "There is no folder ./none"),
+    "pooling of another model": (["--model", "pixels:mean"], "no pooling 'mean'"),
+    "a folder without a model": (["--model", str(ROOT / "tests")], "holds no model"),
+    "no such split": (["--model", "pixels", "--split", "val"], "no split 'val', but 'train', 'test'"),
+    "not on the hub": (["--model", "nobody/nothing"], "no model of that name to be had"),
+    "output is a file": (["--model", "pixels", "--output", str(ROOT / "LICENSE")], "cannot be written to"),
+    "cache is no cache": (["--model", "pixels", "--cache", str(ROOT / "LICENSE")], "LICENSE cannot be used"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_told_in_a_line_before_the_work(case, folder, monkeypatch, capsys):
     arguments, message = BAD[case]
-    given = ["--images", "digits", "--limit", "2", "--output", str(folder / "out"), "--cache", str(folder / "c")]
-    monkeypatch.setattr(sys, "argv", ["compare.py", *given, *arguments])
+    given = ["digits", "--limit", "2", "--output", str(folder / "out"), "--cache", str(folder / "c")]
     with pytest.raises(SystemExit) as error:
-        compare.main()
-    assert error.value.code.startswith("compare: ") and message in error.value.code
+        main(["compare", *given, *arguments])
+    assert error.value.code.startswith("phi3-embed compare: ") and message in error.value.code
     assert "Embedding" not in capsys.readouterr().err
 
 
@@ -408,7 +417,7 @@ def test_captions_add_text_to_image_retrieval_for_models_with_a_text_side(folder
     save_all(folder, {"a": [noise(n) for n in range(3)]})
     rows = "".join(f"a/{n}.png,a {word} square\n" for n, word in enumerate(["red", "blue", "red blue"]))
     (folder / "pictures" / "metadata.csv").write_text(f"file_name,caption\n{rows}")
-    results = compare_here(monkeypatch, folder, "--models", clip, "pixels", "--images", folder / "pictures")
+    results = compare_here(monkeypatch, folder, "--model", clip, "--model", "pixels", folder / "pictures")
     values = [each for each in results["figures"] if each["group"] == "Text to image"][1]["values"]
     assert values["clip"]["value"] == 1 and values["pixels"]["undefined"] == "it has no text side"
     assert figure(results, "recall@1")["values"]["pixels"]["undefined"] == "there are no two classes"
@@ -421,8 +430,8 @@ def test_several_captions_a_picture_are_refused(folder, monkeypatch):
     save_all(folder, {"a": [noise(n) for n in range(2)]})
     rows = "".join(json.dumps({"file_name": f"a/{n}.png", "caption": ["one", "other"]}) + "\n" for n in range(2))
     (folder / "pictures" / "metadata.jsonl").write_text(rows)
-    with pytest.raises(SystemExit, match=r"(?s)captions are List.*but must be a text a picture. Name .*--text_column"):
-        compare_here(monkeypatch, folder, "--models", "pixels", "--images", folder / "pictures")
+    with pytest.raises(SystemExit, match=r"(?s)captions are List.*but must be a text a picture. Name .*--text-column"):
+        compare_here(monkeypatch, folder, "--model", "pixels", folder / "pictures")
 
 
 def test_a_sentence_transformers_model(tmp_path):

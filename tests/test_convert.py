@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
 
-MODULES = ("configuration_phi3_embed.py", "modeling_phi3_embed.py", "processing_phi3_embed.py")
+MODULES = ("checks_phi3_embed.py", "configuration_phi3_embed.py", "modeling_phi3_embed.py", "processing_phi3_embed.py")
 COMMAND = [sys.executable, ROOT / "convert_phi3_vision.py"]
 GLB, FC1 = "model.vision_embed_tokens.glb_GN", f"{convert_phi3_vision.TOWER}encoder.layers.1.mlp.fc1.weight"
 

@@ -93,7 +93,7 @@ def test_the_demo_runs_on_a_folder_and_names_what_it_cannot_read(tmp_path):
         for size in (40, 60):
             Image.new("RGB", (size, 30 + number), color).save(folder / f"{size}.png")
     (tmp_path / "red" / "broken.png").write_bytes(b"no picture")
-    command = [sys.executable, "-m", "phi3_tools", "demo", "--images", tmp_path]
+    command = [sys.executable, "-m", "phi3_tools", "demo", tmp_path, "--output", tmp_path / "out" / "drawn.png"]
     done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=300, env=os.environ)
     assert done.returncode == 0, done.stderr
     assert "broken.png" in done.stdout.replace("\n", "") and "recall@1" in done.stdout and "Picture:" in done.stdout

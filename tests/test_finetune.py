@@ -87,7 +87,7 @@ def test_all_but_word_embeddings_and_separators_learn_from_labels(checkpointing,
 
 def test_a_head_trains_without_hd_transform_and_in_bfloat16():
     head = small_head(use_hd_transform=False).to(torch.bfloat16)
-    outputs = head(IMAGES["pixel_values"][:, 0], labels=torch.tensor([0, 2, 1, 1]))
+    outputs = head(small_pixels(*[(0, 0)] * 4)["pixel_values"], labels=torch.tensor([0, 2, 1, 1]))
     outputs.loss.backward()
     assert outputs.logits.dtype == torch.bfloat16 and outputs.loss.isfinite()
     assert head.classifier.weight.grad.any()

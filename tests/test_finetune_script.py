@@ -26,9 +26,9 @@ from transformers import AutoModel, AutoModelForImageClassification
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import finetuning  # noqa: E402
 
-from phi3_tools.digits import NAMES  # noqa: E402
 from phi3_tools.finetune import command as finetune  # noqa: E402
 from phi3_tools.finetune import data as finetune_data  # noqa: E402
+from phi3_tools.images import DIGIT_NAMES as NAMES  # noqa: E402
 
 SCRIPT = ("-m", "phi3_tools", "finetune")
 COLORS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}

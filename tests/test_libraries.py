@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-import sys
 
 import faiss
 import mteb
@@ -18,7 +17,9 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoModelForImageClassification
 
 from phi3_tools import evaluate as mteb_eval  # noqa: E402
-from phi3_tools.digits import digits_split, neighbours, recall  # noqa: E402
+from phi3_tools.cli import main
+from phi3_tools.images import digits_split
+from phi3_tools.measures import recall
 
 NUM_DIGITS = 40
 
@@ -94,8 +95,7 @@ def test_the_evaluation_prints_a_row_and_goes_on_from_what_is_done(digits, vecto
     encoder = mteb_eval.load(str(ROOT), num_crops=0)
     images = mteb.get_benchmark("MIEB(Img)")
     offline = next(task for task in images.tasks if task.metadata.type == "ImageClustering")
-    order, _ = neighbours(np.float64(vectors))
-    score = f"{recall(order, np.array(digits['label']), 1):.2%}"
+    score = f"{recall(vectors, np.array(digits['label']), 1):.2%}"
 
     one = dataclasses.replace(images, tasks=[DigitsInPlaceOfBirds()])
     assert mteb_eval.evaluate(encoder, one, 16, tmp_path) == []
@@ -110,22 +110,23 @@ def test_the_evaluation_prints_a_row_and_goes_on_from_what_is_done(digits, vecto
     assert "The leaderboard's row" not in printed and score in printed and offline.metadata.name in printed
 
 
-def test_the_evaluation_names_the_tasks_that_failed(tmp_path, capsys, monkeypatch):
+def test_the_evaluation_names_the_tasks_that_failed(tmp_path, capsys):
     # No test reaches the network, so no task has its images.
-    monkeypatch.setattr(sys, "argv", ["mteb_eval.py", str(ROOT), "--results", str(tmp_path)])
-    with pytest.raises(SystemExit, match="mteb_eval: 49 tasks failed, so there is no row. Run again"):
-        mteb_eval.main()
+    with pytest.raises(SystemExit, match="phi3-embed evaluate: 49 tasks failed, so there is no row. Run again"):
+        main(["evaluate", str(ROOT), "--output", str(tmp_path)])
     assert capsys.readouterr().out.count("failed:") == 49
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [([str(ROOT), "--num-crops", "-1"], "`num_crops` is -1"), (["no/such/folder"], "no/such/folder")],
+    [
+        ([str(ROOT), "--num-crops", "99999"], "`num_crops` is 99999"),
+        (["no/such/folder"], "There is no folder no/such"),
+    ],
 )
-def test_the_evaluation_tells_a_users_mistake_in_a_line(arguments, said, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["mteb_eval.py", *arguments])
-    with pytest.raises(SystemExit, match=f"mteb_eval: .*{said}"):
-        mteb_eval.main()
+def test_the_evaluation_tells_a_users_mistake_in_a_line(arguments, said):
+    with pytest.raises(SystemExit, match=f"phi3-embed evaluate: .*{said}"):
+        main(["evaluate", *arguments])
 
 
 def test_scores_of_other_weights_are_not_taken_over(repository, tmp_path):

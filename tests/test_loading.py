@@ -13,7 +13,7 @@ from phi3_embed.modeling_phi3_embed import Phi3EmbedModel
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor, Phi3EmbedProcessor
 from safetensors.torch import load_file
 
-MODULES = ("configuration_phi3_embed.py", "modeling_phi3_embed.py", "processing_phi3_embed.py")
+MODULES = ("checks_phi3_embed.py", "configuration_phi3_embed.py", "modeling_phi3_embed.py", "processing_phi3_embed.py")
 
 EMBED = """
 import json, sys

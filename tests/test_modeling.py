@@ -7,7 +7,13 @@ import pytest
 import torch
 from conftest import SMALL_TOWER, small_config, small_model, small_pixels
 from phi3_embed.configuration_phi3_embed import CLIP_VIT_LARGE_PATCH14_336, Phi3EmbedConfig
-from phi3_embed.modeling_phi3_embed import CLOSING_MODULES, Phi3EmbedModel, Phi3ImageEmbedding, build_vision_tower
+from phi3_embed.modeling_phi3_embed import (
+    CLOSING_MODULES,
+    Phi3EmbedForImageClassification,
+    Phi3EmbedModel,
+    Phi3ImageEmbedding,
+    build_vision_tower,
+)
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 
@@ -41,9 +47,9 @@ def assert_same(left, right):
 def test_images_alone_give_tokens_padded_by_zeros_and_one_vector_each(model):
     outputs = model(**small_pixels((2, 2), (1, 3), (0, 0)))
     lengths = [num_tokens(2, 2), num_tokens(1, 3), num_tokens(0, 0)]
-    assert [tokens.shape for tokens in outputs.image_hidden_states] == [(length, 48) for length in lengths]
+    assert [tokens.shape for tokens in outputs.image_outputs.pooler_output] == [(length, 48) for length in lengths]
     assert outputs.last_hidden_state.shape == (3, max(lengths), 48)
-    for tokens, padded in zip(outputs.image_hidden_states, outputs.last_hidden_state):
+    for tokens, padded in zip(outputs.image_outputs.pooler_output, outputs.last_hidden_state):
         assert torch.equal(padded[: len(tokens)], tokens)
         assert not padded[len(tokens) :].any()
     assert outputs.pooler_output.shape == (3, 48)
@@ -51,10 +57,10 @@ def test_images_alone_give_tokens_padded_by_zeros_and_one_vector_each(model):
 
 
 def test_a_batch_of_images_equals_its_images_one_by_one(model):
-    batch = small_pixels((2, 2), (1, 1), (3, 1), (0, 0))
+    batch = small_pixels((2, 2), (1, 1), (3, 1), (0, 0), pad_views=True)
     together = model.get_image_features(**batch)
     for number in range(4):
-        alone = model.get_image_features(*(each[number : number + 1] for each in batch.values()))
+        alone = model.get_image_features(*(value[number : number + 1] for value in batch.values()))
         assert_same(together.pooler_output[number], alone.pooler_output[0])
         assert_same(together.image_embeds[number], alone.image_embeds[0])
 
@@ -62,7 +68,7 @@ def test_a_batch_of_images_equals_its_images_one_by_one(model):
 def test_get_image_features_is_what_forward_gives(model):
     inputs = small_pixels((2, 1), (1, 2))
     features, outputs = model.get_image_features(**inputs), model(**inputs)
-    assert all(torch.equal(*pair) for pair in zip(features.pooler_output, outputs.image_hidden_states))
+    assert all(torch.equal(*pair) for pair in zip(features.pooler_output, outputs.image_outputs.pooler_output))
     assert torch.equal(features.image_embeds, outputs.pooler_output)
     assert features.last_hidden_state.shape == (6, 16, 32)  # 3 views each of 4 x 4 patches
 
@@ -85,10 +91,43 @@ def test_pooling_leaves_out_separators_and_padding(order, grid):
     assert is_patch.sum() == (math.prod(grid) + 1) * 4
     assert_same(features.image_embeds[0], tokens[is_patch].mean(0))
 
-    model.config.pooling_mode = "global"
     end = torch.arange(len(tokens)).flip(0) if order == "sub_glb" else torch.arange(len(tokens))
     of_global_view = is_patch & (end < 6)
-    assert_same(model.get_image_features(**inputs).image_embeds[0], tokens[of_global_view].mean(0))
+    of_call = model.get_image_features(**inputs, pooling_mode="global").image_embeds
+    assert_same(of_call[0], tokens[of_global_view].mean(0))
+    assert torch.equal(small_model(hd_transform_order=order, pooling_mode="global")(**inputs).pooler_output, of_call)
+
+
+@pytest.mark.parametrize("order", ["sub_glb", "glb_sub"])
+def test_tokens_are_put_in_place_without_separators(order):
+    model, inputs = small_model(hd_transform_order=order), small_pixels((2, 3), (1, 1), (0, 0))
+    outputs = model.get_image_features(**inputs)
+    assert outputs.grids.tolist() == [[2, 3], [1, 1], [0, 0]]
+    table = model.vision_embed_tokens.projector(outputs.last_hidden_state)[:-2].view(-1, 2, 2, 48)
+    for tokens, grid, views in zip(outputs.pooler_output, outputs.grids, table.split((7, 2, 1))):
+        crop_lines, global_lines = model.split_image_tokens(tokens, grid)
+        rows, cols = grid.tolist()
+        assert_same(global_lines, views[0])
+        wanted = views[1:].view(rows, cols, 2, 2, 48).transpose(1, 2).reshape(rows * 2, cols * 2, 48)
+        assert_same(crop_lines, wanted)
+    with pytest.raises(ValueError, match="an image of 2 x 3 crops has 35 tokens"):
+        model.split_image_tokens(outputs.pooler_output[1], (2, 3))
+
+
+def test_the_towers_vector_is_the_mean_of_the_global_views_features(model):
+    inputs = small_pixels((1, 1), (2, 2), (0, 0))
+    outputs = model(**inputs, pooling_mode="tower")
+    features = model.vision_embed_tokens.get_img_features(inputs["pixel_values"][[0, 2, 7]])
+    assert_same(outputs.pooler_output, features.mean(1))
+    assert_same(outputs.image_outputs.global_features, features)
+    single = small_model(use_hd_transform=False, type_feature="cls_patch", pooling_mode="tower")
+    pixels = inputs["pixel_values"][:2]
+    assert_same(
+        single(pixel_values=pixels).pooler_output, single.vision_embed_tokens.get_img_features(pixels)[:, 1:].mean(1)
+    )
+    assert single.config.embed_dim == 32
+    with pytest.raises(ValueError, match="`pooling_mode` is 'cls', but must be one of"):
+        model(**inputs, pooling_mode="cls")
 
 
 # Texts with images
@@ -110,7 +149,7 @@ def test_padded_batches_of_texts_with_none_one_and_two_images(model):
     pad = 0
     texts = [[1, *run(1, 2), 7, *run(2, 2)], [9, 9, 9], [*run(2, 1), 4]]
     width = max(map(len, texts))
-    images = small_pixels((1, 2), (2, 2), (2, 1))
+    images = small_pixels((1, 2), (2, 2), (2, 1), pad_views=True)
     padded = torch.tensor([[pad] * (width - len(text)) + text for text in texts])
     hidden = model(padded, **images, attention_mask=(padded != pad).long()).last_hidden_state
     of_text = [slice(0, 2), slice(0, 0), slice(2, 3)]
@@ -123,7 +162,7 @@ def test_text_alone_is_rows_of_the_table(model):
     ids = torch.tensor([[1, 2, 99], [0, 0, 7]])
     outputs = model(ids)
     assert torch.equal(outputs.last_hidden_state, model.get_input_embeddings().weight[ids])
-    assert outputs.pooler_output is None and outputs.image_hidden_states is None
+    assert outputs.pooler_output is None and outputs.image_outputs is None
 
 
 def test_ids_are_left_unchanged_and_very_low_ones_are_the_id_0(model):
@@ -173,9 +212,11 @@ def test_ids_of_a_wrong_kind_are_an_error(model, ids):
 
 
 def test_inputs_embeds_and_pixels_of_a_wrong_kind_are_an_error(model):
-    for shape in ((2, 48), (1, 2, 47)):
+    for embeds in (torch.zeros(2, 48), torch.zeros(1, 2, 47), torch.zeros(1, 0, 48), torch.zeros(1, 2, 48).long()):
         with pytest.raises(ValueError, match="`inputs_embeds` are of shape .* must be .*48"):
-            model(inputs_embeds=torch.zeros(shape))
+            model(inputs_embeds=embeds)
+    with pytest.raises(ValueError, match="`inputs_embeds` hold NaN"):
+        model(inputs_embeds=torch.full((1, 2, 48), math.nan))
     images = small_pixels((1, 1))
     with pytest.raises(ValueError, match="`pixel_values` are of type ndarray, .*return_tensors='pt'"):
         model(pixel_values=images["pixel_values"].numpy(), image_sizes=images["image_sizes"])
@@ -196,7 +237,7 @@ def test_phi3_image_embedding_shares_word_embeddings_and_takes_microsofts_settin
     )
     assert embedding.wte is wte
     assert isinstance(embedding.projector.img_projection, nn.Linear)
-    hidden = embedding(torch.tensor([[1] + 16 * [-1]]), small_pixels((0, 0))["pixel_values"][:, 0])
+    hidden = embedding(torch.tensor([[1] + 16 * [-1]]), small_pixels((0, 0))["pixel_values"])
     assert hidden.shape == (1, 17, 48) and torch.equal(hidden[0, 0], wte.weight[1])
     with pytest.raises(ValueError, match="`wte` has rows of width 7, but must have those of `hidden_size`, 48"):
         Phi3ImageEmbedding(small_config(), nn.Embedding(100, 7))
@@ -206,7 +247,7 @@ def test_a_tower_that_gives_no_tokens_is_an_error_of_ours():
     tower = {"model_type": "vitdet", "image_size": 56, "patch_size": 14, "window_size": 0}
     model = Phi3EmbedModel(small_config(tower, layer_idx=-1))
     with pytest.raises(
-        ValueError, match=r"features of shape \(2, 32, 4, 4\), but must give \(crops, patches, width\)"
+        ValueError, match=r"features of shape \(2, 32, 4, 4\), but must give \(views, patches, width\)"
     ):
         model(**small_pixels((1, 1)))
 
@@ -231,9 +272,16 @@ def test_phi3_image_embedding_takes_microsofts_own_config():
     assert embedding.config.hd_transform_order == "sub_glb"
 
 
-def test_phi3_image_embedding_forward_equals_the_model(model):
+@pytest.fixture(scope="module")
+def embedding(model):
+    """Microsoft's interface, with the weights of the model."""
+    embedding = Phi3ImageEmbedding(small_config()).eval()
+    embedding.load_state_dict(model.vision_embed_tokens.state_dict())
+    return embedding
+
+
+def test_phi3_image_embedding_forward_equals_the_model(model, embedding):
     images, ids = small_pixels((1, 2)), torch.tensor([[1, *run(1, 2)]])
-    embedding = model.vision_embed_tokens
     assert torch.equal(embedding(ids, **images), model(ids, **images).last_hidden_state)
     assert torch.equal(embedding(ids[:, :1]), model(ids[:, :1]).last_hidden_state)
     assert torch.equal(embedding(**images), model(**images).last_hidden_state)
@@ -241,9 +289,8 @@ def test_phi3_image_embedding_forward_equals_the_model(model):
         embedding()
 
 
-def test_deferred_features_and_sizes_are_used_once(model):
-    images, ids = small_pixels((1, 2)), torch.tensor([[1, *run(1, 2)]])
-    embedding = model.vision_embed_tokens
+def test_deferred_features_and_sizes_are_used_once(embedding):
+    images, ids = small_pixels((1, 2), pad_views=True), torch.tensor([[1, *run(1, 2)]])
     wanted = embedding(ids, **images)
     embedding.set_img_features(images["pixel_values"])
     embedding.set_img_sizes(images["image_sizes"])
@@ -253,31 +300,33 @@ def test_deferred_features_and_sizes_are_used_once(model):
         embedding(ids)
 
 
-def test_deferred_features_beside_given_ones_are_an_error():
-    embedding, images = small_model().vision_embed_tokens, small_pixels((1, 2))
+def test_deferred_features_beside_given_ones_are_an_error(embedding):
+    images = small_pixels((1, 2))
     embedding.set_img_sizes(images["image_sizes"])
     with pytest.raises(ValueError, match="set_img_sizes"):
         embedding(**images)
     embedding.set_img_features(images["pixel_values"])
     with pytest.raises(ValueError, match="set_img_features"):
         embedding(**images)
+    embedding.set_img_features(None)
+    embedding.set_img_sizes(None)
 
 
 def test_precomputed_features_take_the_place_of_pixels(model):
     images = small_pixels((1, 2), (1, 1), (0, 0))
-    images["pixel_values"][1, 1] = images["pixel_values"][1, 0]
+    images["pixel_values"][4] = images["pixel_values"][3]
     wanted = model(**images)
-    features = torch.zeros(3, 3, 16, 32)
-    for number, views in enumerate((3, 2, 1)):
-        features[number, :views] = model.vision_embed_tokens.get_img_features(images["pixel_values"][number, :views])
-    outputs = model(pixel_values=features, image_sizes=images["image_sizes"])
-    assert_same(outputs.last_hidden_state, wanted.last_hidden_state)
-    assert_same(outputs.pooler_output, wanted.pooler_output)
-    assert model.get_image_features(features, images["image_sizes"]).last_hidden_state is None
+    features = model.vision_embed_tokens.get_img_features(images["pixel_values"])
+    padded = torch.stack([torch.cat((own, own.new_zeros(3 - len(own), 16, 32))) for own in features.split((3, 2, 1))])
+    for given in (features, padded, wanted.image_outputs.last_hidden_state):
+        outputs = model(pixel_values=given, image_sizes=images["image_sizes"])
+        assert_same(outputs.last_hidden_state, wanted.last_hidden_state)
+        assert_same(outputs.pooler_output, wanted.pooler_output)
+        assert_same(outputs.image_outputs.last_hidden_state, features)
 
 
 def test_get_img_features_keeps_or_drops_the_class_token():
-    pixels = small_pixels((0, 0))["pixel_values"][:, 0]
+    pixels = small_pixels((0, 0))["pixel_values"]
     patch = small_model(use_hd_transform=False).vision_embed_tokens
     cls_patch = small_model(use_hd_transform=False, type_feature="cls_patch").vision_embed_tokens
     cls_patch.load_state_dict(patch.state_dict())
@@ -288,8 +337,8 @@ def test_get_img_features_keeps_or_drops_the_class_token():
 
 def test_a_tower_without_class_token_refuses_cls_patch():
     model = small_model({"model_type": "siglip_vision_model"}, use_hd_transform=False, type_feature="cls_patch")
-    with pytest.raises(ValueError, match="16 tokens a crop of 16 patches"):
-        model(pixel_values=small_pixels((0, 0))["pixel_values"][:, 0])
+    with pytest.raises(ValueError, match="16 tokens a view of 16 patches"):
+        model(pixel_values=small_pixels((0, 0))["pixel_values"])
 
 
 # The tower
@@ -306,7 +355,7 @@ def test_features_are_the_full_towers_at_the_layer_and_no_later_layer_is_built(t
     built = {found[1] for name in ours.state_dict() if (found := re.search(r"layers?\.(\d+)\.", name))}
     assert len(built) == config.num_feature_layers == layer_idx % 4
     assert not [name for name in ours.state_dict() if name.startswith(CLOSING_MODULES)]
-    pixels = small_pixels((1, 2))["pixel_values"][0]
+    pixels = small_pixels((1, 2))["pixel_values"]
     wanted = full(pixels, output_hidden_states=True).hidden_states
     # The last hidden state of a tower that ends in a norm is listed behind it: take it off.
     wanted = wanted[layer_idx]
@@ -327,22 +376,37 @@ def test_any_tower_embeds_and_survives_save_and_reload(tower, tmp_path):
     assert torch.equal(again(**images).last_hidden_state, wanted.last_hidden_state)
 
 
-def test_only_real_views_go_through_the_tower_in_one_batch_and_twins_once(model):
-    images = small_pixels((2, 1), (1, 1), (0, 0), max_views=7)
+@pytest.mark.parametrize("max_views", [None, 7])
+def test_only_real_views_go_through_the_tower_in_one_batch_and_twins_once(model, max_views):
+    images = small_pixels((2, 1), (1, 1), (0, 0), max_views=max_views)
+    views = images["pixel_values"][1] if max_views else images["pixel_values"][3:]
     batches = []
     hook = model.vision_embed_tokens.img_processor.register_forward_pre_hook(lambda _, args: batches.append(args[0]))
     model(**images)
-    images["pixel_values"][1, 1] = images["pixel_values"][1, 0]
+    views[1] = views[0]
     twin = model(**images)
     hook.remove()
     assert [len(batch) for batch in batches] == [3 + 2 + 1, 3 + 1 + 1]
     assert all(batch.flatten(1).any(-1).all() for batch in batches)
-    crop, global_view = twin.image_hidden_states[1].split([6, 7])
+    crop, global_view = twin.image_outputs.pooler_output[1].split([6, 7])
     assert torch.equal(crop, global_view[1:])
-    each = images["pixel_values"].requires_grad_()
-    (gradient,) = torch.autograd.grad(model(pixel_values=each, image_sizes=images["image_sizes"])[1].sum(), each)
-    assert gradient[1, :2].flatten(1).any(-1).all()  # where it is asked for, each of the two has its own
+    features = twin.image_outputs.last_hidden_state  # one row a view all the same
+    assert len(features) == 6 and torch.equal(features[3], features[4])
     assert_same(twin.pooler_output[1], global_view[1:].view(2, 3, 48)[:, :2].flatten(0, 1).mean(0))
+    pixel_values = images["pixel_values"].requires_grad_()
+    outputs = model(pixel_values=pixel_values, image_sizes=images["image_sizes"])
+    (gradient,) = torch.autograd.grad(outputs.pooler_output.sum(), pixel_values)
+    gradient = gradient[1, :2] if max_views else gradient[3:5]
+    assert gradient.flatten(1).any(-1).all()  # where it is asked for, each of the two has its own
+
+
+def test_views_one_after_another_and_padded_views_give_the_same(model):
+    packed, padded = (small_pixels((2, 2), (1, 3), (0, 0), pad_views=pad) for pad in (False, True))
+    ids = torch.tensor([[*run(2, 2), 1, *run(1, 3), *run(0, 0)]])
+    assert_same(model(ids, **packed).last_hidden_state, model(ids, **padded).last_hidden_state)
+    left, right = model.get_image_features(**packed), model.get_image_features(**padded)
+    assert torch.equal(left.last_hidden_state, right.last_hidden_state)
+    assert torch.equal(left.image_embeds, right.image_embeds) and torch.equal(left.grids, right.grids)
 
 
 def test_hidden_states_and_attentions_of_the_tower_on_request_only():
@@ -445,8 +509,9 @@ def test_get_image_features_compiles_to_one_graph_and_agrees(model):
     torch._dynamo.reset()
     compiled = torch.compile(model.get_image_features, fullgraph=True, dynamic=True)
     for grids in ([(2, 2), (1, 3)], [(1, 1), (2, 1)], [(3, 2), (0, 0)]):
-        images = small_pixels(*grids, max_views=7)
+        images = small_pixels(*grids)
         wanted, outputs = model.get_image_features(**images), compiled(**images)
+        assert len(outputs.last_hidden_state) == len(images["pixel_values"])  # no padding is encoded
         for pair in zip(outputs.pooler_output, wanted.pooler_output):
             assert_same(*pair)
         assert_same(outputs.image_embeds, wanted.image_embeds)
@@ -504,7 +569,7 @@ def altered(images, **changes):
     return images | changes
 
 
-GOOD = small_pixels((1, 2), (2, 1))
+GOOD = small_pixels((1, 2), (2, 1), pad_views=True)
 PIXELS, SIZES = GOOD["pixel_values"], GOOD["image_sizes"]
 BEYOND = torch.cat((PIXELS, torch.ones_like(PIXELS[:, :1])), dim=1)
 NAN = PIXELS.clone()
@@ -515,8 +580,8 @@ NAN[0, 0, 0, 0, 0] = math.nan
     "changes, message",
     [
         (
-            {"pixel_values": PIXELS[0]},
-            r"shape \(3, 3, 56, 56\), but this model takes \(num_images, crops, 3, 56, 56\), or .*16, 32\)",
+            {"pixel_values": PIXELS[0, 0]},
+            r"shape \(3, 56, 56\), but this model takes the views of all images \(num_views, 3, 56, 56\), .*16, 32\)",
         ),
         ({"pixel_values": PIXELS[..., :28, :28]}, "shape .* 28, 28.*takes"),
         ({"pixel_values": PIXELS[:, :, :1]}, "shape .*takes"),
@@ -529,8 +594,17 @@ NAN[0, 0, 0, 0, 0] = math.nan
         ({"image_sizes": SIZES + 1}, "say 57 x 113 for image 0, but must be multiples of the crop size, 56"),
         ({"image_sizes": -SIZES}, "must be multiples of the crop size"),
         ({"image_sizes": SIZES * torch.tensor([1, 0])}, "must be multiples of the crop size"),
-        ({"image_sizes": SIZES * 2}, "112 x 224 for image 0, which is 9 crops with the global view, .* have 3"),
-        ({"pixel_values": BEYOND}, "Image 0 has 3 crops .* hold more"),
+        ({"image_sizes": SIZES * 2}, "112 x 224 for image 0, which is 9 views, the global view counted, .* have 3"),
+        ({"pixel_values": BEYOND}, "Image 0 has 3 views .* hold more"),
+        ({"pixel_values": PIXELS.flatten(0, 1)[:5]}, "say 6 views of 2 images, .* `pixel_values` have 5"),
+        ({"pixel_values": PIXELS.flatten(0, 1), "image_sizes": SIZES[:0]}, r"must be ints of shape \(num_images, 2\)"),
+        ({"image_sizes": SIZES.bool()}, "torch.bool, but must be ints"),
+        ({"image_sizes": [[2**70, 56], [56, 56]]}, "but must be ints"),
+        ({"pixel_values": PIXELS.to("meta")}, "on the meta device, so without values"),
+        ({"pixel_values": PIXELS.to_sparse()}, "a tensor of layout torch.sparse_coo"),
+        ({"pixel_values": torch.nested.nested_tensor([PIXELS[0], PIXELS[1]])}, "a nested tensor"),
+        ({"pixel_values": PIXELS.to(torch.float8_e4m3fn)}, "float8_e4m3fn, but must be floating point .float32"),
+        ({"image_sizes": SIZES.to("meta")}, "`image_sizes` are on the meta device"),
         ({"input_ids": torch.tensor([[100]])}, "hold 100, but the vocabulary ends at 99"),
         ({"input_ids": torch.tensor([[1.0]])}, "must be int64 or int32"),
         ({"input_ids": torch.tensor([[1]]), "inputs_embeds": torch.zeros(1, 1, 48)}, "Both"),
@@ -546,11 +620,26 @@ def test_bad_input_is_an_error_of_ours(model, changes, message):
         model(**altered(GOOD, **changes))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint64])
+def test_image_sizes_of_any_whole_number(model, dtype):
+    images = small_pixels((1, 2), (2, 1))
+    wanted = model(**images).last_hidden_state
+    assert torch.equal(model(**images | {"image_sizes": images["image_sizes"].to(dtype)}).last_hidden_state, wanted)
+
+
+@pytest.mark.parametrize("unknown", [{"pixel_value": PIXELS}, {"num_crops": 4}])
+def test_misspelt_arguments_are_an_error_that_names_what_is_accepted(model, unknown):
+    (name,) = unknown
+    for call in (model, model.get_image_features, Phi3EmbedForImageClassification(small_config(num_labels=3))):
+        with pytest.raises(TypeError, match=f"got `{name}`. Accepted are .*`pixel_values`, .*`output_hidden_states`"):
+            call(**small_pixels((1, 1)), **unknown)
+
+
 @pytest.mark.parametrize(
     "inputs, message",
     [
         (GOOD, r"takes \(num_images, 3, 56, 56\), or \(num_images, num_tokens, 32\) for features"),
-        ({"pixel_values": PIXELS[:, 0], "image_sizes": SIZES}, "without the HD transform. Leave them out"),
+        ({"pixel_values": PIXELS[:, 0], "image_sizes": SIZES}, "without the HD transform. Leave them out, or .*=0"),
         ({"pixel_values": torch.zeros(2, 5, 31)}, "or .*32.* for features"),
     ],
 )

@@ -2,15 +2,17 @@
 
 import copy
 import io
+import os
 import re
 import struct
+import tracemalloc
 import zlib
 
 import golden
 import numpy as np
 import pytest
 import torch
-from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor, Phi3EmbedProcessor, hd_target_size, to_rgb
+from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor, Phi3EmbedProcessor, hd_target_size
 from PIL import Image, ImageCms
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
@@ -121,7 +123,7 @@ def test_sizes_and_token_counts_agree_with_the_pixels(size, num_crops):
     out = processor(Image.new("RGB", size), num_crops=num_crops, return_tensors="np")
     (height, width), rows = out["image_sizes"][0], out["image_sizes"][0][0] // 28
     crops = rows * width // 28
-    assert out["pixel_values"].shape == (1, num_crops + 1, 3, 28, 28) and crops <= num_crops
+    assert out["pixel_values"].shape == (crops + 1, 3, 28, 28) and crops <= num_crops
     assert height % 28 == width % 28 == 0
     assert out["num_img_tokens"][0] == (crops + 1) * 4 + 1 + (rows + 1) * 2
     assert processor.num_image_tokens(*size, num_crops=num_crops) == out["num_img_tokens"][0]
@@ -134,9 +136,9 @@ def test_a_line_of_pixels_is_kept_where_the_original_computes_a_height_of_0():
 
 def test_num_crops_0_is_the_global_view_of_one_crop_alone(image_processor):
     one = views(image_processor, RGB, num_crops=1)
-    assert torch.equal(one[:, 0], one[:, 1])
-    assert torch.equal(views(image_processor, RGB, num_crops=0), one[:, :1])
-    assert torch.equal(views(Phi3EmbedImageProcessor(num_crops=0), RGB), one[:, :1])
+    assert torch.equal(one[0], one[1])
+    assert torch.equal(views(image_processor, RGB, num_crops=0), one[:1])
+    assert torch.equal(views(Phi3EmbedImageProcessor(num_crops=0), RGB), one[:1])
 
 
 def test_a_batch_equals_its_images_one_by_one(image_processor):
@@ -144,7 +146,9 @@ def test_a_batch_equals_its_images_one_by_one(image_processor):
     batch = image_processor(pictures, return_tensors="pt")
     for number, picture in enumerate(pictures):
         alone = image_processor(picture, return_tensors="pt")
-        for key in batch:
+        first = int(batch["image_sizes"][:number].prod(1).sum()) // 336**2 + number
+        assert torch.equal(batch.pixel_values[first : first + len(alone.pixel_values)], alone.pixel_values)
+        for key in ("image_sizes", "num_img_tokens"):
             assert torch.equal(batch[key][number : number + 1], alone[key])
 
 
@@ -152,7 +156,7 @@ def test_crops_lie_row_by_row_behind_the_global_view():
     pixels = np.repeat(np.repeat(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40, 28, 0), 28, 1)
     out = Phi3EmbedImageProcessor(num_crops=6, do_normalize=False, **SMALL)(pixels, return_tensors="np")
     assert out["image_sizes"].tolist() == [[56, 84]]
-    np.testing.assert_allclose(out["pixel_values"][0, 1:].mean((1, 2, 3)) * 255, np.arange(6) * 40, atol=1e-4)
+    np.testing.assert_allclose(out["pixel_values"][1:].mean((1, 2, 3)) * 255, np.arange(6) * 40, atol=1e-4)
 
 
 @pytest.mark.parametrize("factors", [(2, 3), (4, 5), (1, 2), (7, 6)])
@@ -165,7 +169,7 @@ def test_the_global_view_is_torchs_bicubic_interpolation(factors):
     mean, std = (torch.tensor(value)[:, None, None] for value in (processor.image_mean, processor.image_std))
     pixels = (torch.from_numpy(picture).permute(2, 0, 1) / 255 - mean) / std
     wanted = torch.nn.functional.interpolate(pixels[None], size=(28, 28), mode="bicubic")
-    torch.testing.assert_close(out["pixel_values"][:, 0], wanted, atol=2e-6, rtol=0)
+    torch.testing.assert_close(out["pixel_values"][:1], wanted, atol=2e-6, rtol=0)
 
 
 def test_rescaling_and_normalising_follow_their_arguments():
@@ -186,6 +190,131 @@ def test_a_mean_of_wrong_length_is_an_error_of_ours(image_processor):
             Phi3EmbedImageProcessor(image_std=value)
 
 
+def test_views_are_packed_or_one_row_an_image(image_processor):
+    images = [Image.fromarray(golden.image(3, *size)) for size in [(60, 60), (40, 170), (10, 300)]]
+    packed = image_processor(images, num_crops=3, return_tensors="pt")
+    padded = image_processor(images, num_crops=3, pad_views=True, return_tensors="pt")
+    num_views = [1 + rows * cols for rows, cols in (packed["image_sizes"] // 336).tolist()]
+    assert num_views == [2, 4, 4] and padded["pixel_values"].shape[:2] == (3, 4)
+    assert not padded["pixel_values"][0, 2:].any()
+    kept = torch.cat([row[:used] for row, used in zip(padded.pop("pixel_values"), num_views)])
+    assert torch.equal(packed.pop("pixel_values"), kept)
+    assert all(torch.equal(packed[key], padded[key]) for key in ("image_sizes", "num_img_tokens"))
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (300, 900), (20000, 1)])
+@pytest.mark.parametrize("num_crops", [0, 1, 4])
+def test_the_box_of_an_image_is_where_its_grid_is_not_white(size, num_crops):
+    processor = Phi3EmbedImageProcessor(**SMALL, num_crops=num_crops, do_normalize=False)
+    out = processor(Image.new("RGB", size), return_tensors="np")
+    if num_crops:
+        (height, width), crops = out["image_sizes"][0], out["pixel_values"][1:]
+        grid = crops.reshape(height // 28, width // 28, 3, 28, 28).transpose(0, 3, 1, 4, 2).reshape(height, width, 3)
+    else:
+        grid = out["pixel_values"][0].transpose(1, 2, 0)
+    rows, columns = ((grid[..., 0] < 1).any(axis).nonzero()[0] for axis in (1, 0))
+    box = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    assert processor.image_box(*size) == Phi3EmbedImageProcessor(**SMALL).image_box(*size, num_crops=num_crops) == box
+
+
+# Opening images
+
+
+def encoded(image, kind, **kwargs):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **kwargs)
+    return buffer.getvalue()
+
+
+def test_paths_bytes_and_files_open_alike_and_upright(image_processor, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(Image.fromarray(RGB), "PNG", exif=exif)
+    (tmp_path / "image.png").write_bytes(content)
+    upright = np.rot90(RGB, -1)
+    with open(tmp_path / "image.png", "rb") as file:
+        for kind in (tmp_path / "image.png", str(tmp_path / "image.png"), content, io.BytesIO(content), file):
+            opened = image_processor.open_image(kind)
+            assert opened.mode == "RGB" and np.array_equal(np.asarray(opened), upright)
+            assert torch.equal(views(image_processor, kind), views(image_processor, opened))
+
+
+@pytest.mark.parametrize("error", [IndexError, KeyError, NotImplementedError, struct.error, RecursionError])
+def test_whatever_a_decoder_raises_is_an_error_that_names_the_file(image_processor, tmp_path, monkeypatch, error):
+    path = tmp_path / "image.png"
+    Image.fromarray(RGB).save(path)
+
+    def load(self):
+        raise error("stumbled")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    for kind in (path, Image.open(path)):
+        with pytest.raises(ValueError, match="image.png.* cannot be read as an image: .*stumbled"):
+            image_processor.open_image(kind)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+@pytest.mark.parametrize("as_object", [False, True])
+def test_truncated_files_of_16_and_32_bits_are_an_error(image_processor, tmp_path, mode, as_object):
+    path = tmp_path / "image.tif"
+    values = np.arange(200 * 200, dtype={"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]).reshape(200, 200)
+    Image.fromarray(values).save(path)
+    path.write_bytes(path.read_bytes()[: values.nbytes // 2])
+    with pytest.raises(ValueError, match="image.tif.* cannot be read as an image"):
+        image_processor.open_image(Image.open(path) if as_object else path)
+
+
+def test_a_pipe_is_an_error_and_not_waited_for(image_processor, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", tmp_path):
+        with pytest.raises(ValueError, match="is not a regular file"):
+            image_processor.open_image(path)
+
+
+def test_every_grey_of_16_bits_is_rounded_right(image_processor):
+    values = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    opened = image_processor.open_image(Image.fromarray(values))
+    assert np.array_equal(np.asarray(opened)[..., 0], np.round(values / 257))
+
+
+def test_16_bits_take_no_floats(image_processor):
+    image = Image.new("I;16", (4000, 4000), 7)
+    tracemalloc.start()
+    image_processor.open_image(image)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 7 * 4000 * 4000
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "PA", "La", "P", "L", "I;16", "array"])
+def test_transparency_is_dropped_as_in_the_original_or_put_on_white(image_processor, kind):
+    image = Image.new("RGBA", (20, 10), (0, 0, 0, 0))  # a black logo on nothing
+    image.paste((0, 0, 0, 255), (5, 0, 10, 10))
+    if kind == "array":
+        image = np.asarray(image)
+    elif kind in ("P", "L"):
+        image = Image.new(kind, (20, 10), 1)
+        image.paste(0, (5, 0, 10, 10))
+        image.info["transparency"] = 1
+    elif kind == "I;16":
+        image = Image.fromarray(np.repeat([[1] * 5 + [0] * 5 + [1] * 10], 10, 0).astype(np.uint16))
+        image.info["transparency"] = 1
+    elif kind == "PA":
+        alpha, image = image.getchannel("A"), Image.new("P", (20, 10), 0)
+        image.putalpha(alpha)
+        assert image.mode == "PA"
+    elif kind in ("LA", "La"):
+        image = image.convert("LA").convert(kind)
+    dropped, white = (image_processor.open_image(image, transparency=choice) for choice in ("drop", "white"))
+    assert np.asarray(dropped).max() <= 1
+    wanted = np.full((10, 20, 3), 255)
+    wanted[:, 5:10] = 0
+    assert np.array_equal(np.asarray(white), wanted)
+    on_white = Phi3EmbedImageProcessor(num_crops=4, transparency="white")
+    assert torch.equal(views(on_white, image), views(image_processor, image, transparency="white"))
+    assert torch.equal(views(on_white, image), views(image_processor, white))
+
+
 def test_json_round_trip(tmp_path):
     processor = Phi3EmbedImageProcessor(num_crops=7, **SMALL)
     processor.save_pretrained(tmp_path)
@@ -195,8 +324,6 @@ def test_json_round_trip(tmp_path):
 
 
 def test_a_100_megapixel_photo_stays_uint8_until_it_is_reduced():
-    import tracemalloc
-
     photo = Image.new("RGB", (12000, 8400), (10, 20, 30))
     processor = Phi3EmbedImageProcessor()
     tracemalloc.start()
@@ -217,6 +344,11 @@ def png_bomb():
         for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
     )
     return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+ENDLESS = []
+ENDLESS.append(ENDLESS)
+NAN = Image.fromarray(np.array([[1, np.nan]], np.float32))
 
 
 def truncated_jpeg():
@@ -242,7 +374,7 @@ def test_unreadable_files_are_named(image_processor, tmp_path, content, message)
 
 
 def test_a_truncated_image_object_is_an_error_of_ours(image_processor):
-    with pytest.raises(ValueError, match="Image 0: .*cannot be read: .*truncated"):
+    with pytest.raises(ValueError, match="Image 0: .*cannot be read as an image: .*truncated"):
         image_processor(Image.open(io.BytesIO(truncated_jpeg())))
 
 
@@ -252,6 +384,8 @@ def test_a_truncated_image_object_is_an_error_of_ours(image_processor):
         ("no/such/file.png", "There is no image file 'no/such/file.png'"),
         ("https://example.org/cat.png", "is a URL. Fetch it first"),
         ("data:image/png;base64,AAAA", "is a URL. Fetch it first"),
+        (os.devnull, "is not a regular file, but a folder, a pipe or a device"),
+        ("a\0b", "cannot be read as an image: .*null"),
         (None, "An image is of type NoneType. Accepted are PIL images"),
         (3, "of type int"),
         ([], "There are no images"),
@@ -268,12 +402,20 @@ def test_a_truncated_image_object_is_an_error_of_ours(image_processor):
         (torch.full((3, 9, 9), torch.inf), "values from inf"),
         (Image.new("I", (5, 5), 70000), "mode 'I' has values from 70000 to 70000, but must be in 0..255"),
         (Image.new("F", (5, 5), -1.0), "mode 'F' has values from -1.0"),
+        (NAN, "mode 'F' has values from nan"),
         (
             Image.new("F", (5, 5), 0.5),
             r"mode 'F' has values from 0.5 to 0.5, .* Values in \[0, 1\] are taken as an array",
         ),
         (Image.new("RGB", (0, 5)), "has no pixels"),
         ([[[0.5] * 3] * 4] * 5, "of type float"),
+        (ENDLESS, "nested more than 8 deep"),
+        (b"not an image", "An image of 12 bytes cannot be read as an image"),
+        (io.StringIO("text"), "cannot be read as an image"),
+        (torch.zeros(3, 9, 9, device="meta"), "device meta, but must be dense, on a device that holds its values"),
+        (torch.zeros(3, 9, 9).to_sparse(), "layout torch.sparse_coo"),
+        (torch.zeros(3, 9, 9, dtype=torch.complex64), "dtype complex64, but must be uint8"),
+        (torch.nested.nested_tensor([torch.zeros(9, 9)]), "must be dense"),
     ],
 )
 def test_wrong_images_are_an_error_of_ours(image_processor, wrong, message):
@@ -303,6 +445,8 @@ def test_arguments_without_effect_are_refused(image_processor, unknown):
         ({"size": {"height": 28, "width": 56}}, "one and the same `height` and `width`"),
         ({"size": {"shortest_edge": 28}}, "one and the same `height` and `width`"),
         ({"num_img_tokens": 143}, "143, but must be a square"),
+        ({"pad_views": "yes"}, "`pad_views` is 'yes', but must be True or False"),
+        ({"transparency": "black"}, "`transparency` is 'black', but must be one of"),
         ({"num_img_tokens": 4.0}, "4.0, but must be a square"),
         ({"rescale_factor": float("nan")}, "`rescale_factor` is nan, but must be a finite number"),
     ],
@@ -364,7 +508,7 @@ def test_without_special_tokens_no_piece_has_a_start(processor, tokenizer, argum
 def test_batches_of_texts_with_none_one_and_two_images(processor, tokenizer, images):
     texts = ["<|image_1|> and <|image_2|>", "the cat", "what is <|image_1|>"]
     out = processor(images=images, text=texts, padding=True, return_tensors="pt")
-    assert out["pixel_values"].shape[0] == 3
+    assert len(out["image_sizes"]) == 3
     alone = [processor(images=own, text=text) for own, text in zip([[WIDE, TALL], None, [WIDE]], texts)]
     for row, mask, one in zip(out["input_ids"], out["attention_mask"], alone):
         assert row[mask.bool()].tolist() == one["input_ids"][0]
@@ -441,10 +585,6 @@ def test_save_and_reload_of_the_processor(processor, tmp_path):
     inputs = {"images": [WIDE], "text": "what is <|image_1|> ?", "return_tensors": "pt"}
     for key, value in processor(**inputs).items():
         assert torch.equal(again(**inputs)[key], value), key
-
-
-def test_to_rgb_keeps_rgb_as_it_is():
-    assert np.array_equal(np.asarray(to_rgb(Image.fromarray(RGB))), RGB)
 
 
 def test_a_tokenizer_whose_own_config_is_lost_is_an_error(tokenizer, tmp_path):

@@ -14,11 +14,12 @@ from conftest import ROOT, copy_checkpoint
 from PIL import Image
 from transformers import AutoModel
 
-from phi3_tools import search  # noqa: E402
-from phi3_tools.digits import digits_split  # noqa: E402
+from phi3_tools import search
+from phi3_tools.cli import main
+from phi3_tools.images import digits_split
 
 COMMAND = [sys.executable, "-m", "phi3_tools", "search"]
-FEW_CROPS = ("--num_crops", "0")
+FEW_CROPS = ("--num-crops", "0")
 
 
 @pytest.fixture
@@ -35,77 +36,81 @@ def folder(tmp_path):
     return folder
 
 
-def run(monkeypatch, capsys, *arguments):
+def run(capsys, *arguments):
     """Runs the command in this process -> what it printed; its error is the text of the `SystemExit`."""
-    monkeypatch.setattr(sys, "argv", ["search.py", *map(str, arguments)])
-    search.main()
+    main(["search", *map(str, arguments)])
     return capsys.readouterr().out
 
 
 def rows(index):
-    return lancedb.connect(index).open_table("pictures").to_arrow().to_pylist()
+    return lancedb.connect(index).open_table("images").to_arrow().to_pylist()
 
 
 def paths(index, folder):
     return sorted(os.path.relpath(row["path"], folder) for row in rows(index))
 
 
-def test_an_index_follows_its_folder_by_content(folder, tmp_path, monkeypatch, capsys):
+def test_an_index_follows_its_folder_by_content(folder, tmp_path, capsys):
     index = tmp_path / "index"
-    said = run(monkeypatch, capsys, "index", folder, index, *FEW_CROPS)
+    said = run(capsys, "index", folder, index, *FEW_CROPS)
     assert "Added 12. Already there: 0. Further copies: 1." in said and "Left out 1 of 14" in said
-    assert "broken.png: it cannot be read as a picture" in said
+    assert "broken.png: it cannot be read as an image" in said
     before = {row["hash"]: row["vector"] for row in rows(index)}
 
     (folder / "a" / "it's 2.png").unlink()
     (folder / "a" / "it's 4.png").rename(folder / "b" / "moved.png")
     Image.new("L", (8, 8), 77).save(folder / "b" / "it's 1.png")
-    said = run(monkeypatch, capsys, "index", folder, index)
+    said = run(capsys, "index", folder, index)
     assert "Added 1. Already there: 10." in said and "Removed 2 that" in said
     assert {"b/moved.png", "b/it's 1.png"} <= set(paths(index, folder)) and len(rows(index)) == 11
     assert all(before.get(row["hash"], row["vector"]) == row["vector"] for row in rows(index))
 
 
-def test_pictures_come_and_go_one_by_one(folder, tmp_path, monkeypatch, capsys):
+def test_pictures_come_and_go_one_by_one(folder, tmp_path, capsys):
     index, new = tmp_path / "index", tmp_path / "new.png"
-    run(monkeypatch, capsys, "index", folder, index, *FEW_CROPS)
+    run(capsys, "index", folder, index, *FEW_CROPS)
     Image.new("L", (8, 8), 77).save(new)
-    assert "Added 1. Already there: 1." in run(monkeypatch, capsys, "add", new, folder / "b" / "copy.png", index)
-    assert "Removed 7." in run(monkeypatch, capsys, "remove", new, folder / "b", index)
+    said = run(capsys, "add", new, folder / "b" / "copy.png", index)
+    assert "Added 1. Already there: 0." in said and "Added 0. Already there: 1." in said
+    assert "Removed 7." in run(capsys, "remove", new, folder / "b", index)
     assert paths(index, folder) == sorted(f"a/it's {number}.png" for number in range(0, 12, 2))
     with pytest.raises(SystemExit, match="new.png is not in .*Nothing was removed"):
-        run(monkeypatch, capsys, "remove", new, index)
+        run(capsys, "remove", new, index)
 
 
-def test_neighbours_are_printed_and_drawn(folder, tmp_path, monkeypatch, capsys):
+def test_neighbours_are_printed_and_drawn(folder, tmp_path, capsys, monkeypatch):
     index, output = tmp_path / "index", tmp_path / "found.png"
-    run(monkeypatch, capsys, "index", folder, index, *FEW_CROPS)
+    run(capsys, "index", folder, index, *FEW_CROPS)
     shutil.rmtree(folder / "b")  # the index shows them all the same
     monkeypatch.setenv("COLUMNS", "200")
-    said = run(monkeypatch, capsys, "query", folder / "a" / "it's 6.png", index, "--output", output, "--count", 3)
+    said = run(capsys, "query", folder / "a" / "it's 6.png", index, "--output", output, "--count", 3)
     lines = [line.split("│") for line in said.splitlines() if ".png" in line and "│" in line]
-    assert len(lines) == 3 and lines[0][2].strip() == "1.000" and "it's 6.png" in lines[0][3]
+    assert len(lines) == 3 and all("it's 6.png" not in line[3] for line in lines)
     vectors = {row["path"]: np.array(row["vector"]) for row in rows(index)}
     asked = vectors[str(folder / "a" / "it's 6.png")]
-    wanted = sorted(vectors, key=lambda path: -(vectors[path] @ asked))[:3]
+    wanted = sorted(vectors, key=lambda path: -(vectors[path] @ asked))[1:4]
     assert [line[3].strip() for line in lines] == wanted
+    said = run(capsys, "query", folder / "a" / "it's 6.png", index, "--output", output, "--no-exclude-self")
+    assert "1.000" in said and "it's 6.png" in said.split("1.000")[1]
     with Image.open(output) as picture:
         assert picture.width > picture.height > 200
 
 
-def test_an_index_of_another_model_or_of_other_crops_is_refused(folder, tmp_path, monkeypatch, capsys):
+def test_an_index_of_another_model_or_of_other_crops_is_refused(folder, tmp_path, capsys):
     index, other = tmp_path / "index", tmp_path / "other"
     copy_checkpoint(other)
-    run(monkeypatch, capsys, "index", folder, index, *FEW_CROPS, "--model", other)
-    assert "Added 0" in run(monkeypatch, capsys, "add", folder, index, "--model", ROOT)  # the same weights
+    run(capsys, "index", folder, index, *FEW_CROPS, "--model", other)
+    assert "Added 0" in run(capsys, "index", folder, index, "--model", ROOT)  # the same weights
     with pytest.raises(SystemExit, match="num_crops 0.*num_crops 1.*make another index"):
-        run(monkeypatch, capsys, "add", folder, index, "--num_crops", 1)
+        run(capsys, "index", folder, index, "--num-crops", 1)
+    with pytest.raises(SystemExit, match="pooling_mode|settings.*make another index"):
+        run(capsys, "index", folder, index, "--model", f"{other}:tower")
     model = AutoModel.from_pretrained(other, trust_remote_code=True)
     with torch.no_grad():
         next(model.vision_embed_tokens.img_processor.parameters()).add_(1)
     model.save_pretrained(other)  # under the same name
     with pytest.raises(SystemExit, match=r"is made by .*other \(weights .*but this is .*other \(weights"):
-        run(monkeypatch, capsys, "query", folder / "a" / "it's 0.png", index)
+        run(capsys, "query", folder / "a" / "it's 0.png", index)
 
 
 @pytest.mark.parametrize(
@@ -117,18 +122,18 @@ def test_an_index_of_another_model_or_of_other_crops_is_refused(folder, tmp_path
     ],
     ids=["config", "tower", "image_processor"],
 )
-def test_an_index_of_other_settings_is_refused(file, old, new, folder, tmp_path, monkeypatch, capsys):
+def test_an_index_of_other_settings_is_refused(file, old, new, folder, tmp_path, capsys):
     index, other = tmp_path / "index", tmp_path / "other"
     copy_checkpoint(other)
     picture = folder / "a" / "it's 0.png"
-    run(monkeypatch, capsys, "index", picture, index, *FEW_CROPS, "--model", other)
+    run(capsys, "index", picture, index, *FEW_CROPS, "--model", other)
     AutoModel.from_pretrained(other, trust_remote_code=True).save_pretrained(other)  # the same model, saved anew
-    assert "Already there: 1." in run(monkeypatch, capsys, "add", picture, index)
+    assert "Already there: 1." in run(capsys, "add", picture, index)
     before = (other / file).read_text()
     assert old in before
     (other / file).write_text(before.replace(old, new))
     with pytest.raises(SystemExit, match=r"is made by .*settings .*but this is .*settings .*make another index"):
-        run(monkeypatch, capsys, "add", picture, index)
+        run(capsys, "add", picture, index)
 
 
 def test_an_index_keeps_to_the_commit_of_its_model(folder, repository, hub, tmp_path):
@@ -141,21 +146,23 @@ def test_an_index_keeps_to_the_commit_of_its_model(folder, repository, hub, tmp_
 
     done = search_there("index", folder, "index", "--model", "someone/embedder", *FEW_CROPS)
     assert done.returncode == 0, done.stderr
-    assert search.read_made_by(tmp_path / "index")["revision"] == commit
+    assert search._read_made_by(tmp_path / "index")["model"] == f"someone/embedder@{commit}"
     hub.commit("someone/embedder", {"config.json": b"{}"})  # later ones may be of another model
     done = search_there("query", folder / "a" / "it's 0.png", "index")
     assert done.returncode == 0, done.stderr
 
 
-def test_vectors_that_are_not_finite_are_left_out(folder, tmp_path, monkeypatch, capsys):
+def test_vectors_that_are_not_finite_are_left_out(folder, tmp_path, capsys):
     index, model = tmp_path / "index", tmp_path / "model"
     copy_checkpoint(model)
     broken = AutoModel.from_pretrained(model, trust_remote_code=True)
     for parameter in broken.vision_embed_tokens.projector.img_projection.parameters():
         torch.nn.init.constant_(parameter, float("nan"))
     broken.save_pretrained(model)
-    said = run(monkeypatch, capsys, "index", folder, index, *FEW_CROPS, "--model", model)
-    assert "its vector is not finite" in said and "holds 0 pictures" in said
+    with pytest.raises(SystemExit, match="Not one of the 14 images of .* can be embedded"):
+        run(capsys, "index", folder, index, *FEW_CROPS, "--model", model)
+    said = capsys.readouterr().out
+    assert "its vector is not finite" in said
     assert "Added 0. Already there: 0. Further copies: 1." in said and "Left out 13 of 14" in said
 
 
@@ -165,13 +172,12 @@ def test_vectors_that_are_not_finite_are_left_out(folder, tmp_path, monkeypatch,
         (("index", "{folder}", "/proc/index"), "/proc/index"),
         (("index", "{folder}", "{folder}"), "is no index, and not an empty folder"),
         (("index", "{none}", "{index}"), "There is no .*none"),
-        (("index", "{folder}", "{none}", "--model", "{none}/model"), "There is no folder .*none.*or a Hub id"),
-        (("add", "{folder}", "{none}"), "There is no index .*none.*index FOLDER"),
-        (("query", "{folder}/a/broken.png", "{index}"), "broken.png: it cannot be read as a picture"),
-        (("query", "{none}", "{index}"), "none: it cannot be read as a picture"),
-        (("query", "{folder}/b/copy.png", "{index}", "--count", "0"), "--count is 0"),
+        (("index", "{folder}", "{none}", "--model", "{none}/model"), "There is no folder .*none.*a Hub id"),
+        (("add", "{folder}", "{none}"), "There is no index .*none.*index SOURCE"),
+        (("query", "{folder}/a/broken.png", "{index}"), "broken.png: it cannot be read as an image"),
+        (("query", "{none}", "{index}"), "none: it cannot be read as an image"),
         (("query", "{folder}/b/copy.png", "{index}", "--output", "{folder}"), "no name for a PNG"),
-        (("query", "{folder}/b/copy.png", "{index}"), "holds no pictures"),
+        (("query", "{folder}/b/copy.png", "{index}"), "holds no images"),
     ],
     ids=[
         "no_permission",
@@ -181,21 +187,20 @@ def test_vectors_that_are_not_finite_are_left_out(folder, tmp_path, monkeypatch,
         "no_index",
         "broken",
         "none",
-        "count",
         "output",
         "empty",
     ],
 )
-def test_what_cannot_be_is_told_in_a_line(arguments, message, folder, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_is_told_in_a_line(arguments, message, folder, tmp_path, capsys):
     index = tmp_path / "index"
-    model, image_processor = search.load_model(str(search.TINY))
-    made_by = {"model": str(search.TINY), "revision": None, "num_crops": 0, "checksum": search.checksum(model)}
-    made_by["settings"] = search.settings(model, image_processor)
-    search.make_index(index, 128, made_by)
+    embedder, made_by = search._load_embedder(index, None, num_crops=0)
+    with search._written(index, made_by, embedder):
+        pass
+    capsys.readouterr()
     given = [part.format(folder=folder, index=index, none=tmp_path / "none") for part in arguments]
     with pytest.raises(SystemExit, match=message) as error:
-        run(monkeypatch, capsys, *given)
-    assert str(error.value).startswith("search: ") and "\n" not in str(error.value)
+        run(capsys, *given)
+    assert str(error.value).startswith("phi3-embed search: ") and "\n" not in str(error.value)
 
 
 def test_a_kill_in_the_middle_loses_nothing_and_doubles_nothing(tmp_path):
@@ -204,9 +209,9 @@ def test_a_kill_in_the_middle_loses_nothing_and_doubles_nothing(tmp_path):
     training, *_ = digits_split()
     for number, digit in enumerate(training[:48]):
         Image.fromarray(digit).resize((300, 600)).save(folder / f"{number}.png")
-    command = [*COMMAND, "index", str(folder), str(index), "--num_crops", "2"]
+    command = [*COMMAND, "index", str(folder), str(index), "--num-crops", "2"]
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while killed.poll() is None and not ((index / "pictures.lance").exists() and len(rows(index)) >= 16):
+    while killed.poll() is None and not ((index / "images.lance").exists() and len(rows(index)) >= 16):
         time.sleep(0.05)
     killed.kill()
     assert killed.wait() == -9

@@ -23,7 +23,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers.image_utils import load_image
 
-from phi3_tools.digits import digits_split  # noqa: E402
+from phi3_tools.images import digits_split  # noqa: E402
 
 FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 PICTURES = [Image.linear_gradient("L").resize(size).convert("RGB") for size in [(60, 60), (200, 50), (50, 150)]]

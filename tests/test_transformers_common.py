@@ -84,10 +84,6 @@ class CommonTests(ModelTesterMixin):
         with pytest.raises(ValueError, match="The checkpoint lacks 4[46] of the model's weights"):
             super().test_model_weights_reload_no_missing_tied_weights()
 
-    @unittest.skip("The tower's config is a copy, as it has fewer layers than `config.vision_config`.")
-    def test_internal_model_config_and_subconfig_are_same(self):
-        pass
-
 
 class TestModel(CommonTests, unittest.TestCase):
     all_model_classes = (Phi3EmbedModel,)
@@ -122,7 +118,9 @@ class TestImageClassification(CommonTests, unittest.TestCase):
 class Phi3EmbedImageProcessingTester(ImageProcessingTester):
     def __init__(self, parent):
         size = SMALL_TOWER["image_size"]
-        super().__init__(parent, size={"height": size, "width": size}, num_img_tokens=4, num_crops=4)
+        # One row an image, as the common tests count rows.
+        geometry = {"size": {"height": size, "width": size}, "num_img_tokens": 4, "num_crops": 1}
+        super().__init__(parent, **geometry, pad_views=True)
 
     def _get_image_processing_classes(self):
         return {"pil": Phi3EmbedImageProcessor}

@@ -1,15 +1,10 @@
 """
 Embeddings of several models side by side: figures, and a report to look at.
 
-    python examples/compare.py --models A B [C ...] --images DATA [--output report]
-
-A model is `SOURCE[@REVISION][:POOLING]` or `pixels`: see examples/embedders.py. DATA is a folder of pictures
-(subfolders are classes), a parquet file, the id of a dataset on the Hub, `digits` or `small-text`. The output folder
-gets `report.html`, which opens without a network, `results.json`, and `embeddings.safetensors`. Vectors are kept: a
-second run does not embed again, and an interrupted one goes on.
+The output folder gets `report.html`, which opens without a network, `results.json`, and `embeddings.safetensors`.
+Vectors are kept: a second run does not embed again, and an interrupted one goes on.
 """
 
-import argparse
 import functools
 import json
 import os
@@ -29,13 +24,13 @@ from rich.table import Table
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from phi3_tools.compare.changes import CHANGES, CHANGES_VERSION, SHRINKS, shrink
 from phi3_tools.compare.report import format_cost, format_value, write_report
+from phi3_tools.compare.vectors import KeyedImage, embed, open_cache
+from phi3_tools.images import IMAGE, LABEL, NAME, TEXT, image_hash, load_images, read_image, readable
 from phi3_tools.measures import (
-    CHANGES,
-    CHANGES_VERSION,
     FEW_RESAMPLES,
     NUM_NEIGHBOURS,
-    SHRINKS,
     UNLABELLED,
     Figure,
     after_change,
@@ -47,26 +42,15 @@ from phi3_tools.measures import (
     nmi,
     overlap,
     retrieval,
-    shrink,
     summarise,
     text_to_image,
     unit,
     why_undefined,
 )
-from phi3_tools.models import BATCH_SIZE, CACHE, Picture, embed, open_cache, parse_spec
-from phi3_tools.pictures import (
-    IMAGE,
-    LABEL,
-    MAX_NAMED,
-    NAME,
-    TEXT,
-    load_pictures,
-    picture_hash,
-    read_picture,
-    readable,
-)
+from phi3_tools.models import find_model
+from phi3_tools.results import MAX_NAMED, check_writable, write_beside, write_text
 
-PACKAGES = ("torch", "transformers", "sentence-transformers", "scikit-learn", "scipy", "faiss-cpu", "numpy", "pillow")
+PACKAGES = ("torch", "transformers", "sentence-transformers", "scikit-learn", "scipy", "numpy", "pillow")
 RETRIEVAL, HELD_OUT, CLUSTERING = "Same-class retrieval", "Classification of held-out pictures", "Clustering"
 ROBUSTNESS, DETAIL, TEXTS = "Robustness", "Fine detail", "Text to image"
 CKA_PICTURES = 200
@@ -80,7 +64,7 @@ class Data:
     """Pictures that differ; `labels` `(n,)` index `classes`, or are `UNLABELLED`; `captions` are texts, or None."""
 
     names: list[str]
-    pictures: list[Picture]
+    pictures: list[KeyedImage]
     labels: np.ndarray
     classes: list[str]
     captions: list[str] | None
@@ -95,41 +79,36 @@ class Data:
         )
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Compare the embeddings of several models on your pictures.")
-    parser.add_argument("--models", nargs="+", required=True, help="SOURCE[@REVISION][:mean|global|tower], or pixels")
-    parser.add_argument("--images", required=True, help="folder, parquet file, Hub dataset, digits or small-text")
-    parser.add_argument("--output", type=Path, default=Path("report"), help="folder to write (default: report)")
-    parser.add_argument("--split", help="of the data; by default test if there is one, else the first")
-    parser.add_argument("--image_column", help="by default the first column of images")
-    parser.add_argument("--label_column", help="by default label")
-    parser.add_argument("--text_column", help="by default text or caption")
-    parser.add_argument("--limit", type=int, help="a random sample of so many pictures")
-    parser.add_argument("--probe", type=int, default=100, help="pictures to change for robustness and detail (100)")
-    parser.add_argument("--num_crops", type=int, help="the most crops of a picture for our model (its own setting)")
-    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (1000)")
-    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache", type=Path, default=CACHE, help=f"file that keeps the vectors ({CACHE})")
-    arguments = parser.parse_args()
-    try:
-        run(arguments)
-    except KeyboardInterrupt:
-        sys.exit("compare: interrupted. The same command goes on where it stopped.")
-    except (OSError, ValueError) as error:
-        sys.exit(f"compare: {error}")
+@dataclass
+class Arguments:
+    """What is compared, and how: see `phi3-embed compare --help`."""
+
+    models: list[str]
+    source: str
+    output: Path
+    split: str | None
+    image_column: str | None
+    label_column: str | None
+    text_column: str | None
+    limit: int | None
+    probe: int
+    num_crops: int | None
+    resamples: int
+    batch_size: int
+    seed: int
+    cache: Path
 
 
 def run(arguments):
     # All that can be wrong is looked for before the work.
     check(arguments)
-    specs = [parse_spec(text) for text in dict.fromkeys(arguments.models)]
+    models = [find_model(text) for text in dict.fromkeys(arguments.models)]
     data, left_out = load_data(arguments)
     started = time.strftime("%Y-%m-%d %H:%M:%S %z")
     rng = np.random.default_rng(arguments.seed)
     probe = np.sort(rng.permutation(len(data.names))[: arguments.probe])
     embedded = embed(
-        specs,
+        models,
         data.pictures + changed_pictures(data, probe),
         [] if data.captions is None else data.captions,
         arguments.num_crops,
@@ -137,13 +116,18 @@ def run(arguments):
         arguments.batch_size,
     )
     data, probe, spaces = leave_out_refused(data, probe, embedded, left_out)
-    labels = name_models(specs)
+    labels = name_models(models)
     with console.status("Measuring"):
         figures, undefined = measure(data, probe, embedded, spaces, labels, arguments.seed)
         results = {
             "about": about(arguments, data, started, left_out),
             "models": [
-                {"label": label, "spec": each.spec.text, "version": each.version, "undefined": undefined.get(label)}
+                {
+                    "label": label,
+                    "spec": each.model.text,
+                    "version": each.model.version,
+                    "undefined": undefined.get(label),
+                }
                 | {"cost": each.cost}
                 for label, each in zip(labels, embedded)
             ],
@@ -153,7 +137,7 @@ def run(arguments):
     vectors = {label: np.ascontiguousarray(each["all"]) for label, each in zip(labels, spaces)}
     write_beside(arguments.output / "embeddings.safetensors", lambda path: save_file(vectors, path, names_of(data)))
     results_text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-    write_beside(arguments.output / "results.json", lambda path: path.write_text(results_text, "utf-8"))
+    write_text(arguments.output / "results.json", results_text)
     with console.status("Writing the report"):
         good = {label: vectors for label, vectors in vectors.items() if label not in undefined}
         write_beside(
@@ -167,21 +151,15 @@ def check(arguments):
     for name, low in {"limit": 1, "probe": 1, "num_crops": 0, "resamples": 100, "batch_size": 1, "seed": 0}.items():
         value = getattr(arguments, name)
         if value is not None and value < low:
-            raise ValueError(f"--{name} is {value}, but must be {low} at least.")
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        trial = arguments.output / "report.html.part"
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise ValueError(f"{arguments.output} cannot be written to: {error}. Give another --output.") from error
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be {low} at least.")
+    check_writable(arguments.output)
     open_cache(arguments.cache).close()
 
 
 def load_data(arguments):
     """The pictures that can be read, each once, and what was left out."""
     datasets.disable_progress_bars()
-    splits = load_pictures(arguments.images, arguments.image_column, arguments.label_column, arguments.text_column)
+    splits = load_images(arguments.source, arguments.image_column, arguments.label_column, arguments.text_column)
     name = arguments.split or ("test" if "test" in splits else next(iter(splits)))
     if name not in splits:
         raise ValueError(f"The data has no split {name!r}, but {', '.join(map(repr, splits))}. Give one as --split.")
@@ -189,7 +167,7 @@ def load_data(arguments):
     if TEXT in split.features and getattr(split.features[TEXT], "dtype", None) not in ("string", "large_string"):
         raise ValueError(
             f"The captions are {split.features[TEXT]}, but must be a text a picture. Name a column of such by "
-            "--text_column."
+            "--text-column."
         )
     if arguments.limit and arguments.limit < len(split):
         kept = np.sort(np.random.default_rng(arguments.seed).permutation(len(split))[: arguments.limit])
@@ -197,9 +175,9 @@ def load_data(arguments):
     given = len(split)
     split = readable(split, skip_broken=True)
     if not len(split):
-        raise ValueError(f"Not one of the {given} pictures of {arguments.images} can be read.")
+        raise ValueError(f"Not one of the {given} pictures of {arguments.source} can be read.")
     is_classes = isinstance(split.features.get(LABEL), datasets.ClassLabel)
-    pictures = [Picture(picture_hash(image), functools.partial(read_picture, image)) for image in split[IMAGE]]
+    pictures = [KeyedImage(image_hash(image), functools.partial(read_image, image)) for image in split[IMAGE]]
     labels = [UNLABELLED if each is None else each for each in split[LABEL]] if is_classes else None
     data = Data(
         list(split[NAME]),
@@ -220,7 +198,7 @@ def changed_pictures(data, probe):
 
     def changed(number, name, change):
         picture = data.pictures[number]
-        return Picture(f"{picture.key} {name} {CHANGES_VERSION}", lambda: change(picture.read()))
+        return KeyedImage(f"{picture.key} {name} {CHANGES_VERSION}", lambda: change(picture.read()))
 
     return [changed(number, name, change) for name, change in all_changes().items() for number in probe]
 
@@ -261,9 +239,9 @@ def leave_out_refused(data, probe, embedded, left_out):
     return data.select(kept), np.searchsorted(kept, probe[is_kept]), spaces
 
 
-def name_models(specs):
-    labels = [spec.label for spec in specs]
-    return [spec.text if labels.count(label) > 1 else label for spec, label in zip(specs, labels)]
+def name_models(models):
+    labels = [model.label for model in models]
+    return [model.text if labels.count(label) > 1 else label for model, label in zip(models, labels)]
 
 
 def measure(data, probe, embedded, spaces, labels, seed):
@@ -368,7 +346,7 @@ def compare_spaces(spaces, labels, undefined, arguments):
 
 def about(arguments, data, started, left_out):
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["phi3-embed", *sys.argv[1:]]),
         "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in vars(arguments).items()},
         "started": started,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
@@ -384,12 +362,6 @@ def about(arguments, data, started, left_out):
 
 def names_of(data):
     return {"names": json.dumps(data.names, ensure_ascii=False), "labels": json.dumps(data.labels.tolist())}
-
-
-def write_beside(path, write):
-    part = path.with_name(path.name + ".part")
-    write(part)
-    part.replace(path)
 
 
 def show(results):
@@ -408,7 +380,3 @@ def show(results):
     for model in results["models"]:
         if model["undefined"]:
             console.print(f"{model['label']}: figures are undefined: {model['undefined']}.", style="yellow")
-
-
-if __name__ == "__main__":
-    main()

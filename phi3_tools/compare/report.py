@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from phi3_tools.measures import UNLABELLED, search, unit
+from phi3_tools.measures import UNLABELLED, nearest, unit
 
 MAPPED = 400  # pictures in a map
 SHOWN = 12  # queries with their neighbours
@@ -81,7 +81,7 @@ def write_report(path, results, data, vectors, seed):
             "classes": [int(data.labels[number]) for number in shown],
             "mapped": [place[number] for number in mapped.tolist()],
             "maps": {label: layout(each[mapped], seed) for label, each in units.items()},
-            "neighbours": {label: nearest(each[mapped]) for label, each in units.items()},
+            "neighbours": {label: neighbours_of(each[mapped]) for label, each in units.items()},
         },
         format_number=format_number,
         format_cost=format_cost,
@@ -201,7 +201,7 @@ def disagreements(units, data):
     if not units or len(data.names) < 3:
         return []
     own = np.arange(len(data.names))
-    found = {label: search(each, each, NEIGHBOURS, own) for label, each in units.items()}
+    found = {label: nearest(each, each, NEIGHBOURS, own) for label, each in units.items()}
     common = np.zeros(len(own))
     for left, right in combinations(found.values(), 2):
         common += [len(set(a) & set(b)) for a, b in zip(left.tolist(), right.tolist())]
@@ -235,10 +235,10 @@ def rows_of(case, place, data):
     }
 
 
-def nearest(vectors):
+def neighbours_of(vectors):
     if len(vectors) < 2:
         return [[] for _ in vectors]
-    return search(vectors, vectors, NEIGHBOURS, np.arange(len(vectors))).tolist()
+    return nearest(vectors, vectors, NEIGHBOURS, np.arange(len(vectors))).tolist()
 
 
 def layout(vectors, seed):

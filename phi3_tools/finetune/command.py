@@ -1,28 +1,22 @@
 """
 Fine-tunes phi3-embed on your pictures, as a classifier or as an embedding for search, measures it, and may push it.
 
-    python examples/finetune.py --model tiny --data digits --train head --output_dir finetuned
-    accelerate launch --num_processes 4 examples/finetune.py --model FOLDER_OR_HUB_ID --data FOLDER --bf16
+    phi3-embed finetune --model . --data digits --train head --output_dir finetuned
+    accelerate launch --num_processes 4 -m phi3_tools finetune --model FOLDER_OR_HUB_ID --data FOLDER --bf16
 
 Beside the options below it takes all of transformers' TrainingArguments. Killed, the same command goes on from the
 last checkpoint. OUTPUT_DIR gets the best checkpoint, metrics.json, pictures of curves and confusions, and a card.
 """
 
-import errno
 import json
-import re
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from safetensors import SafetensorError
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.pipeline import make_pipeline
@@ -54,11 +48,10 @@ from phi3_tools.finetune.report import (
     draw_confusion,
     draw_curves,
     table_of,
-    without_path,
-    write,
     write_card,
 )
-from phi3_tools.pictures import ACCEPTED, LABEL
+from phi3_tools.images import ACCEPTED, LABEL
+from phi3_tools.results import push, push_target, without_path, write_text
 
 # The probe is fitted on at most this many pictures of the training.
 PROBE = 5000
@@ -336,7 +329,7 @@ def check_same_run(options, arguments, splits):
         if changed := [name for name in now if now[name] != then.get(name)]:
             was = ", ".join(f"{name} was {then.get(name)} and is {now[name]}" for name in changed)
             raise ValueError(f"{path.parent} holds a training that began otherwise: {was}. Give another --output_dir.")
-    write(path, json.dumps(now, indent=2) + "\n")
+    write_text(path, json.dumps(now, indent=2) + "\n")
     return now
 
 
@@ -413,7 +406,7 @@ def fine_tune(options, arguments, splits, names):
             (output / ADAPTER / "README.md").unlink()
             config = json.loads((output / ADAPTER / "adapter_config.json").read_text())
             config["base_model_name_or_path"] = without_path(options.model)
-            write(output / ADAPTER / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+            write_text(output / ADAPTER / "adapter_config.json", json.dumps(config, indent=2) + "\n")
         for path in (output, output / ADAPTER):
             (path / "training_args.bin").unlink(missing_ok=True)  # a pickle; arguments.json says it too
     return trainer.state.log_history
@@ -480,41 +473,6 @@ def evaluate(options, arguments, splits, names):
     return rows, len(labels), confusion
 
 
-# Pushing
-
-
-def check_target(arguments):
-    """The full name of the repository to push to, or why that cannot be, before the work."""
-    name = arguments.hub_model_id or Path(arguments.output_dir).resolve().name
-    try:
-        user = HfApi(token=arguments.hub_token).whoami()["name"]
-    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
-        raise ValueError(f"--push_to_hub to {name} needs a valid token: log in by `hf auth login`.") from error
-    return name if "/" in name else f"{user}/{name}"
-
-
-def push(arguments):
-    """One commit with model, code, card and pictures, and without weights that an older one left."""
-    api = HfApi(token=arguments.hub_token)
-    name, output = arguments.hub_model_id, arguments.output_dir
-    # ARGUMENTS says where model and data lie; the card has the same without.
-    left_out = [ARGUMENTS, "checkpoint-*/**", f"{FEATURES}/**", "*.part*", "__pycache__/**", "runs/**"]
-    try:
-        api.create_repo(name, private=arguments.hub_private_repo, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=name,
-            folder_path=output,
-            ignore_patterns=left_out,
-            delete_patterns=["*.safetensors*"],
-            commit_message="Fine-tune by examples/finetune.py",
-        )
-    except (HfHubHTTPError, OSError) as error:
-        raise ValueError(
-            f"Pushing to {name} failed: {error}. {output} is complete; run the same command again."
-        ) from error
-    print(f"Pushed to {commit.commit_url}")
-
-
 def parse_arguments(arguments=None):
     parser = HfArgumentParser((Options, TrainingArguments), description="Fine-tune phi3-embed.")
     parser.set_defaults(
@@ -549,7 +507,8 @@ def run(arguments=None):
     options, arguments = parse_arguments(arguments)
     pushes, arguments.push_to_hub = arguments.push_to_hub, False  # in one commit at the end, and not by the trainer
     if pushes:
-        arguments.hub_model_id = check_target(arguments)
+        name = arguments.hub_model_id or Path(arguments.output_dir).resolve().name
+        arguments.hub_model_id = push_target(name, arguments.hub_token)
     splits, names = load_splits(options, arguments.seed)
     if options.early_stopping and ("validation" not in splits or arguments.eval_strategy == "no"):
         raise ValueError("--early_stopping looks at pictures of a validation split. Give --validation more than 0.")
@@ -566,43 +525,32 @@ def run(arguments=None):
     draw_curves(history, output / CURVES)
     if confusion and len(names) <= MAX_CONFUSED:
         draw_confusion(confusion, names, output / CONFUSION)
-    write(
+    write_text(
         output / METRICS,
         json.dumps({"held out": rows, "held-out pictures": num_held_out, "history": history}, indent=2) + "\n",
     )
     write_card(options, arguments, splits, names, rows, num_held_out, about, output / "README.md")
     print(table_of(rows))
     if pushes:
-        push(arguments)
+        # ARGUMENTS says where model and data lie; the card has the same without.
+        ignore = [ARGUMENTS, "checkpoint-*/**", f"{FEATURES}/**", "runs/**"]
+        title = "Fine-tune by phi3-embed finetune"
+        private, token = arguments.hub_private_repo, arguments.hub_token
+        print(f"Pushed to {push(output, arguments.hub_model_id, title, private, token, ignore)}")
 
 
-def say(error):
-    """What went wrong, and how to mend it, in words."""
-    text = str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in text:
-        return (
-            "A batch does not fit in memory. Give a smaller --per_device_train_batch_size (with as much more "
-            "--gradient_accumulation_steps a classifier trains the same; an embedding compares fewer pictures), "
-            "--gradient_checkpointing, --bf16, or fewer --num_crops. Checkpoints are kept."
-        )
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or re.search(
-        "No space left|File too large|[Qq]uota|unexpected pos|file write failed", text
-    ):
-        return f"The disk is full: {text}. Free some space; the same command goes on from the last whole checkpoint."
-    return text
+MEMORY = (
+    "A batch does not fit in memory. Give a smaller --per_device_train_batch_size (with as much more "
+    "--gradient_accumulation_steps a classifier trains the same; an embedding compares fewer pictures), "
+    "--gradient_checkpointing, --bf16, or fewer --num_crops. Checkpoints are kept."
+)
 
 
-def main():
+def main(arguments):
     transformers_logging.set_verbosity_error()
     try:
-        run()
-    except KeyboardInterrupt:
-        sys.exit("\nfinetune: Interrupted. The same command goes on from the last checkpoint.")
-    except (OSError, ValueError, MemoryError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and say(error) == str(error):
-            raise
-        sys.exit(f"finetune: {say(error)}")
-
-
-if __name__ == "__main__":
-    main()
+        run(arguments)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error):
+            raise ValueError(MEMORY) from error
+        raise

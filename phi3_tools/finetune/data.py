@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 
-from phi3_tools.pictures import ACCEPTED, IMAGE, LABEL, NAME, load_pictures, read_picture, readable
+from phi3_tools.images import IMAGE, LABEL, NAME, load_images, read_image, readable
 
 FEATURES, SIZE = "features", "image_sizes"
 VALIDATION, TEST = ("validation", "valid", "val", "dev"), ("test", "held_out")
@@ -26,11 +26,15 @@ def load_splits(options, seed):
     Raises:
         ValueError: the data does not serve the task; what is wrong and how to mend it.
     """
-    found = load_pictures(options.data, options.image_column, options.label_column, streaming=options.streaming)
+    found = load_images(
+        options.data,
+        options.image_column,
+        options.label_column,
+        streaming=options.streaming,
+        needs_labels=True,
+    )
     first = next(iter(found.values()))
     feature = (first.features or {}).get(LABEL)
-    if feature is None:
-        raise ValueError(f"{options.data} has no column of labels. Name it by --label_column, or give {ACCEPTED}.")
     if not isinstance(feature, datasets.ClassLabel):
         raise ValueError(
             f"The labels of {options.data} are {feature}, but must be classes: words or whole numbers"
@@ -171,7 +175,7 @@ class Pictures(torch.utils.data.Dataset):
 
     def prepare(self, row, number):
         try:
-            picture = read_picture(row[IMAGE])
+            picture = read_image(row[IMAGE])
         except ValueError as error:
             raise ValueError(f"{row[NAME]}: {error}. Leave such pictures out by --skip_broken.") from error
         if self.trains and self.options.augments:
@@ -220,7 +224,7 @@ class Collator:
         labels = torch.tensor([row[LABEL] for row in rows])
         if FEATURES not in rows[0]:
             pictures = [row[IMAGE] for row in rows]
-            inputs = self.image_processor(pictures, num_crops=self.num_crops, return_tensors="pt")
+            inputs = self.image_processor(pictures, num_crops=self.num_crops, pad_views=True, return_tensors="pt")
             return {"pixel_values": inputs["pixel_values"], SIZE: inputs[SIZE], "labels": labels}
         features = [torch.as_tensor(row[FEATURES]) for row in rows]
         padded = nn.utils.rnn.pad_sequence(features, batch_first=True)  # (images, most views, patches, C)
@@ -260,7 +264,7 @@ def with_features(split, model, collate, folder, batch_size):
 
     @torch.inference_mode()
     def encode(rows):
-        rows = [{IMAGE: read_picture(image), LABEL: label} for image, label in zip(rows[IMAGE], rows[LABEL])]
+        rows = [{IMAGE: read_image(image), LABEL: label} for image, label in zip(rows[IMAGE], rows[LABEL])]
         inputs = collate(rows)
         pixels, views = inputs["pixel_values"].to(model.device), (inputs[SIZE] // model.config.crop_size).prod(-1) + 1
         features = [

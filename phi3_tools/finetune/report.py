@@ -1,4 +1,4 @@
-"""What examples/finetune.py leaves beside a model: pictures of curves and confusions, and a card."""
+"""What phi3-embed finetune leaves beside a model: pictures of curves and confusions, and a card."""
 
 import json
 from pathlib import Path
@@ -8,20 +8,14 @@ import torch
 from huggingface_hub import ModelCardData
 from sklearn.metrics import ConfusionMatrixDisplay
 
-from phi3_tools.pictures import DIGITS, SMALL_TEXT
+from phi3_tools.images import DIGITS, SMALL_TEXT
+from phi3_tools.results import save_figure, without_path, write_text
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 CURVES, CONFUSION = "curves.png", "confusion.png"
 MAX_CONFUSED = 40  # classes that a picture of confusions can show
-
-
-def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text)
-    beside.replace(path)
 
 
 def draw_curves(history, path):
@@ -54,20 +48,13 @@ def draw_confusion(confusion, names, path):
     save_figure(figure, path)
 
 
-def save_figure(figure, path):
-    beside = path.with_suffix(".part.png")
-    figure.savefig(beside, dpi=110)
-    beside.replace(path)
-    plt.close(figure)
-
-
 CARD = """---
 {data}
 ---
 
 # {title}
 
-{base}, fine-tuned for {task} on {source} by phi3-embed's `examples/finetune.py`.
+{base}, fine-tuned for {task} on {source} by phi3-embed's `phi3-embed finetune`.
 
 ## Figures
 
@@ -144,9 +131,4 @@ def write_card(options, arguments, splits, names, rows, num_held_out, about, pat
         arguments=json.dumps(about | {name: without_path(about[name]) for name in ("model", "data")}, indent=2),
         use=USE[options.task].format(name=title),
     )
-    write(path, text)
-
-
-def without_path(source):
-    """A folder's or file's own name: a card does not tell where it lay."""
-    return Path(source).resolve().name if Path(source).exists() else source
+    write_text(path, text)

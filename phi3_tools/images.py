@@ -1,0 +1,761 @@
+"""
+Images of a SOURCE as rows, and the one way that the tools open them.
+
+A SOURCE is `digits` or `small-text` (built in), a folder of images (subfolders are classes; or a metadata.csv, .jsonl
+or .parquet with a column `file_name`), one image, a parquet file or a folder of them, a webdataset (a tar file or a
+folder of them), or the id of a dataset on the Hub, `NAME[@REVISION]`. Names are taken as they stand, never as
+patterns. Whatever is left out is counted and named.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
+from huggingface_hub.constants import HF_HUB_CACHE
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
+
+from phi3_tools.results import name_some, one_line, say_left_out
+
+DIGITS, SMALL_TEXT = "digits", "small-text"
+ACCEPTED = (
+    f"{DIGITS!r} or {SMALL_TEXT!r} (built in), a folder of images (subfolders are classes, or a metadata.csv or "
+    "metadata.jsonl with a column `file_name`), a parquet file, a webdataset's tar file, a folder of either, or the "
+    "id of a dataset on the Hub, NAME[@REVISION]"
+)
+NAME, IMAGE, LABEL, TEXT = "name", "image", "label", "text"
+SPLITS = {"train", "validation", "valid", "val", "dev", "test", "held_out"}  # names of folders, words in files' names
+UNDECODED = datasets.Image(decode=False)
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+# Images by their names whether Pillow opens them here or not: those that it does not are told, not passed over.
+NOT_BY_PILLOW = {".heic", ".heif", ".hif", ".jxl", ".svg", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf"}
+STUBS = {"BUFR", "GRIB", "HDF5", "MPEG"}  # formats that Pillow knows by name and cannot open
+
+HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>[\w./-]+))?")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SPLIT_SEED, HELD_OUT = 0, 0.2
+DIGIT_CROPS = 1  # A digit has 8 x 8 pixels: one crop shows all of it.
+WORDS = ("anchor", "basket", "candle", "dragon", "engine", "forest", "garden", "hammer", "island", "jacket")
+PAGES_A_WORD, PAGE_SIZE, LETTER_SIZE, TIMES = 10, 672, 9, 80
+
+
+# Opening an image
+
+
+def open_image(image: str | Path | bytes | Image.Image) -> Image.Image:
+    """
+    A path, a file's bytes or a PIL image -> a PIL image in RGB, upright as a file's EXIF says, 16 bits scaled to 8.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    # Until the image processor's `open_image` is there.
+    import io
+
+    try:
+        if not isinstance(image, Image.Image):
+            image = ImageOps.exif_transpose(Image.open(io.BytesIO(image) if isinstance(image, bytes) else image))
+        image.load()
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            low, high = image.getextrema()
+            if not (low >= 0 and high <= 255) or (image.mode == "F" and 0 < high <= 1):
+                raise ValueError(
+                    f"its values (mode {image.mode}) go from {low} to {high}, but must be in 0..255: scale it first"
+                )
+        return image.convert("RGB")
+    except Exception as error:  # decoders raise errors of every kind
+        raise ValueError(f"it cannot be read as an image: {one_line(error)}") from error
+
+
+def image_bytes(image: dict | None) -> bytes:
+    """
+    The file of an undecoded image, `{"bytes": ..., "path": ...}`.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    if image is None or (image["bytes"] is None and not image["path"]):
+        raise ValueError("the row holds no image, or names a file outside of the data's own folder")
+    if image["bytes"] is not None:
+        return image["bytes"]
+    path = image["path"]
+    try:
+        if path.startswith("hf://"):  # of a stream from the Hub
+            from huggingface_hub import HfFileSystem
+
+            return HfFileSystem().cat_file(path)
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"it cannot be read as an image: {error.strerror or one_line(error)}") from error
+    if content.startswith(LFS_POINTER):
+        raise ValueError("it is a Git LFS pointer in place of the file: run `git lfs pull`")
+    return content
+
+
+def image_hash(image: dict | None) -> str:
+    """SHA-256 of the file of an undecoded image, as hex digits. Raises ValueError as [`image_bytes`] does."""
+    return hashlib.sha256(image_bytes(image)).hexdigest()
+
+
+def read_image(image: dict | None) -> Image.Image:
+    """An undecoded image -> a PIL image in RGB, as [`open_image`] gives it. Raises ValueError if it cannot be read."""
+    return open_image(image_bytes(image))
+
+
+def readable(split: Dataset, skip_broken: bool = False) -> Dataset:
+    """
+    The rows of a split whose images can be read, each of which is read for that.
+
+    Raises:
+        ValueError: some cannot, and `skip_broken` is off; they are counted and named.
+    """
+    broken = {}
+    for number, row in enumerate(tqdm(split, desc="Checking", unit="image")):
+        try:
+            read_image(row[IMAGE])
+        except ValueError as error:
+            broken[number] = f"{row[NAME]}: {error}"
+    if not broken:
+        return split
+    if not skip_broken:
+        raise ValueError(
+            f"{len(broken)} of {len(split)} images are broken. Mend or remove them, or skip them by --skip-broken:\n"
+            f"{name_some(list(broken.values()))}"
+        )
+    say_left_out(list(broken.values()), len(split))
+    return split.select([number for number in range(len(split)) if number not in broken])
+
+
+# SOURCE -> rows
+
+
+def load_images(
+    source: str | Path,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    text_column: str | None = None,
+    streaming: bool = False,
+    needs_labels: bool = False,
+) -> DatasetDict | IterableDatasetDict:
+    """
+    Images and what is known of them.
+
+    Args:
+        source: see the module's docstring.
+        image_column, label_column, text_column: their names in the data; by default its only column of images,
+            `label`, and `text` or `caption`, where there are such.
+        streaming: give streams, for data that the disk cannot hold.
+        needs_labels: raise where the data has no labels, and say what would give it some.
+
+    Returns:
+        The data's splits, with the columns `image` (undecoded: see [`read_image`]); `name`, which tells the row; and
+        where the data has them `text` and `label`: a `ClassLabel` for words, whole numbers and truth values, else as
+        in the data.
+
+    Raises:
+        ValueError: the source cannot be read as images, or lacks a column.
+    """
+    source, columns = str(source), {IMAGE: image_column, LABEL: label_column, TEXT: text_column}
+    if source in (DIGITS, SMALL_TEXT) and not Path(source).exists():
+        splits = _load_digits() if source == DIGITS else _load_small_text()
+        for name, split in splits.items():
+            names = [f"row {number}" for number in range(len(split))]
+            splits[name] = split.cast_column(IMAGE, UNDECODED).add_column(NAME, names)
+    elif Path(source).exists():
+        splits = _load_path(Path(source), columns, streaming)
+    else:
+        splits = _load_hub(source, columns, streaming)
+    first = next(iter(splits.values()))
+    if needs_labels and LABEL not in (first.features or {}):
+        raise ValueError(f"{source} has no labels. {_why_no_labels(source)}")
+    if streaming:
+        return IterableDatasetDict(
+            {
+                name: split if isinstance(split, IterableDataset) else split.to_iterable_dataset()
+                for name, split in splits.items()
+            }
+        )
+    return _with_classes(DatasetDict(splits))
+
+
+def load_rows(source: str | Path, **columns: str | None) -> Dataset:
+    """
+    The rows of all splits of a SOURCE one after another, with `image`, `name` and, where there are such, `text`; where
+    there are several splits their names stand before the rows'. Arguments are those of [`load_images`].
+    """
+    splits = load_images(source, **columns)
+    kept = [name for name in (IMAGE, NAME, TEXT) if name in next(iter(splits.values())).column_names]
+    parts = []
+    for split, rows in splits.items():
+        rows = rows.select_columns(kept)
+        if len(splits) > 1:
+            rows = rows.add_column("of_split", [f"{split}/{name}" for name in rows[NAME]])
+            rows = rows.remove_columns(NAME).rename_column("of_split", NAME)
+        parts.append(rows)
+    return datasets.concatenate_datasets(parts)
+
+
+def _why_no_labels(source):
+    if Path(source).is_dir() and _find_files(Path(source)).images:
+        return (
+            "Its images lie in no subfolders, or not all at one depth. Put those of each class into a folder of its "
+            "own, or write a metadata.csv with the columns file_name and label."
+        )
+    return f"Name its column of labels by --label-column, or give {ACCEPTED}."
+
+
+def _with_classes(splits):
+    """Labels that are words, whole numbers or truth values as one `ClassLabel` for all splits."""
+    feature = next(iter(splits.values())).features.get(LABEL)
+    if not isinstance(feature, Value) or feature.dtype.startswith(("float", "double", "decimal")):
+        return splits
+    labels = sorted({label for split in splits.values() for label in split.unique(LABEL)} - {None})
+    numbers, classes = {label: number for number, label in enumerate(labels)}, ClassLabel(names=[*map(str, labels)])
+    return DatasetDict(
+        {
+            name: split.remove_columns(LABEL).add_column(
+                LABEL, [numbers.get(label) for label in split[LABEL]], feature=classes
+            )
+            for name, split in splits.items()
+        }
+    )
+
+
+# What is built in
+
+
+def digits_split() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """
+    scikit-learn's handwritten digits as the small checkpoint was trained on them: uint8 images `(n, 8, 8)` to train
+    with and held out, and labels `(n,)` of each.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    images = (images.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
+    return train_test_split(images, labels, test_size=HELD_OUT, random_state=SPLIT_SEED, stratify=labels)
+
+
+def _load_digits():
+    training, held_out, training_labels, held_out_labels = digits_split()
+    features = Features({IMAGE: datasets.Image(), LABEL: ClassLabel(names=list(DIGIT_NAMES))})
+    halves = {"train": (training, training_labels), "test": (held_out, held_out_labels)}
+    return {
+        name: Dataset.from_dict({IMAGE: [Image.fromarray(image) for image in images], LABEL: labels}, features)
+        for name, (images, labels) in halves.items()
+    }
+
+
+def _load_small_text():
+    """
+    Pages strewn with one word each, in letters that can be read at 672 x 672 pixels and not at half of that: HD crops
+    show them, and a single view does not.
+    """
+    rng, font = np.random.default_rng(0), ImageFont.load_default(LETTER_SIZE)
+    pages, labels = [], []
+    for label in np.repeat(range(len(WORDS)), PAGES_A_WORD).tolist():
+        page = Image.new("L", (PAGE_SIZE, PAGE_SIZE), int(rng.integers(200, 256)))
+        for x, y in rng.integers(0, PAGE_SIZE - LETTER_SIZE, (TIMES, 2)).tolist():
+            ImageDraw.Draw(page).text((x, y), WORDS[label], int(rng.integers(100)), font)
+        pages.append(page)
+        labels.append(label)
+    features = Features({IMAGE: datasets.Image(), LABEL: ClassLabel(names=list(WORDS))})
+    return {"train": Dataset.from_dict({IMAGE: pages, LABEL: labels}, features)}
+
+
+# Files and folders
+
+
+class Files(NamedTuple):
+    """What a folder or file holds; `left_out` are names with reasons."""
+
+    images: list[Path]
+    tables: list[Path]
+    tars: list[Path]
+    metadata: list[Path]
+    left_out: list[str]
+
+
+def _find_files(source: Path) -> Files:
+    """All files of a folder in the order of their names; links are followed. Hidden files are passed over."""
+    files = Files([], [], [], [], [])
+    known = _known_suffixes()
+    for path in _walk(source, files.left_out):
+        name, suffix = str(path), path.suffix.lower()
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            files.left_out.append(f"{name.encode('utf-8', 'replace').decode()}: its name is not UTF-8")
+            continue
+        if not path.is_file():
+            reason = "no regular file" if path.exists() else "a link that leads nowhere"
+            files.left_out.append(f"{name}: it is {reason}")
+        elif path.name in METADATA:
+            files.metadata.append(path)
+        elif suffix == ".parquet":
+            files.tables.append(path)
+        elif suffix == ".tar":
+            files.tars.append(path)
+        elif suffix in known or _looks_like_an_image(path):
+            files.images.append(path)
+        else:
+            files.left_out.append(f"{name}: it is no image by its name or content")
+    if files.images and files.tables + files.tars:
+        reason = "it lies beside images. Give it by itself"
+        files.left_out.extend(f"{path}: {reason}" for path in files.tables + files.tars)
+        files = files._replace(tables=[], tars=[])
+    return files
+
+
+def _walk(source, left_out) -> Iterator[Path]:
+    if not source.is_dir():
+        yield source
+        return
+    visited = set()
+
+    def unreadable(error):
+        left_out.append(f"{error.filename}: {error.strerror}")
+
+    for folder, subfolders, names in os.walk(source, onerror=unreadable, followlinks=True):
+        if (real := os.path.realpath(folder)) in visited:
+            left_out.append(f"{folder}: its images are taken already, as it links to {real}")
+            subfolders.clear()
+            continue
+        visited.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX")))
+        yield from (Path(folder) / name for name in sorted(names) if not name.startswith("."))
+
+
+@functools.cache
+def _known_suffixes():
+    try:
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    except ImportError:
+        pass
+    registered = Image.registered_extensions().items()
+    return NOT_BY_PILLOW | {suffix for suffix, kind in registered if kind in Image.OPEN and kind not in STUBS}
+
+
+def _looks_like_an_image(path):
+    try:
+        with Image.open(path) as image:
+            return image.format not in STUBS
+    except Exception:  # decoders raise errors of every kind
+        return False
+
+
+def _load_path(source, columns, streaming):
+    files = _find_files(source)
+    if files.images:
+        splits = _load_image_files(source, files, columns)
+    elif files.tables or files.tars:
+        splits = _load_tables(source, files, columns, streaming)
+    else:
+        named = f":\n{name_some(files.left_out)}" if files.left_out else "."
+        raise ValueError(f"{source} holds no images{named}\nGive {ACCEPTED}.")
+    say_left_out(files.left_out, len(files.left_out) + len(files.images + files.tables + files.tars), "files")
+    return splits
+
+
+def _split_folders(source, paths):
+    """{split: its folder}, of which there are several only where all subfolders with images are named as splits."""
+    inside = [path.relative_to(source).parts for path in paths]
+    names = {parts[0] for parts in inside if len(parts) > 1}
+    if not names or len(names) < len({parts[0] for parts in inside}) or not names <= SPLITS:
+        return {"train": source}
+    return {name: source / name for name in sorted(names)}
+
+
+def _load_image_files(source, files, columns):
+    if source.is_file():
+        source = source.parent
+    described, left_out = _read_metadata(files, columns)
+    splits = {}
+    for split, folder in _split_folders(source, files.images).items():
+        paths = [path for path in files.images if path.is_relative_to(folder) and path not in left_out]
+        if not paths:
+            continue
+        rows = {
+            IMAGE: [{"path": str(path.absolute()), "bytes": None} for path in paths],
+            NAME: ["/".join(path.parts[-2:]) if path.parent != source else path.name for path in paths],
+        }
+        if described:
+            for name in {name for row in described.values() for name in row}:
+                rows[name] = [described.get(path, {}).get(name) for path in paths]
+        elif len({len(path.parts) for path in paths}) == 1 and paths[0].parent != folder:
+            rows[LABEL] = [path.parent.name for path in paths]
+        splits[split] = rows
+    files.left_out.extend(f"{path}: {reason}" for path, reason in left_out.items())
+    if not splits:
+        raise ValueError(f"The metadata of {source} lists none of its images. Mend or remove it.")
+    return {split: _in_memory(rows) for split, rows in splits.items()}
+
+
+def _in_memory(rows):
+    columns = {name: values if name == IMAGE else pa.array(values) for name, values in rows.items()}
+    split = Dataset.from_dict({NAME: columns.pop(NAME)} | {n: v.to_pylist() for n, v in columns.items() if n != IMAGE})
+    split = split.add_column(IMAGE, rows[IMAGE], feature=UNDECODED)
+    # Content counts too: what was kept of files that have changed since is not theirs.
+    about = [
+        (image["path"], os.stat(image["path"]).st_size, os.stat(image["path"]).st_mtime_ns) for image in rows[IMAGE]
+    ]
+    split._fingerprint = hashlib.sha256(json.dumps([about, rows.get(LABEL)], default=str).encode()).hexdigest()[:16]
+    return split
+
+
+def _read_metadata(files, columns):
+    """{path: {our column: value}} of the images that metadata files describe, and {path: why it is left out}."""
+    described, left_out, listed_by = {}, {}, {}
+    images = set(files.images)
+    for path in files.metadata:
+        try:
+            rows = _read_rows(path)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
+        if rows and "file_name" not in rows[0]:
+            raise ValueError(f"{path} has no column 'file_name', but {', '.join(map(repr, rows[0]))}.")
+        names = _named_columns(list(rows[0]) if rows else [], {**columns, IMAGE: None}, path) if rows else {}
+        missing = []
+        for row in rows:
+            image = Path(os.path.normpath(path.parent / str(row["file_name"])))
+            if image in images:
+                described[image] = {ours: row[theirs] for ours, theirs in names.items()}
+            else:
+                missing.append(str(row["file_name"]))
+        files.left_out.extend(f"{name}: {path} lists it, but there is no such image" for name in missing)
+        listed_by[path.parent] = path
+    for image in files.images:
+        above = next((listed_by[folder] for folder in image.parents if folder in listed_by), None)
+        if above and image not in described:
+            left_out[image] = f"{above} does not list it"
+    return described, left_out
+
+
+def _read_rows(path) -> list[dict]:
+    if path.suffix == ".csv":
+        options = pyarrow.csv.ConvertOptions(
+            column_types={"file_name": pa.string()}, strings_can_be_null=True, null_values=[""]
+        )
+        parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
+        return pyarrow.csv.read_csv(path, convert_options=options, parse_options=parsing).to_pylist()
+    read = pyarrow.json.read_json if path.suffix == ".jsonl" else pq.read_table
+    return read(path).to_pylist()
+
+
+def _named_columns(names, wanted, source):
+    """{our name: name in the data} of label and text; `wanted`: {our name: name or None}."""
+    found = {}
+    for ours, guesses in ((LABEL, [LABEL]), (TEXT, [TEXT, "caption"])):
+        name = wanted[ours] or next((guess for guess in guesses if guess in names), None)
+        if name is not None and name not in names:
+            raise ValueError(
+                f"{source} has no column {name!r}, but {', '.join(map(repr, names))}. Name the one of the {ours}s by "
+                f"--{ours}-column."
+            )
+        if name is not None:
+            found[ours] = name
+    return found
+
+
+# Tables and tar files
+
+
+def _load_tables(source, files, columns, streaming):
+    paths = files.tables + files.tars
+    by_split = {}
+    for path in paths:
+        words = (
+            re.split(r"[^a-z_]+|(?<=[a-z])_(?=[a-z])", str(path.relative_to(source)).lower()) if path != source else []
+        )
+        by_split.setdefault(next((word for word in words if word in SPLITS), None), []).append(path)
+    if None in by_split or len(by_split) == 0:
+        by_split = {"train": paths}
+    if files.tables:
+        first = pq.read_schema(files.tables[0])
+        names, features = _table_columns(first, columns, files.tables[0])
+    else:
+        names = {}
+        features = Features({IMAGE: UNDECODED, NAME: Value("string"), LABEL: Value("string"), TEXT: Value("string")})
+        features = _only_there(features, files.tars)
+    root = source if source.is_dir() else source.parent
+    splits = {}
+    for split, members in by_split.items():
+        about = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in members]
+        build = IterableDataset.from_generator if streaming else Dataset.from_generator
+        given = {"files": about, "names": names, "features": tuple(features), "root": str(root)}
+        splits[split] = build(_rows_of_files, features=features, gen_kwargs=given)
+    return splits
+
+
+def _only_there(features, tars):
+    """Of `label` and `text` those that the first tar file has."""
+    members = {Path(name).suffix for name in _tar_members(tars[0])}
+    absent = {name for name, suffix in ((LABEL, ".cls"), (TEXT, ".txt")) if suffix not in members}
+    return Features({name: feature for name, feature in features.items() if name not in absent})
+
+
+def _table_columns(schema, columns, source):
+    """{our name: name in the data}, and our features, of a parquet file's schema."""
+    known = Features.from_arrow_schema(schema)
+    name = find_image_column(schema, columns[IMAGE], source)
+    names = {IMAGE: name} | _named_columns([n for n in schema.names if n != name], columns, source)
+    features = {ours: UNDECODED if ours == IMAGE else known[theirs] for ours, theirs in names.items()}
+    return names, Features(features | {NAME: Value("string")})
+
+
+def find_image_column(schema: pa.Schema, name: str | None, source: str | Path) -> str:
+    """
+    The column of images of a parquet file: structs with the field `bytes`, or files as bytes.
+
+    Raises:
+        ValueError: `name` is none such, or there are none or several and `name` is `None`.
+    """
+
+    def holds_images(kind):
+        is_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        return is_struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+    features = Features.from_arrow_schema(schema)
+    marked = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    candidates = marked[:1] or [column.name for column in schema if holds_images(column.type)]
+    if IMAGE in candidates:
+        candidates = [IMAGE]
+    if name is None and len(candidates) == 1:
+        return candidates[0]
+    if name is None or name not in schema.names:
+        wanted = repr(name) if name else "of images"
+        raise ValueError(
+            f"{source} has no column {wanted}, but {', '.join(map(repr, schema.names))}. Name the one of the images "
+            "by --image-column."
+        )
+    if not holds_images(schema.field(name).type):
+        raise ValueError(f"The column {name!r} of {source} holds no images, but {schema.field(name).type}.")
+    return name
+
+
+def _rows_of_files(files, names, features, root):
+    for path, *_ in files:
+        if path.endswith(".parquet"):
+            yield from _rows_of_table(path, names, root)
+        else:
+            yield from _rows_of_tar(path, features)
+
+
+def _rows_of_table(path, names, root):
+    number = 0
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=64, columns=list(names.values())):
+        for row in batch.to_pylist():
+            image = own_image(row[names[IMAGE]], root)
+            about = {IMAGE: image, NAME: _row_name(image and image["path"], number)}
+            yield {ours: row[theirs] for ours, theirs in names.items()} | about
+            number += 1
+
+
+def own_image(image: dict | bytes | None, root: str | Path) -> dict | None:
+    """
+    A cell of a table -> an undecoded image, or `None`. The data does not decide which files are opened: a path counts
+    only if there are no bytes, and if it lies in the data's own folder, `root`.
+    """
+    if isinstance(image, bytes):
+        return {"bytes": image, "path": None}
+    if not image or (image["bytes"] is None and not image.get("path")):
+        return None
+    if image["bytes"] is not None:
+        return {"bytes": image["bytes"], "path": image.get("path")}
+    path = Path(root, image["path"]).resolve()
+    return {"bytes": None, "path": str(path)} if path.is_relative_to(Path(root).resolve()) else None
+
+
+def _tar_members(path):
+    try:
+        with tarfile.open(path, "r:") as tar:
+            return {member.name: (member.offset_data, member.size) for member in tar if member.isfile()}
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} cannot be read as an uncompressed tar file: {error}. Mend or remove it.") from error
+
+
+def _rows_of_tar(path, features):
+    members = _tar_members(path)
+    known = _known_suffixes()
+
+    with open(path, "rb") as file:
+
+        def read(name):
+            if name not in members:
+                return None
+            file.seek(members[name][0])
+            return file.read(members[name][1])
+
+        for name in members:
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() not in known:
+                continue
+            texts = {LABEL: read(f"{stem}.cls"), TEXT: read(f"{stem}.txt")}
+            row = {key: value and value.decode("utf-8", "replace").strip() for key, value in texts.items()}
+            row = {key: value for key, value in row.items() if key in features}
+            yield row | {IMAGE: {"bytes": read(name), "path": name}, NAME: name}
+
+
+# Shards, for what is too much to be loaded: references to images, which workers read
+
+
+def make_shards(source: str | Path, shard_size: int, image_column: str | None = None) -> list[dict[str, Any]]:
+    """
+    The images of a folder, parquet or webdataset in numbered shards of at most `shard_size`, the same whenever the
+    source is: dicts of `number`, `kind`, `path`, `names`, and where in the file each image lies, for [`read_shard`].
+
+    Raises:
+        ValueError: there are none, or a file cannot be read.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise ValueError(f"There is no {source}. Give a folder of images, a parquet file or a tar file.")
+    files = _find_files(source)
+    groups = [{"kind": "files", "path": str(source), "names": [str(path) for path in files.images]}]
+    for path in tqdm(files.tables + files.tars, desc="Listing", unit="file"):
+        groups += _parquet_groups(path, image_column) if path.suffix == ".parquet" else [_tar_group(path)]
+    shards = []
+    for group in groups:
+        for start in range(0, len(group["names"]), shard_size):
+            part = slice(start, start + shard_size)
+            places = group.get("places", [[0, 0]] * len(group["names"]))
+            about = {"row_group": 0, "column": ""} | group
+            shards.append(
+                about
+                | {"number": len(shards), "names": group["names"][part], "places": places[part], "root": str(source)}
+            )
+    if not shards:
+        named = f":\n{name_some(files.left_out)}" if files.left_out else "."
+        raise ValueError(f"{source} holds no images{named}\nGive a folder of images, parquet or tar files.")
+    say_left_out(files.left_out, len(files.left_out) + sum(map(len, files[:3])), "files")
+    return shards
+
+
+def _parquet_groups(path, column):
+    file = pq.ParquetFile(path)
+    column = find_image_column(file.schema_arrow, column, path)
+    first = 0
+    for row_group in range(file.num_row_groups):
+        rows = range(file.metadata.row_group(row_group).num_rows)
+        yield {
+            "kind": "parquet",
+            "path": str(path),
+            "names": [f"{path}#{first + row}" for row in rows],
+            "row_group": row_group,
+            "column": column,
+            "places": [[row, 1] for row in rows],
+        }
+        first += len(rows)
+
+
+def _tar_group(path):
+    members = {n: place for n, place in _tar_members(path).items() if Path(n).suffix.lower() in _known_suffixes()}
+    return {
+        "kind": "tar",
+        "path": str(path),
+        "names": [f"{path}#{name}" for name in members],
+        "places": [list(place) for place in members.values()],
+    }
+
+
+def read_shard(shard: dict[str, Any]) -> Iterator[dict | None]:
+    """The undecoded images of a shard."""
+    if shard["kind"] == "files":
+        yield from ({"path": str(name), "bytes": None} for name in shard["names"])
+    elif shard["kind"] == "tar":
+        with open(shard["path"], "rb") as file:
+            for offset, length in shard["places"]:
+                file.seek(offset)
+                yield {"bytes": file.read(length), "path": None}
+    else:
+        cells = pq.ParquetFile(shard["path"]).read_row_group(shard["row_group"], [shard["column"]]).column(0)
+        root = Path(shard["root"])
+        root = root if root.is_dir() else root.parent
+        yield from (own_image(cells[int(row)].as_py(), root) for row, _ in shard["places"])
+
+
+# The Hub
+
+
+def _load_hub(source, columns, streaming):
+    found = HUB_ID.fullmatch(source)
+    if not found or Path(source).suffix in (".parquet", ".tar", ".zip"):
+        raise ValueError(f"There is no {source}. Give {ACCEPTED}.")
+    try:
+        splits = datasets.load_dataset(found["name"], revision=found["revision"], streaming=streaming)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
+        raise ValueError(
+            f"There is no folder {source}, and no dataset of that name to be had from the Hub: "
+            f"{one_line(error.__cause__ or error)}. Give {ACCEPTED}."
+        ) from error
+    return {split: _own_columns(rows, columns, found["name"]) for split, rows in splits.items()}
+
+
+def _own_columns(split, columns, dataset):
+    features = split.features or split._resolve_features().features
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    image = columns[IMAGE] or next(iter(images), None)
+    if image not in images:
+        raise ValueError(
+            f"{dataset} has no column {repr(image) if image else 'of images'}, but {', '.join(map(repr, features))}. "
+            "Name the one of the images by --image-column."
+        )
+    names = {IMAGE: image} | _named_columns([name for name in features if name != image], columns, dataset)
+    # Undecoded from the start: in a stream each step that follows would decode, and fail at a broken image.
+    split = split.cast_column(image, UNDECODED).select_columns(list(names.values()))
+    split = split.rename_columns({theirs: ours for ours, theirs in names.items() if ours != theirs})
+
+    def own(row, number=None):
+        image = row[IMAGE]
+        is_own = image and (image["bytes"] is not None or _is_of_dataset(image["path"], dataset))
+        return {IMAGE: image if is_own else None}
+
+    if isinstance(split, IterableDataset):
+        features = split.features and Features({**split.features, NAME: Value("string")})
+        return split.map(
+            lambda row, number: own(row) | {NAME: _row_name(row[IMAGE] and row[IMAGE]["path"], number)},
+            with_indices=True,
+            features=features,
+        )
+    images = split.data.column(IMAGE)
+    paths = pc.struct_field(images, "path").to_pylist()
+    is_empty = pc.is_null(pc.struct_field(images, "bytes")).to_pylist()
+    if any(empty and not _is_of_dataset(path, dataset) for empty, path in zip(is_empty, paths)):
+        split = split.map(own, features=split.features, desc="Leaving out paths")
+    return split.add_column(NAME, [_row_name(path, number) for number, path in enumerate(paths)])
+
+
+def _is_of_dataset(path, dataset):
+    """Whether a file is one of the dataset's own: in a stream on the Hub, else where its client keeps them."""
+    if path and path.startswith("hf://"):
+        return path.startswith(f"hf://datasets/{dataset}@")
+    kept = (
+        Path(HF_HUB_CACHE, f"datasets--{dataset.replace('/', '--')}"),
+        Path(datasets.config.DOWNLOADED_DATASETS_PATH),
+    )
+    return bool(path) and any(Path(os.path.normpath(path)).is_relative_to(folder) for folder in kept)
+
+
+def _row_name(path, number):
+    return "/".join(Path(path).parts[-2:]) if path else f"row {number}"
