@@ -34,6 +34,33 @@ THUMBNAIL, SHOWN = 192, 768
 GLOW = np.array((255, 214, 64))  # red, green, blue
 # Fonts of the machine: a page of the small checkpoint needs no network.
 FONTS = {"font": ["ui-sans-serif", "system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+INTRODUCTION = """
+# What Phi-3-vision sees
+Phi-3-vision looks at an image through **CLIP**, crop by crop, and turns what CLIP sees into the tokens that its
+language model reads, here called **Phi-3**."""
+ABOUT_SMALL = """
+This page runs a **small test model that knows handwritten digits and nothing else**: it shows how Phi-3-vision
+looks, not how well. It tells photographs apart by little more than light and shape."""
+UPLOADS = f"Up to {MAX_UPLOADS} of {MAX_FILE_MB} MB, also dropped or pasted. They are kept for this session alone."
+LOOK_FOR = {
+    "Similar": """
+The images most like yours, as CLIP sees them and as Phi-3 does. **Look for** what each takes for alike: colours,
+shapes, or what is shown. Similarities are at most 1. Compare those of one list, never of both: each model has a
+scale of its own.""",
+    "Crops": """
+A large image is cut into crops, each seen as sharply as the whole image, which stands last. **Look for** small
+things: the whole image loses them, the crops keep them. Beside it are the tokens that Phi-3 makes of it; like
+tokens have like colours.""",
+    "Matches": """
+Parts of two images that the model takes for alike are golden. **Look for** the same thing in both. Click a part of
+your image, or go to it by arrow keys, and its like in the other image lights up. Escape shows all parts again.""",
+    "Search": """
+Words and images become vectors of one space. **Look for** images that fit your words, though nobody has described
+them.""",
+    "Ask": """
+Ask about your image. **Look for** what is in the image and what is made up: the model writes both with the same
+confidence.""",
+}
 # What a visitor may try: the chosen image, the other one, the most crops, and a part of the chosen one.
 TRY = {
     "Similar": {
@@ -126,7 +153,7 @@ def colours(*tokens):
 
 
 def map_html(pixels, shape, at=None, cosines=None):
-    """An image of `shape` parts, with the one `at` a place outlined, or with all brighter or darker by their cosines."""
+    """An image of `shape` parts, with the one `at` a place outlined, or all darker or more golden by their cosines."""
     (height, width), (rows, cols) = pixels.shape[:2], shape
     layers = f'<img src="{data_url(Image.fromarray(pixels), SHOWN)}" alt="">'
     if cosines is not None:
@@ -157,20 +184,17 @@ def options(uploads):
 
 
 def read_upload(path):
-    """An uploaded file -> an entry, shrunk to what is kept. The file is deleted. ValueError if it cannot be read."""
+    """An uploaded file -> an entry, shrunk to what is kept. ValueError if it cannot be read."""
+    if not path.stat().st_size:  # page.js sends one that is too large without its content
+        raise ValueError(f"{path.name} is empty, or larger than {MAX_FILE_MB} MB.")
     try:
-        if not path.stat().st_size:  # page.js sends one that is too large without its content
-            raise ValueError(f"is empty, or larger than {MAX_FILE_MB} MB.")
         image = sight.image_processor.open_image(path)
     except ValueError as error:
-        reason = str(error).removeprefix(repr(str(path))).strip()
         if isinstance(error.__cause__, Image.DecompressionBombError):
-            reason = f"has more than {MAX_MEGAPIXELS} megapixels."
-        elif path.suffix.lower() in (".heic", ".heif") and not register_heif_opener:
-            reason = "is a HEIC image, which this page cannot read. Save it as JPEG."
-        raise ValueError(f"{path.name} {reason}") from error
-    finally:
-        path.unlink(missing_ok=True)
+            raise ValueError(f"{path.name} has more than {MAX_MEGAPIXELS} megapixels.") from error
+        if path.suffix.lower() in (".heic", ".heif") and not register_heif_opener:
+            raise ValueError(f"{path.name} is a HEIC image, which this page cannot read: save it as JPEG.") from error
+        raise ValueError(str(error).replace(repr(str(path)), path.name)) from error
     if (share := math.sqrt(KEPT_MEGAPIXELS * 1e6 / (image.width * image.height))) < 1:
         image.thumbnail([max(int(length * share), 1) for length in image.size])
     return Entry(image, path.name, is_upload=True)
@@ -185,14 +209,12 @@ def upload(files, uploads, progress=gr.Progress()):  # noqa: B008
             added.append(read_upload(path))
         except ValueError as error:
             wrong.append(str(error))
-    for path in paths[room:]:
+    for path in paths:
         path.unlink(missing_ok=True)
-    if paths[room:]:
-        full = MAX_UPLOADS - len(uploads) == room
-        wrong.append(
-            f"{len(paths[room:])} more: "
-            + (f"you may add {MAX_UPLOADS} in all." if full else "the page is full. Try again in an hour.")
-        )
+    if more := len(paths[room:]):
+        is_mine = room == MAX_UPLOADS - len(uploads)
+        limit = f"you may add {MAX_UPLOADS} in all." if is_mine else "the page is full. Try again in an hour."
+        wrong.append(f"{more} more: {limit}")
     if wrong:
         gr.Warning("<br>".join(map(html.escape, wrong)), title="Not added", duration=None)
     if not added:
@@ -228,35 +250,33 @@ def ranked(entries, vectors, query, count):
     return gr.update(value=None, items=[entries[place].option(f"{cosines[place]:.2f}") for place in order])
 
 
-def show_similar(key, uploads, progress=gr.Progress()):  # noqa: B008
+def show_similar(chosen, uploads, progress):
     """The images nearest to the chosen one under CLIP and under Phi-3."""
-    chosen = find(uploads, key)
     others = [entry for entry in uploads + collection if entry is not chosen]
     query = sight.vectors_of(chosen)
     vectors = [sight.vectors_of(entry) for entry in progress.tqdm(others, desc="Looking", unit="images")]
     return [ranked(others, [vector[side] for vector in vectors], query[side], NUM_SIMILAR) for side in (CLIP, PHI3)]
 
 
-def show_crops(key, uploads, num_crops):
+def show_crops(chosen, num_crops):
     """The crops and the global view, and in the same layout their tokens."""
-    seen = sight.look(find(uploads, key), num_crops)
+    seen = sight.look(chosen, num_crops)
     rows, cols = grid = seen["grid"]
-    size = len(seen["global_view"])
     said = (
-        f"**{rows} × {cols} crops** of {size} × {size} pixels, and the whole image at the size of one: "
-        f"**{seen['num_tokens']:,} tokens**."
+        f"**{rows} × {cols} crops** of {sight.crop_size} × {sight.crop_size} pixels, and the whole image at the size "
+        f"of one: **{seen['num_tokens']:,} tokens**."
     )
     crops = views_html(seen["crops"], seen["global_view"], grid, "Crops")
     return said, crops, views_html(*colours(seen["tokens"], seen["global_tokens"]), grid, "Tokens")
 
 
-def show_matches(key, other, uploads, num_crops, side, place):
+def show_matches(chosen, other, num_crops, side, place):
     """
-    Two images, each part of them as bright as its best match in the other; or, with a `place` in the first (shares of
-    its width and height), the part there outlined, and those of the second as bright as they are like it.
+    Two images, each part of them as golden as its best match in the other; or, with a `place` in the first (shares of
+    its width and height), the part there outlined, and those of the second as golden as they are like it.
     """
     (first, pixels), (second, other_pixels) = (
-        sight.look(find(uploads, chosen), num_crops)["parts"][side] for chosen in (key, other)
+        sight.look(entry, num_crops)["parts"][side] for entry in (chosen, other)
     )
     shape, other_shape = first.shape[:2], second.shape[:2]
     try:
@@ -295,21 +315,22 @@ def ask(question, key, uploads, num_crops):
 
 def image_list(items, value=None, follow=False, **kwargs):
     """
-    Images to choose from, in one Tab stop: arrow keys go through them, and choose too where `follow` is set, else Enter
-    does. Its value is the key of the chosen one; `items` are options of entries.
+    Images to choose from, in one Tab stop. Arrow keys go through them; they choose too where `follow` is set, else
+    Enter does. The value is the key of the chosen one; `items` are options of entries.
     """
     # In JavaScript, not in Handlebars: what that puts in is taken for JavaScript afterwards, names of files too.
     option = (
-        '<div role="option" id="${id}-${place}" data-key="${item.key}" aria-selected="${item.key === value}">'
+        '<div role="option" id="${id}-${place}" aria-selected="${item.key === value}" class="${place === active}">'
         '<img src="${item.image}" alt=""><span>${item.name}</span><b>${item.note}</b></div>'
     )
+    listbox = 'role="listbox" tabindex="0" aria-label="${label}" aria-activedescendant="${id}-${active}" class="list"'
     return gr.HTML(
         value,
         items=items,
+        active=0,
         follow=follow,
         id=kwargs["elem_id"],
-        html_template='<div role="listbox" tabindex="0" class="list" aria-label="${label}">'
-        f"${{items.map((item, place) => `{option}`).join('')}}</div>",
+        html_template=f"<div {listbox}>${{items.map((item, place) => `{option}`).join('')}}</div>",
         js_on_load="imageList(element, props, trigger, watch)",
         apply_default_css=False,
         **kwargs,
@@ -327,10 +348,25 @@ def image_map(**kwargs):
     )
 
 
-def tab(title, text, **kwargs):
-    """A tab that says what to look for -> its context, and buttons to try, each with what it sets."""
-    with gr.Tab(title, **kwargs) as context:
-        gr.Markdown(text)
+def tab_list(titles, **kwargs):
+    """
+    Tabs whose value is the title of the open one. Those of gradio render a tab when it is first opened, and lose the
+    properties of an image list that is updated before.
+    """
+    tab = """<button role="tab" class="{0}" aria-selected="${{value === '{0}'}}">{0}</button>"""
+    return gr.HTML(
+        titles[0],
+        html_template=f'<div role="tablist">{"".join(map(tab.format, titles))}</div>',
+        js_on_load="tabList(element, props)",
+        apply_default_css=False,
+        **kwargs,
+    )
+
+
+def panel(title):
+    """What a tab holds: what to look for, and buttons to try -> its context, and each button with what it sets."""
+    with gr.Column(elem_classes=["panel", title]) as context:
+        gr.Markdown(LOOK_FOR[title])
         with gr.Row(elem_classes="try"):
             gr.Markdown("Try this:")
             return context, [(gr.Button(label, size="sm", min_width=0), sets) for label, sets in TRY[title].items()]
@@ -338,20 +374,11 @@ def tab(title, text, **kwargs):
 
 def build(name):
     """The page."""
-    about = f"This page runs `{name if not Path(name).is_absolute() else Path(name).name}`."
-    if Path(name) == ROOT:
-        about = (
-            "This page runs a **small test model that knows handwritten digits and nothing else**: it shows how "
-            "Phi-3-vision looks, not how well. It tells photographs apart by little more than light and shape."
-        )
-    start, other_start, detail, _ = next(iter(TRY["Similar"].values()))
+    about = f"This page runs `{Path(name).name if Path(name).is_absolute() else name}`."
+    start, other_start, most_crops, _ = next(iter(TRY["Similar"].values()))
     with gr.Blocks(title="What Phi-3-vision sees", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         uploads = gr.State([])
-        gr.Markdown(
-            "# What Phi-3-vision sees\n"
-            "Phi-3-vision looks at an image through **CLIP**, crop by crop, and turns what CLIP sees into the tokens "
-            f"that its language model reads, here called **Phi-3**. {about}"
-        )
+        gr.Markdown(f"{INTRODUCTION} {ABOUT_SMALL if Path(name) == ROOT else about}")
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=300):
                 with gr.Row():
@@ -359,106 +386,92 @@ def build(name):
                     sent = gr.UploadButton("Upload images", variant="primary", min_width=120, scale=2, **kinds)
                     removed = gr.Button("Remove", interactive=False, elem_id="remove", min_width=80)
                 chosen = image_list(options([]), start, follow=True, elem_id="images", label="Images to choose from")
-                gr.Markdown(
-                    f"Up to {MAX_UPLOADS} of {MAX_FILE_MB} MB, also dropped or pasted here. They are kept for this "
-                    "session alone."
-                )
-                detail = gr.Radio(
-                    [("1", 1), ("up to 4", 4), ("up to 16", 16)],
-                    value=detail,
-                    label="Crops of an image",
-                    info="An image smaller than a crop is not cut.",
-                )
+                gr.Markdown(UPLOADS)
+                crops = [1, 4, 16]
+                info = "An image smaller than a crop is not cut."
+                detail = gr.Radio(crops, value=most_crops, label="Crops of an image, at most", info=info)
             with gr.Column(scale=3, min_width=320):
                 facts = gr.HTML(elem_id="chosen")
-                with gr.Tabs():
-                    similar_tab, tries = tab(
-                        "Similar",
-                        "The images most like yours, as CLIP sees them and as Phi-3 does. **Look for** what each takes "
-                        "for alike: colours, shapes, or what is shown. Similarities are at most 1. Compare those of one "
-                        "list, never of both: each model has a scale of its own.",
-                    )
-                    with similar_tab:
-                        similar = []
-                        for side, elem_id in ((CLIP, "clip"), (PHI3, "phi3")):
-                            gr.Markdown(f"### As {side} sees it")
-                            similar.append(
-                                image_list([], elem_id=elem_id, label=f"Similar images, as {side} sees them")
-                            )
-                    crops_tab, more = tab(
-                        "Crops",
-                        "A large image is cut into crops, each seen as sharply as the whole image, which stands last. "
-                        "**Look for** small things: the whole image loses them, the crops keep them. Beside it are the "
-                        "tokens that Phi-3 makes of it, where like tokens have like colours.",
-                    )
-                    tries += more
-                    with crops_tab:
-                        said = gr.Markdown(elem_id="tokens-said")
-                        with gr.Row(elem_classes="pair"):
-                            sheets = [gr.HTML(elem_id=elem_id) for elem_id in ("crops", "tokens")]
-                    matches_tab, more = tab(
-                        "Matches",
-                        "Parts of two images that the model takes for alike are golden. **Look for** the same thing in "
-                        "both. Click a part of your image, or go to it by arrow keys, and its like in the other image "
-                        "lights up; Escape shows all parts again.",
-                    )
-                    tries += more
-                    with matches_tab:
-                        side = gr.Radio([CLIP, PHI3], value=PHI3, label="As seen by")
-                        match_said = gr.Markdown(elem_id="match-said")
-                        with gr.Row(elem_classes="pair"):
-                            place = image_map(elem_id="first", label="Parts of your image")
-                            match = gr.HTML(elem_id="second")
-                        other = image_list(
-                            options([]), other_start, follow=True, elem_id="others", label="The other image"
-                        )
-                    search_tab, searches = tab(
-                        "Search",
-                        "Words and images become vectors of one space. **Look for** images that fit your words, though "
-                        "nobody has described them.",
-                        visible=sight.speaks,
-                    )
-                    with search_tab:
-                        words = gr.Textbox(label="What should the image show?", submit_btn="Search", elem_id="words")
-                        found = image_list([], elem_id="found", label="Images that fit")
-                    ask_tab, questions = tab(
-                        "Ask",
-                        "Ask about your image. **Look for** what is in the image and what is made up: the model writes "
-                        "both with the same confidence.",
-                        visible=sight.speaks,
-                    )
-                    with ask_tab:
-                        question = gr.Textbox(label="Your question", submit_btn="Ask", elem_id="question")
-                        answer = gr.Textbox(label="Answer", lines=5, interactive=False, elem_id="answer")
-                        stop = gr.Button("Stop", size="sm")
+                opened = tab_list(list(LOOK_FOR)[: 5 if sight.speaks else 3], elem_id="tabs")
+                context, tries = panel("Similar")
+                with context:
+                    similar = []
+                    for name, elem_id in ((CLIP, "clip"), (PHI3, "phi3")):
+                        gr.Markdown(f"### As {name} sees it")
+                        similar.append(image_list([], elem_id=elem_id, label=f"Similar images, by {name}"))
+                context, buttons = panel("Crops")
+                tries += buttons
+                with context:
+                    said = gr.Markdown(elem_id="tokens-said")
+                    with gr.Row(elem_classes="pair"):
+                        sheets = [gr.HTML(elem_id=elem_id) for elem_id in ("crops", "tokens")]
+                context, buttons = panel("Matches")
+                tries += buttons
+                with context:
+                    side = gr.Radio([CLIP, PHI3], value=PHI3, label="As seen by")
+                    match_said = gr.Markdown(elem_id="match-said")
+                    with gr.Row(elem_classes="pair"):
+                        part = image_map(elem_id="first", label="Parts of your image")
+                        match = gr.HTML(elem_id="second")
+                    names = {"elem_id": "others", "label": "The other image"}
+                    other = image_list(options([]), other_start, follow=True, **names)
+                if sight.speaks:
+                    words_panels(chosen, uploads, detail)
 
-        # Of events that follow each other quickly the last counts.
+        def show(opened, key, other_key, uploads, num_crops, side, place, progress=gr.Progress()):  # noqa: B008
+            """What the open tab shows; others wait until they are opened."""
+            entry = find(uploads, key)
+            if opened == "Similar":
+                return dict(zip(similar, show_similar(entry, uploads, progress)))
+            if opened == "Crops":
+                return dict(zip((said, *sheets), show_crops(entry, num_crops)))
+            if opened == "Matches":
+                shown = show_matches(entry, find(uploads, other_key), num_crops, side, place)
+                return dict(zip((match_said, part, match), shown))
+            return {said: gr.skip()}
+
         quiet = {"show_progress": "hidden"}
-        latest = {"trigger_mode": "always_last", **quiet}
         sent.upload(upload, [sent, uploads], [uploads, chosen, other], show_progress_on=chosen)
         removed.click(remove, [chosen, other, uploads], [uploads, chosen, other], **quiet)
-        changes = [page.load, chosen.change]
-        gr.on(changes, show_chosen, [chosen, uploads], [facts, removed], **latest)
-        gr.on(changes, show_similar, [chosen, uploads], similar, trigger_mode="always_last")
-        changes += [detail.change]
-        gr.on(changes, show_crops, [chosen, uploads, detail], [said, *sheets], **latest)
-        changes += [other.change, side.change, place.change]
-        matched = [chosen, other, uploads, detail, side, place]
-        gr.on(changes, show_matches, matched, [match_said, place, match], **latest)
-        for shown in (*similar, found):
+        gr.on([page.load, chosen.change], show_chosen, [chosen, uploads], [facts, removed], **quiet)
+        settings = [opened, chosen, other, detail, side, part]
+        gr.on(
+            [page.load, *(setting.change for setting in settings)],
+            show,
+            [opened, chosen, other, uploads, detail, side, part],
+            [*similar, said, *sheets, match_said, part, match],
+            trigger_mode="always_last",  # of events that follow each other quickly
+            show_progress_on=similar,
+        )
+        for shown in similar:
             shown.select(lambda key: key, shown, chosen, **quiet)
         for button, sets in tries:
-            button.click(lambda sets=sets: sets, None, [chosen, other, detail, place], **quiet)
-        runs = []
-        for box, event, inputs, output, buttons in (
-            (words, search, [words, uploads], found, searches),
-            (question, ask, [question, chosen, uploads, detail], answer, questions),
-        ):
-            runs.append(box.submit(event, inputs, output))
-            for button, (text,) in buttons:
-                runs.append(button.click(lambda text=text: text, None, box, **quiet).then(event, inputs, output))
-        stop.click(None, cancels=runs)
+            button.click(lambda sets=sets: sets, None, [chosen, other, detail, part], **quiet)
     return page
+
+
+def words_panels(chosen, uploads, detail):
+    """What takes a language model: search by words, and questions about the chosen image."""
+    context, searches = panel("Search")
+    with context:
+        words = gr.Textbox(label="What should the image show?", submit_btn="Search", elem_id="words")
+        found = image_list([], elem_id="found", label="Images that fit")
+    found.select(lambda key: key, found, chosen, show_progress="hidden")
+    context, questions = panel("Ask")
+    with context:
+        question = gr.Textbox(label="Your question", submit_btn="Ask", elem_id="question")
+        answer = gr.Textbox(label="Answer", lines=5, interactive=False, elem_id="answer")
+        stop = gr.Button("Stop", size="sm")
+    runs = []
+    for box, event, inputs, output, buttons in (
+        (words, search, [words, uploads], found, searches),
+        (question, ask, [question, chosen, uploads, detail], answer, questions),
+    ):
+        runs.append(box.submit(event, inputs, output))
+        for button, (text,) in buttons:
+            asked = button.click(lambda text=text: text, None, box, show_progress="hidden")
+            runs.append(asked.then(event, inputs, output))
+    stop.click(None, cancels=runs)
 
 
 def main():

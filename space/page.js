@@ -1,41 +1,33 @@
 // What gradio's own components lack: a list of images in one Tab stop, a part of an image to choose, files from anywhere.
 
 function imageList(element, props, trigger, watch) {
-  const options = () => [...element.querySelectorAll("[role=option]")];
-  const active = () => options().findIndex((option) => option.id === box().getAttribute("aria-activedescendant"));
   const box = () => element.querySelector("[role=listbox]");
-  const chosen = () => options().findIndex((option) => option.dataset.key === props.value);
 
   function activate(place) {
-    for (const option of options()) option.classList.remove("active");
-    const option = options()[place];
-    if (!option) return box().removeAttribute("aria-activedescendant");
-    option.classList.add("active");
-    box().setAttribute("aria-activedescendant", option.id);
+    props.active = place;
+    const option = box().children[place];
+    if (!option) return;
     // Within the list alone: `scrollIntoView` would move the page too.
     const above = option.offsetTop - box().scrollTop, below = above + option.offsetHeight - box().clientHeight;
     if (above < 0 || below > 0) box().scrollTop += above < 0 ? above - 8 : below + 8;
   }
   function choose(place) {
-    if (!options()[place]) return;
-    props.value = options()[place].dataset.key;
+    if (!props.items[place]) return;
+    props.value = props.items[place].key;
     activate(place);
     trigger("select");
   }
-  element.addEventListener("click", (event) => choose(options().indexOf(event.target.closest("[role=option]"))));
+  element.addEventListener("click", (event) => choose([...box().children].indexOf(event.target.closest("[role=option]"))));
   element.addEventListener("keydown", (event) => {
-    const all = options(), now = Math.max(active(), 0);
+    const tops = [...box().children].map((option) => option.offsetTop), last = tops.length - 1, now = props.active;
+    const columns = tops.filter((top) => top === tops[0]).length;
+    const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns, Home: -now, End: last - now };
     if (event.key === "Enter" || event.key === " ") choose(now);
-    else {
-      const columns = all.filter((option) => option.offsetTop === all[0].offsetTop).length;
-      const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns, Home: -now, End: all.length };
-      if (!(event.key in steps)) return;
-      const next = Math.min(Math.max(now + steps[event.key], 0), all.length - 1);
-      if (next !== now) (props.follow ? choose : activate)(next);
-    }
+    else if (!(event.key in steps)) return;
+    else (props.follow ? choose : activate)(Math.min(Math.max(now + steps[event.key], 0), last));
     event.preventDefault();
   });
-  const show = () => activate(Math.max(chosen(), 0));
+  const show = () => activate(Math.max(props.items.findIndex((item) => item.key === props.value), 0));
   watch(["value", "items"], show);
   show();
 }
@@ -56,6 +48,23 @@ function imageMap(element, props) {
     } else return;
     event.preventDefault();
   });
+}
+
+function tabList(element, props) {
+  const tabs = [...element.querySelectorAll("[role=tab]")];
+  const open = (tab) => {
+    for (const other of tabs) other.tabIndex = other === tab ? 0 : -1;
+    props.value = tab.textContent;
+  };
+  element.addEventListener("click", (event) => tabs.includes(event.target) && open(event.target));
+  element.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: tabs.length - 1 }[event.key];
+    if (!step) return;
+    const tab = tabs[(tabs.indexOf(event.target) + step) % tabs.length];
+    tab.focus();
+    open(tab);
+  });
+  open(tabs[0]);
 }
 
 // One file that is too large would have gradio refuse all: it is sent empty instead, and told like other faults.

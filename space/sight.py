@@ -10,7 +10,6 @@ import skimage.data
 import torch
 import transformers
 from PIL import Image
-from sentence_transformers import SentenceTransformer
 from sklearn.datasets import load_digits, load_sample_images
 
 CLIP, PHI3, WORDS = "CLIP", "Phi-3", "words"
@@ -21,8 +20,8 @@ BLACKBOARD = (3, 7, 1, 8, 0, 5, 9, 2, 4, 6, 7, 3)
 class Sight:
     """
     The model of a folder or Hub id. `CLIP` is the tower inside it: the mean of its patches of the global view. Without
-    a language model `speaks` is False, and words are of no use. An entry has an `image`, in RGB, and a dict of `vectors`
-    computed of it before.
+    a language model `speaks` is False, and words are of no use. An entry has an `image`, in RGB, and a dict of
+    `vectors` computed of it before.
     """
 
     def __init__(self, name: str, revision: str | None = None):
@@ -42,6 +41,8 @@ class Sight:
         self.whole = kind.from_pretrained(name, device_map=device, **pins).eval()
         self.model = self.whole.model if self.speaks else self.whole
         if self.speaks:
+            from sentence_transformers import SentenceTransformer  # which takes seconds to import
+
             self.processor = transformers.AutoProcessor.from_pretrained(name, **pins)
             st_pins = {"revision": revision, "trust_remote_code": True, "model_kwargs": {"device_map": "meta"}}
             self.embedder = SentenceTransformer(name, device=str(device), **st_pins)
@@ -140,7 +141,7 @@ class Sight:
             raise errors[0]
 
     def first_images(self):
-        """Photographs of scikit-learn and scikit-image, a blackboard of digits, and two of each digit, by their names."""
+        """Photographs of scikit-learn and scikit-image, a blackboard of digits, and two of each digit, by name."""
         left, right, _ = skimage.data.stereo_motorcycle()
         temple, flower = load_sample_images().images
         data = {"motorcycle, left": left, "motorcycle, right": right, "cat": skimage.data.cat(), "temple": temple}
@@ -163,7 +164,7 @@ class Sight:
 
 
 def parts_within(box, crops, vectors):
-    """Of the vectors `(rows, columns, C)` of a grid of crops the parts whose middle lies in the box: unit vectors, pixels."""
+    """Of the vectors `(rows, columns, C)` of a grid those whose middle lies in the box, as units; and their pixels."""
     parts, pixels = [], []
     for start, end, length, count in zip(box[1::-1], box[:1:-1], crops.shape, vectors.shape):
         step = length / count
