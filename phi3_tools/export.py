@@ -35,8 +35,7 @@ TOLERANCE = 1e-4
 def run(name, folder):
     model = find_model(name)
     with folder_beside(folder) as part:
-        loaded, image_processor = load_model(model, device="cpu")
-        image_processor.pad_views = True  # the graph has one row an image
+        loaded, image_processor = load_model(model, device="cpu", pad_views=True)
         console.print("Tracing and writing.")
         export(loaded, image_processor).save(part / "model.onnx")
         image_processor.save_pretrained(part)

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from phi3_tools import ROOT
 from phi3_tools.images import DIGIT_CROPS, DIGIT_NAMES, HELD_OUT, SPLIT_SEED, digits_split
 from phi3_tools.measures import pixel_vectors, recall, unit
-from phi3_tools.models import ROOT, embed, embed_words, load_embedder
+from phi3_tools.models import embed, embed_words, load_embedder
 from phi3_tools.results import folder_beside
 
 TINY = ROOT

@@ -39,12 +39,13 @@ from transformers import (
 
 from phi3_tools.cli import main
 from phi3_tools.compare import command as compare
+from phi3_tools.compare.report import measured_tasks, verdict
 from phi3_tools.compare.vectors import KeyedImage as Picture
 from phi3_tools.compare.vectors import embed
 from phi3_tools.cookbook import load_phi3_model, process_for_phi3_model
 from phi3_tools.images import DIGIT_NAMES as NAMES
 from phi3_tools.images import digits_split
-from phi3_tools.measures import linear_cka, recall, retrieval, text_to_image, unit
+from phi3_tools.measures import Figure, ari, linear_cka, recall, retrieval, summarise, text_to_image, unit
 
 TINY = str(ROOT)
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -121,8 +122,8 @@ def test_figures_have_intervals_and_paired_tests(report):
         assert name in page
     vectors = load_file(folder / "embeddings.safetensors")
     assert {name: each.shape for name, each in vectors.items()} == {
-        "tiny (mean)": (30, 128),
-        "tiny (tower)": (30, 64),
+        f"{ROOT.name} (mean)": (30, 128),
+        f"{ROOT.name} (tower)": (30, 64),
         "pixels": (30, 3072),
     }
     labels = np.repeat(np.arange(3), 10)[np.argsort(np.repeat(["one", "two", "zero"], 10), kind="stable")]
@@ -133,9 +134,9 @@ def test_figures_have_intervals_and_paired_tests(report):
 
 def test_an_unreadable_file_is_named_counted_and_left_out_of_all(report):
     folder, _, done = report
-    assert "Left out 1 of 31 pictures" in done.stdout and "one/broken.png" in done.stdout
+    assert "Left out 1 of 31 images" in done.stdout and "one/broken.png" in done.stdout
     about = json.loads((folder / "results.json").read_text())["about"]
-    assert about["left_out"]["unreadable"] == 1 and about["pictures"] == 30 and about["arguments"]["seed"] == 0
+    assert about["left_out"]["unreadable"] == 1 and about["images"] == 30 and about["arguments"]["seed"] == 0
 
 
 def test_a_second_run_embeds_nothing_and_gives_the_same(report, monkeypatch, capsys):
@@ -168,53 +169,143 @@ def test_a_killed_run_goes_on_where_it_stopped(digits, tmp_path, monkeypatch, ca
     assert f"/{39 - kept} " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("scheme, width", [("light", 1200), ("dark", 390)])
-def test_the_report_links_its_maps_by_mouse_list_and_keyboard(report, browser, scheme, width):
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    complaints, requests = [], []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto((report[0] / "report.html").as_uri())
-    maps, chosen = page.locator(".map"), page.locator(".map .chosen")
-    assert maps.count() == 3 and maps.nth(0).locator("circle").count() == 30 and chosen.count() == 0
+@pytest.fixture
+def open_report(report, browser):
+    """Opens the report at a width in pixels -> the page. It must neither complain nor ask for anything but itself."""
+    pages, complaints, requests = [], [], []
 
-    maps.nth(0).locator("circle").nth(7).click()
-    numbers = {chosen.nth(each).get_attribute("data-number") for each in range(3)}
-    assert chosen.count() == 3 and len(numbers) == 1
-    assert page.locator(".map .near").count() == 15 and page.locator("#nearest .found img").count() == 15
+    def open_page(width, scheme="light", **context):
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme, **context)
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto((report[0] / "report.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        assert page.evaluate("[...document.images].every(image => image.hasAttribute('alt') && image.src)")
+        pages.append(page)
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert not complaints and all(url.startswith(("file:", "data:", "blob:")) for url in requests)
+
+
+def chosen_numbers(page):
+    return page.locator(".mark.chosen").evaluate_all("marks => marks.map(mark => mark.dataset.number)")
+
+
+def test_an_image_is_chosen_by_mouse_by_keyboard_and_by_name_in_both_maps(open_report):
+    page = open_report(1400, "dark")
+    first, second = page.locator(".map").all()
+    assert first.locator(".mark").count() == second.locator(".mark").count() == 30 and not chosen_numbers(page)
+    first.locator(".mark").nth(7).click()
+    assert chosen_numbers(page) == ["7", "7"]
+    assert page.locator(".mark.near").count() == 10 and page.locator("#nearest .found img").count() == 15
     status = page.locator("#chosen").inner_text()
-    maps.nth(1).focus()
-    way = next(
-        way
-        for way in ("ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown")
-        if page.keyboard.press(way) or page.locator("#chosen").inner_text() != status
-    )
-    assert way and chosen.count() == 3
+    second.focus()
+    ways = ("ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown")
+    assert any(page.keyboard.press(way) or page.locator("#chosen").inner_text() != status for way in ways)
+    assert len(set(chosen_numbers(page))) == 1 != ["7", "7"]
     page.keyboard.press("Escape")
-    assert chosen.count() == 0 and page.locator("#pick").input_value() == ""
-    page.select_option("#pick", "4")
-    assert [chosen.nth(each).get_attribute("data-number") for each in range(3)] == ["4"] * 3
-
-    page.locator(".map").nth(2).hover()
-    assert page.locator("article").count() == 12 and page.locator("article img").first.get_attribute("src")
-    assert page.evaluate("[...document.images].every(image => image.hasAttribute('alt'))")
-    assert page.evaluate("document.documentElement.scrollWidth") == width
-    assert not complaints and all(url.startswith(("file:", "data:")) for url in requests)
-    page.close()
+    assert not chosen_numbers(page)
+    page.fill("#find", "two/")
+    page.press("#find", "Enter")
+    assert "two/" in page.locator("#chosen").inner_text() and page.locator("#count").inner_text().startswith(
+        "10 of 30"
+    )
 
 
-def test_the_summary_says_what_is_within_noise(report):
-    summary = (report[0] / "report.html").read_text().split('id="figures"')[0]
-    assert "Telling classes by a linear probe" in summary and "within noise" in summary
-    results = json.loads((report[0] / "results.json").read_text())
-    for name, words in (("recall@1", "Nearest picture"), ("mAP", "All pictures"), ("NMI", "Clusters")):
-        found = figure(results, name)
-        sentence = next(line for line in summary.splitlines() if f"<strong>{words}" in line)
-        is_noise = not any(each["beyond_noise"] for each in found["differences"])
-        assert ("the differences are within noise" in sentence) or not is_noise
-        best = max(found["values"], key=lambda label: found["values"][label]["value"])
-        assert sentence.split("</strong>")[1].split(best)[0].count("(") == 0  # the best comes first
+def test_a_map_zooms_shows_images_and_changes_its_model(open_report):
+    page = open_report(800)
+    first = page.locator(".map").first
+    page.locator("[data-zoom=in]").first.click()
+    assert float(first.get_attribute("viewBox").split()[2]) == pytest.approx(1000 / 1.5)
+    first.focus()
+    page.keyboard.press("0")
+    assert first.get_attribute("viewBox") == "0 0 1000 1000"
+    page.click("#images")
+    assert first.locator("image").count() == 30
+    before = first.locator(".mark[data-number='3']").get_attribute("transform")
+    page.locator(".pane select").first.select_option("pixels")
+    assert first.locator(".mark[data-number='3']").get_attribute("transform") != before
+
+
+def test_classes_are_filtered_and_the_selection_is_saved_as_csv(open_report):
+    page = open_report(1400, accept_downloads=True)
+    page.locator("#legend button", has_text="zero").click()
+    assert page.locator(".map").first.locator(".mark:not(.dim)").count() == 10
+    page.click("#select-shown")
+    page.locator("#legend button", has_text="zero").click()
+    page.locator(".map").first.locator(".mark[data-number='0']").click()
+    page.click("text=Add to the selection")
+    with page.expect_download() as download:
+        page.click("#export")
+    header, *rows = download.value.path().read_text().splitlines()
+    assert header == "name,class" and len(rows) == 11 and sum(row.endswith('"zero"') for row in rows) == 10
+    page.click("#unselect")
+    assert page.locator("#export").is_disabled()
+
+
+def test_on_a_phone_the_report_is_short_and_answers_beside_the_finger(open_report):
+    page = open_report(390, has_touch=True)
+    assert page.locator(".map:visible").count() == 1 and page.locator("details[open]").count() == 0
+    assert page.evaluate("document.documentElement.scrollHeight") < 6000
+    mark = page.locator(".map").first.locator(".mark").nth(4)
+    mark.scroll_into_view_if_needed()
+    box = mark.bounding_box()
+    page.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    bubble = page.locator(".bubble:visible").bounding_box()
+    assert bubble["x"] >= 0 and bubble["x"] + bubble["width"] <= 390
+    assert bubble["y"] - 40 < box["y"] + box["height"] and box["y"] - 40 < bubble["y"] + bubble["height"]
+
+
+def test_the_report_begins_with_a_verdict_and_tells_which_model_is_which(report, digits):
+    page = (report[0] / "report.html").read_text()
+    opening = page.split('id="tasks"')[0]
+    assert "On 30 images of 3 classes" in opening and "noise" in opening.split('id="verdict"')[1].split("</p>")[0]
+    assert "CLIP’s side of the comparison" in opening and "32 × 32 pixels" in opening and "linear probe" in opening
+    assert str(digits.parent) not in page and str(ROOT.parent) not in page and "phi3-embed compare" in page
+
+
+def made_up(values, differences):
+    """Results with one task: {model: (value, low, high)}, {(model, model): (difference, low, high, beyond noise)}."""
+    names = ("difference", "low", "high", "beyond_noise")
+    recall = {
+        "group": "Same-class retrieval",
+        "name": "recall@1",
+        "higher_is_better": True,
+        "values": {model: dict(zip(("value", "low", "high"), numbers)) for model, numbers in values.items()},
+        "differences": [{"models": list(pair)} | dict(zip(names, numbers)) for pair, numbers in differences.items()],
+    }
+    models = [{"label": model, "undefined": None} for model in values]
+    return {"about": {"images": 250, "classes": 10}, "models": models, "figures": [recall]}
+
+
+def test_a_verdict_names_the_best_model_or_says_that_none_is():
+    values = {"<A>": (0.469, 0.41, 0.53), "B": (0.410, 0.35, 0.47), "C": (0.411, 0.37, 0.45)}
+    noise = {("<A>", "B"): (0.059, -0.01, 0.13, False), ("<A>", "C"): (0.058, -0.01, 0.11, False)}
+    results = made_up(values, noise)
+    assert "no model is better than another beyond noise" in verdict(results, measured_tasks(results))
+    ahead = {pair: (*numbers[:1], 0.01, *numbers[2:3], True) for pair, numbers in noise.items()}
+    results = made_up(values, ahead)
+    words = verdict(results, measured_tasks(results))
+    assert "<strong>&lt;A&gt;</strong> is the best of 3 models: ahead of every other beyond noise at 1 of 1" in words
+    results = made_up({"B": values["B"]}, {})
+    assert "<strong>B</strong> alone was measured" in verdict(results, measured_tasks(results))
+
+
+def test_where_tests_and_intervals_seem_to_contradict_the_report_says_why():
+    values = {"A": (0.469, 0.41, 0.53), "B": (0.410, 0.35, 0.47), "C": (0.411, 0.37, 0.45)}
+    tests = {("A", "B"): (0.059, -0.01, 0.13, False), ("C", "A"): (-0.058, -0.1, -0.02, True)}
+    task = measured_tasks(made_up(values, tests))[0]
+    assert task["line"] == "A 46.9%; within noise: B 41.0%; behind: C 41.1%" and task["level"] == ["A", "B"]
+    assert (
+        "B is within noise and C, whose value is no lower, is not" in task["note"] and "image by image" in task["note"]
+    )
+    assert [row["against"] and row["against"]["difference"] for row in task["rows"]] == [None, -0.058, -0.059]
+    task = measured_tasks(made_up({"A": values["A"], "C": values["C"]}, dict([list(tests.items())[1]])))[0]
+    assert "The interval of C overlaps that of A, and yet it is behind" in task["note"]
 
 
 @pytest.fixture
@@ -261,13 +352,29 @@ def save_vit(path, image_processor=None, pooler=True, scale=1.0):
     return str(path)
 
 
-def test_clusters_of_too_few_pictures_have_no_figure_rather_than_an_interval_beside_it(tmp_path, monkeypatch):
+def test_clusters_of_too_few_images_have_a_value_without_an_interval(tmp_path, monkeypatch):
     arguments = ["--model", f"{TINY}:tower", "--model", "pixels", "small-text", "--limit", 12, "--probe", 3]
     results = compare_here(monkeypatch, tmp_path, *arguments, "--num-crops", 0)
-    assert all("too few pictures" in each["undefined"] for each in figure(results, "ARI")["values"].values())
-    for each in results["figures"]:
-        for value in each["values"].values():
-            assert "undefined" in value or value["low"] <= value["value"] <= value["high"]
+    for name in ("NMI", "ARI"):
+        assert not figure(results, name)["differences"]
+        for value in figure(results, name)["values"].values():
+            assert -1 <= value["value"] <= 1 and value["low"] is None and "too few images" in value["no_interval"]
+
+
+def test_intervals_of_clusters_lie_around_their_value_and_hold_the_true_one():
+    rng = np.random.default_rng(0)
+
+    def draw(number):  # classes, and clusters that match them at 60%
+        classes = rng.integers(0, 5, number)
+        return np.stack((classes, np.where(rng.random(number) < 0.5, classes, rng.integers(0, 5, number))), axis=1)
+
+    true, held = ari(draw(100_000)), 0
+    for _ in range(20):
+        made = summarise([Figure("", "ARI", {"A": draw(100), "B": draw(100)}, {}, ari)], 100, 0)[0]
+        for value in made["values"].values():
+            assert value["value"] - value["low"] == pytest.approx(value["high"] - value["value"])
+            held += value["low"] <= true <= value["high"]
+    assert held >= 34
 
 
 def test_a_model_that_gives_nan_has_no_figures_and_the_others_have(folder, monkeypatch):
@@ -287,7 +394,7 @@ def test_a_picture_that_one_model_refuses_is_left_out_of_all(folder, monkeypatch
     assert np.isfinite(embedded[0].vectors[:4]).all() and not embedded[1].refused
     monkeypatch.setattr(compare, "all_changes", lambda: compare.CHANGES | {"crop": lambda image: image.rotate(90)})
     results = compare_here(monkeypatch, folder, "--model", strict, "--model", "pixels", folder / "pictures")
-    assert results["about"]["pictures"] == 4 and list(results["about"]["left_out"]["refused"]) == ["a/2.png"]
+    assert results["about"]["images"] == 4 and list(results["about"]["left_out"]["refused"]) == ["a/2.png"]
     assert "Left out of all models: a/2.png" in capsys.readouterr().out
 
 
@@ -309,7 +416,7 @@ def test_a_dataset_on_the_hub_is_compared_as_its_parquet_file_is(hub, folder, mo
     assert done.returncode == 0, done.stderr
     here = compare_here(monkeypatch, folder, *arguments, parquet)
     assert json.loads((folder / "hub" / "results.json").read_text())["figures"] == here["figures"]
-    assert here["about"]["classes"] == 2 and here["about"]["pictures"] == 6
+    assert here["about"]["classes"] == 2 and here["about"]["images"] == 6
 
 
 BAD = {

@@ -8,13 +8,13 @@ import onnxruntime
 import pytest
 import torch
 from phi3_embed.configuration_phi3_embed import CLIP_VIT_LARGE_PATCH14_336, Phi3EmbedConfig
-from phi3_embed.convert_phi3_vision import published_names
 from phi3_embed.modeling_phi3_embed import Phi3EmbedModel
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor
 from PIL import Image
 from transformers import pipeline
 
 from phi3_tools import export  # noqa: E402
+from phi3_tools.checkpoint.layout import published_names
 
 close = {"atol": 6e-5, "rtol": 1e-5}
 close_small = {"atol": 3e-5, "rtol": 0}
@@ -35,9 +35,9 @@ def full_model():
     return build(Phi3EmbedConfig())
 
 
-def preprocess(note):
+def preprocess(note, **kwargs):
     pictures = [golden.image(**picture) for picture in note["images"]]
-    return Phi3EmbedImageProcessor(num_crops=note["num_crops"])(pictures, return_tensors="pt")
+    return Phi3EmbedImageProcessor(num_crops=note["num_crops"])(pictures, return_tensors="pt", **kwargs)
 
 
 def of_images(inputs):
@@ -108,7 +108,7 @@ def test_onnx_tokens_equal_the_original_at_full_size(full_model, tmp_path):
     image_processor = Phi3EmbedImageProcessor(num_crops=note["num_crops"])
     export.export(full_model, image_processor).save(tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    inputs = preprocess(note)
+    inputs = preprocess(note, pad_views=True)
     (tokens,) = session.run(["last_hidden_state"], {key: inputs[key].numpy() for key in export.INPUTS})
     np.testing.assert_allclose(tokens[0, arrays["token_index"]], arrays["tokens"], **close)
     (tmp_path / "model.onnx").unlink()  # 1.3 GB

@@ -131,8 +131,7 @@ def every_public_entry(model):
         model(TEXT[:, :1]).last_hidden_state,
         features.image_embeds,
         *features.pooler_output,
-        embedding(TEXT, **IMAGES),
-        embedding.get_img_features(IMAGES["pixel_values"][:, 0]),
+        embedding.get_img_features(IMAGES["pixel_values"]),
         model.get_input_embeddings()(TEXT[:, :1]),
     ]
 

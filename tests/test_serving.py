@@ -1,4 +1,4 @@
-"""examples/serve.py, over HTTP."""
+"""`phi3-embed serve`, over HTTP and by OpenAI's client."""
 
 import base64
 import io
@@ -11,11 +11,14 @@ import time
 
 import httpx2
 import numpy as np
+import openai
 import psutil
 import pytest
 from conftest import ROOT
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+
+LIMITS = ("--max-inputs", "5", "--max-bytes", "300000", "--max-pixels", "1000000")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,7 @@ def address(tmp_path_factory):
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("serving") / "log"
     with log.open("w") as file:
-        command = [sys.executable, "-m", "phi3_tools", "serve", "--port", str(port)]
+        command = [sys.executable, "-m", "phi3_tools", "serve", "--port", str(port), *LIMITS]
         server = subprocess.Popen(command, env=os.environ, stdout=file, stderr=file)
     address, stop = f"http://127.0.0.1:{port}", time.monotonic() + 120
     while True:
@@ -45,9 +48,15 @@ def address(tmp_path_factory):
 
 
 def data_uri(image, kind="png"):
+    if isinstance(image, bytes):
+        return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
     buffer = io.BytesIO()
     image.save(buffer, kind)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_uri(buffer.getvalue(), kind)
+
+
+def ask(address, given, **more):
+    return httpx2.post(f"{address}/v1/embeddings", json={"input": given, "model": "phi3-embed"} | more, timeout=60)
 
 
 def test_images_become_the_vectors_that_sentence_transformers_gives(address):
@@ -55,21 +64,69 @@ def test_images_become_the_vectors_that_sentence_transformers_gives(address):
     images = [Image.linear_gradient("L"), Image.radial_gradient("L").resize((400, 200)), deep]
     wanted = SentenceTransformer(str(ROOT), trust_remote_code=True).encode(images)
     for given, vectors in (data_uri(images[0]), wanted[:1]), ([data_uri(image) for image in images], wanted):
-        body = {"input": given, "model": "phi3-embed"}
-        answer = httpx2.post(f"{address}/v1/embeddings", json=body, timeout=60)
+        answer = ask(address, given)
         assert answer.status_code == 200, answer.text
         data = answer.json()["data"]
-        assert [each["index"] for each in data] == list(range(len(vectors)))
-        np.testing.assert_allclose([each["embedding"] for each in data], vectors, atol=1e-5)
+        assert [embedding["index"] for embedding in data] == list(range(len(vectors)))
+        np.testing.assert_allclose([embedding["embedding"] for embedding in data], vectors, atol=1e-6)
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")  # which asks for base64
+    (embedding,) = client.embeddings.create(input=data_uri(images[1]), model=client.models.list().data[0].id).data
+    np.testing.assert_allclose(embedding.embedding, wanted[1], atol=1e-6)
 
 
-@pytest.mark.parametrize("given", ["/etc/hostname", "http://127.0.0.1/a.png", "data:image/png;base64,bm8="])
-def test_what_is_no_image_is_the_clients_error(address, given):
-    answer = httpx2.post(f"{address}/v1/embeddings", json={"input": given, "model": "phi3-embed"}, timeout=60)
-    assert answer.status_code == 400 and "An input is no image" in answer.text
+IMAGE = data_uri(Image.new("L", (8, 8)))
+WRONG = {
+    "a path": ("/etc/hostname", "has no text side. Give data URIs of images"),
+    "an address": ("http://127.0.0.1/a.png", "has no text side. Give data URIs of images"),
+    "no image": ("data:image/png;base64,bm8=", "An input is no image"),
+    "no base64": ("data:image/png;base64,%%%", "An input is no image"),
+    "another kind": ("data:text/html;base64,bm8=", "it does not begin with `data:image/...;base64,`"),
+    "nothing": ([], "`input` is empty"),
+    "token ids": ([1, 2, 3], "`input` holds token ids"),
+    "lists of token ids": ([[1, 2], [3]], "`input` holds token ids"),
+    "an empty text": ("  ", "`input` holds '  '"),
+    "a number": (1.5, "`input` holds 1.5"),
+    "null": (None, "`input` holds None"),
+    "many": ([IMAGE] * 6, "`input` has 6 items, but a request may have 5"),
+    "many pixels": ([data_uri(Image.new("L", (800, 800)))] * 2, "may have 1000000 pixels together"),
+    "a bomb": (data_uri(Image.new("1", (20000, 20000))), "may have 1000000 pixels together"),
+    "numbers of an unknown range": (data_uri(Image.new("F", (8, 8), 300.0), "tiff"), "must be in 0..255"),
+    "a decoder's KeyError": (
+        data_uri(b"II*\0\x08\0\0\0\1\0\x05\xa0\4\0\1\0\0\0\x08\0\0\0\0\0\0\0", "tiff"),
+        "An input",
+    ),
+    "a decoder's NotImplementedError": (data_uri(b"DDS " + bytes([124, 0, 0, 0]) + bytes(120), "dds"), "An input"),
+    "a decoder's IndexError": (data_uri(b"qoif" + bytes([0, 0, 0, 9, 0, 0, 0, 9, 3, 0]), "qoi"), "An input"),
+}
 
 
-def test_numbers_of_an_unknown_range_are_the_clients_error(address):
-    given = data_uri(Image.new("F", (8, 8), 300.0), "tiff")
-    answer = httpx2.post(f"{address}/v1/embeddings", json={"input": given, "model": "phi3-embed"}, timeout=60)
-    assert answer.status_code == 400 and "values from 300.0 to 300.0, but must be in 0..255" in answer.text
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_no_input_is_the_clients_error(address, case):
+    given, said = WRONG[case]
+    answer = ask(address, given)
+    assert answer.status_code == 400 and said in answer.json()["error"]["message"], answer.text
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "said"),
+    [
+        ({"dimensions": 64}, 400, "`dimensions` is 64, but this model's vectors are trained for 128 alone"),
+        ({"model": "gpt-4"}, 404, "There is no model 'gpt-4' here, but "),
+        ({"encoding_format": "int8"}, 400, "The request is invalid. encoding_format: "),
+    ],
+)
+def test_settings_are_honoured_or_refused(address, more, status, said):
+    answer = ask(address, IMAGE, **more)
+    assert answer.status_code == status and said in answer.json()["error"]["message"], answer.text
+    assert ask(address, IMAGE, dimensions=128).status_code == 200
+
+
+@pytest.mark.parametrize("body", ['{"input": NaN, "model": "x"}', '{"model": NaN, "input": "a"}', "{", "[]", "null"])
+def test_json_of_every_kind_is_answered_in_words(address, body):
+    answer = httpx2.post(f"{address}/v1/embeddings", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (400, 404) and answer.json()["error"]["message"], answer.text
+
+
+def test_a_body_that_is_too_large_is_refused(address):
+    answer = ask(address, [IMAGE, "x" * 400_000])
+    assert answer.status_code == 413 and "body is too large" in answer.json()["error"]["message"]

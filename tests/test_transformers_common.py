@@ -68,8 +68,8 @@ class Phi3EmbedModelTester:
     num_hidden_layers, expected_num_hidden_layers = 2, 3
 
     def prepare_config_and_inputs_for_common(self):
-        """One image of one crop, so of 13 tokens, in each text."""
-        config, images = small_config(), small_pixels(*[(1, 1)] * self.batch_size)
+        """One image of one crop, so of 13 tokens, in each text; one row an image, as the tests cut batches by rows."""
+        config, images = small_config(), small_pixels(*[(1, 1)] * self.batch_size, pad_views=True)
         input_ids = torch.randint(6, config.vocab_size, (self.batch_size, self.seq_length))
         input_ids[:, :13] = config.image_token_id
         return config, {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **images}
@@ -97,7 +97,7 @@ class Phi3EmbedForImageClassificationTester(Phi3EmbedModelTester):
     is_training = True
 
     def prepare_config_and_inputs_for_common(self):
-        return small_config(num_labels=3), small_pixels(*[(1, 2)] * self.batch_size)
+        return small_config(num_labels=3), small_pixels(*[(1, 2)] * self.batch_size, pad_views=True)
 
 
 class TestImageClassification(CommonTests, unittest.TestCase):
@@ -150,7 +150,7 @@ class TestProcessor(ProcessorTesterMixin, unittest.TestCase):
 
     @classmethod
     def _setup_image_processor(cls):
-        return Phi3EmbedImageProcessor(size={"height": 56, "width": 56}, num_img_tokens=4, num_crops=4)
+        return Phi3EmbedImageProcessor(size={"height": 56, "width": 56}, num_img_tokens=4, num_crops=4, pad_views=True)
 
     @classmethod
     def _setup_tokenizer(cls):

@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import platform
-import sys
+import shlex
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from phi3_tools.compare.changes import CHANGES, CHANGES_VERSION, SHRINKS, shrink
 from phi3_tools.compare.report import format_cost, format_value, write_report
@@ -47,11 +48,11 @@ from phi3_tools.measures import (
     unit,
     why_undefined,
 )
-from phi3_tools.models import find_model
-from phi3_tools.results import MAX_NAMED, check_writable, write_beside, write_text
+from phi3_tools.models import PHI3_EMBED, TRANSFORMERS, find_model
+from phi3_tools.results import MAX_NAMED, check_writable, without_path, write_beside, write_text
 
 PACKAGES = ("torch", "transformers", "sentence-transformers", "scikit-learn", "scipy", "numpy", "pillow")
-RETRIEVAL, HELD_OUT, CLUSTERING = "Same-class retrieval", "Classification of held-out pictures", "Clustering"
+RETRIEVAL, HELD_OUT, CLUSTERING = "Same-class retrieval", "Classification of held-out images", "Clustering"
 ROBUSTNESS, DETAIL, TEXTS = "Robustness", "Fine detail", "Text to image"
 CKA_PICTURES = 200
 ALL_CHANGES = "mean of all changes"
@@ -64,7 +65,7 @@ class Data:
     """Pictures that differ; `labels` `(n,)` index `classes`, or are `UNLABELLED`; `captions` are texts, or None."""
 
     names: list[str]
-    pictures: list[KeyedImage]
+    images: list[KeyedImage]
     labels: np.ndarray
     classes: list[str]
     captions: list[str] | None
@@ -72,7 +73,7 @@ class Data:
     def select(self, kept):
         return Data(
             [self.names[each] for each in kept],
-            [self.pictures[each] for each in kept],
+            [self.images[each] for each in kept],
             self.labels[kept],
             self.classes,
             self.captions and [self.captions[each] for each in kept],
@@ -109,7 +110,7 @@ def run(arguments):
     probe = np.sort(rng.permutation(len(data.names))[: arguments.probe])
     embedded = embed(
         models,
-        data.pictures + changed_pictures(data, probe),
+        data.images + changed_pictures(data, probe),
         [] if data.captions is None else data.captions,
         arguments.num_crops,
         arguments.cache,
@@ -126,9 +127,9 @@ def run(arguments):
                     "label": label,
                     "spec": each.model.text,
                     "version": each.model.version,
-                    "undefined": undefined.get(label),
                 }
-                | {"cost": each.cost}
+                | what_it_is(each.model)
+                | {"undefined": undefined.get(label), "cost": each.cost}
                 for label, each in zip(labels, embedded)
             ],
             "figures": summarise(figures, arguments.resamples, arguments.seed),
@@ -197,7 +198,7 @@ def changed_pictures(data, probe):
     """The probe's pictures after every change, change by change."""
 
     def changed(number, name, change):
-        picture = data.pictures[number]
+        picture = data.images[number]
         return KeyedImage(f"{picture.key} {name} {CHANGES_VERSION}", lambda: change(picture.read()))
 
     return [changed(number, name, change) for name, change in all_changes().items() for number in probe]
@@ -216,17 +217,17 @@ def leave_out_refused(data, probe, embedded, left_out):
     """
     refused = {key: reason for each in embedded for key, reason in each.refused.items()}
     keys = {key.split(" ")[0] for key in refused}
-    kept = np.array([number for number, picture in enumerate(data.pictures) if picture.key not in keys])
+    kept = np.array([number for number, picture in enumerate(data.images) if picture.key not in keys])
     left_out["refused"] = {
         name: next(reason for key, reason in refused.items() if key.startswith(picture.key))
-        for name, picture in zip(data.names, data.pictures)
+        for name, picture in zip(data.names, data.images)
         if picture.key in keys
     }
     for name, reason in list(left_out["refused"].items())[:MAX_NAMED]:
         console.print(f"Left out of all models: {name}: {reason}", style="yellow")
     if not len(kept):
         raise ValueError("Every picture is refused by one model or another, so that there is nothing to compare.")
-    total, is_kept = len(data.pictures), np.isin(probe, kept)
+    total, is_kept = len(data.images), np.isin(probe, kept)
     spaces = []
     for each in embedded:
         space = {"all": each.vectors[:total][kept]}
@@ -242,6 +243,16 @@ def leave_out_refused(data, probe, embedded, left_out):
 def name_models(models):
     labels = [model.label for model in models]
     return [model.text if labels.count(label) > 1 else label for model, label in zip(models, labels)]
+
+
+def what_it_is(model):
+    """What the report's words about a model follow from: its kind, its pooling, and the family of its tower."""
+    pooling = family = None
+    if model.kind in (PHI3_EMBED, TRANSFORMERS):
+        config = AutoConfig.from_pretrained(**model.pinned)
+        pooling = (model.pooling or config.pooling_mode) if model.kind == PHI3_EMBED else None
+        family = (config.vision_config if model.kind == PHI3_EMBED else config).model_type
+    return {"kind": model.kind, "pooling": pooling, "architecture": family}
 
 
 def measure(data, probe, embedded, spaces, labels, seed):
@@ -346,18 +357,31 @@ def compare_spaces(spaces, labels, undefined, arguments):
 
 def about(arguments, data, started, left_out):
     return {
-        "command": " ".join(["phi3-embed", *sys.argv[1:]]),
+        "command": command_again(arguments),
         "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in vars(arguments).items()},
         "started": started,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, threads: {torch.get_num_threads()}"
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
-        "pictures": len(data.names),
+        "images": len(data.names),
         "classes": len(np.unique(data.labels[data.labels != UNLABELLED])),
         "captions": data.captions is not None,
         "left_out": left_out,
         "neighbours": NUM_NEIGHBOURS,
     }
+
+
+def command_again(arguments):
+    """The command line, with what lies on this machine by its name alone: a report may be passed on."""
+
+    words = ["phi3-embed", "compare", without_path(arguments.source)]
+    for text in arguments.models:
+        model = find_model(text)
+        words += ["--model", model.pinned_text.replace(model.name, without_path(model.name))]
+    for name in ("split", "image_column", "label_column", "text_column", "limit", "probe", "num_crops", "seed"):
+        if getattr(arguments, name) is not None:
+            words += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    return shlex.join(words)
 
 
 def names_of(data):

@@ -1,102 +1,75 @@
-"""What phi3-embed finetune leaves beside a model: pictures of curves and confusions, and a card."""
+"""What a training leaves beside a model: figures in words and numbers, drawings of curves and confusions, a card."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
-import matplotlib
-import torch
-from huggingface_hub import ModelCardData
-from sklearn.metrics import ConfusionMatrixDisplay
+import numpy as np
+from huggingface_hub import EvalResult, ModelCardData
+from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score, f1_score
 
+from phi3_tools.finetune.settings import METRICS, Settings
 from phi3_tools.images import DIGITS, SMALL_TEXT
-from phi3_tools.results import save_figure, without_path, write_text
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from phi3_tools.measures import retrieval, unit
+from phi3_tools.results import new_figure, save_figure, without_path
+from phi3_tools.results import write_card as write_from_template
 
 CURVES, CONFUSION = "curves.png", "confusion.png"
-MAX_CONFUSED = 40  # classes that a picture of confusions can show
+MAX_CONFUSED = 40  # classes that a drawing of confusions can show
+MORE = "Train longer (--num-train-epochs), at another --learning-rate, or on more images."
 
 
-def draw_curves(history, path):
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    figures = [f"eval_{name}" for name in ("accuracy", "macro F1", "recall@1", "recall@5")]
-    for axis, keys in zip(axes, (("loss", "eval_loss"), figures)):
-        for key in keys:
-            if points := [(entry["step"], entry[key]) for entry in history if key in entry]:
-                axis.plot(*zip(*points), marker=".", label=key.replace("eval_", "validation: "))
-        axis.set_xlabel("step")
-        if axis.lines:
-            axis.legend()
-    save_figure(figure, path)
+def figures_of_classes(labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    return {
+        "accuracy": accuracy_score(labels, predicted),
+        "macro F1": f1_score(labels, predicted, average="macro", zero_division=0),
+    }
 
 
-def draw_confusion(confusion, names, path):
-    shown = sorted(set(torch.cat(confusion).tolist()))
-    size = 3 + 0.4 * len(shown)
-    figure, axis = plt.subplots(figsize=(size, size), layout="constrained")
-    ConfusionMatrixDisplay.from_predictions(
-        *confusion,
-        labels=shown,
-        display_labels=[names[label] for label in shown],
-        xticks_rotation="vertical",
-        colorbar=False,
-        cmap="Blues",
-        ax=axis,
-    )
-    axis.set(xlabel="said", ylabel="is")
-    save_figure(figure, path)
+def figures_of_search(vectors: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Of the images with another of their label, each searched among all others; nothing where there are none such."""
+    if len({*labels}) == len(labels):
+        return {}
+    found = retrieval(unit(vectors), np.asarray(labels))
+    return {name: float(found[name].mean()) for name in METRICS["embedding"]}
 
 
-CARD = """---
-{data}
----
-
-# {title}
-
-{base}, fine-tuned for {task} on {source} by phi3-embed's `phi3-embed finetune`.
-
-## Figures
-
-On {num_held_out} pictures that took no part in the training. recall@k: a picture has one of its own label among the k
-others that are nearest to it by cosine. Linear probe: logistic regression on the vectors of the training pictures.
-
-{table}
-
-![loss and validation](curves.png)
-{confusion}
-## Data
-
-{about}
-
-## Arguments
-
-```json
-{arguments}
-```
-
-## Use
-
-```python
-{use}
-```
-
-`trust_remote_code=True` runs the code in this repository: pin `revision` to a commit that you have read.
-"""
-USE = {
-    "classification": """from transformers import pipeline
-
-classify = pipeline("image-classification", model="{name}", trust_remote_code=True)
-print(classify("picture.png"))""",
-    "embedding": """from sentence_transformers import SentenceTransformer
-
-embedder = SentenceTransformer("{name}", trust_remote_code=True)
-vectors = embedder.encode(["one.png", "other.png"])
-print(embedder.similarity(vectors, vectors))""",
-}
+def verdict(rows: dict[str, dict[str, float]], labels: list[int], task: str) -> list[str]:
+    """Sentences on a result that is no result: at chance, below the linear probe, or not above the untrained model."""
+    trained, before, counts = rows["fine-tuned"], rows["untrained"], Counter(labels)
+    if task == "classification":
+        name, chance = "accuracy", max(counts.values()) / len(labels)
+        guess = "naming the most common class alone"
+    else:
+        name, chance = "recall@1", sum(n * (n - 1) for n in counts.values()) / (len(labels) * (len(labels) - 1))
+        guess = "drawing another image at random"
+    value, probe, best = trained[name], before["linear probe"], before[name]
+    if value <= chance + _noise(chance, labels):
+        return [f"**No better than chance**: {name} is {value:.1%}, and {guess} gives {chance:.1%}. {MORE}"]
+    if task == "classification" and value < probe:
+        within = " (within noise)" if value >= probe - _noise(probe, labels) else ""
+        return [
+            f"**Below a linear probe**{within}: accuracy is {value:.1%}, and logistic regression on the untrained "
+            f"model's vectors has {probe:.1%}. {MORE} --train head is the nearest to such a probe."
+        ]
+    if task == "embedding" and value <= best < 1:
+        return [f"**Not better than before**: {name} is {value:.1%}, and was {best:.1%}. {MORE}"]
+    return []
 
 
-def table_of(rows):
+def _noise(share, labels):
+    """Two standard errors of a share of the images."""
+    return 2 * (share * (1 - share) / len(labels)) ** 0.5
+
+
+def describe(labels: list[int]) -> str:
+    """How many images were held out, and how far one of them moves a figure."""
+    counts = Counter(labels).values()
+    each = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    return f"{len(labels)} images ({each} a class; one image is {1 / len(labels):.1%})"
+
+
+def table_of(rows: dict[str, dict[str, float]]) -> str:
     columns = list(rows["fine-tuned"])
     lines = [f"| | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
     for name, row in rows.items():
@@ -104,31 +77,82 @@ def table_of(rows):
     return "\n".join(lines)
 
 
-def write_card(options, arguments, splits, names, rows, num_held_out, about, path):
-    title = arguments.hub_model_id or path.parent.resolve().name
-    is_classifier = options.task == "classification"
-    is_local = Path(options.model).exists()
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-classification" if is_classifier else "image-feature-extraction",
-        base_model=None if is_local else options.model,
-        datasets=None if Path(options.data).exists() or options.data in (DIGITS, SMALL_TEXT) else [options.data],
-        tags=["custom_code", "phi3_embed"] + ([] if is_classifier else ["sentence-transformers"]),
+def draw_curves(history: list[dict], path: Path) -> None:
+    figure = new_figure(figsize=(10, 4))
+    validated = {f"eval_{name}" for names in METRICS.values() for name in names} - {"eval_loss"}
+    for axis, keys, title in zip(
+        figure.subplots(1, 2), (("loss", "eval_loss"), sorted(validated)), ("loss", "validation")
+    ):
+        for key in keys:
+            if points := [(entry["step"], entry[key]) for entry in history if key in entry]:
+                axis.plot(*zip(*points), marker=".", label=key.replace("eval_", "validation: "))
+        axis.set(xlabel="step", ylabel=title)
+        if axis.lines:
+            axis.legend()
+    save_figure(figure, path)
+
+
+def draw_confusion(labels: list[int], predicted: list[int], names: list[str], path: Path) -> None:
+    shown = sorted({*labels, *predicted})
+    size = 3 + 0.4 * len(shown)
+    figure = new_figure(figsize=(size, size))
+    axis = figure.subplots()
+    ConfusionMatrixDisplay.from_predictions(
+        labels,
+        predicted,
+        labels=shown,
+        display_labels=[names[label] for label in shown],
+        xticks_rotation="vertical",
+        colorbar=False,
+        cmap="Blues",
+        ax=axis,
     )
-    has_confusion = (path.parent / CONFUSION).exists()
-    counts = "" if options.streaming else ": " + ", ".join(f"{len(split)} in {name}" for name, split in splits.items())
-    text = CARD.format(
-        data=data.to_yaml(),
+    axis.set(xlabel="named", ylabel="is")
+    save_figure(figure, path)
+
+
+def write_card(settings: Settings, about: dict, metrics: dict, names: list[str]) -> None:
+    """README.md in OUTPUT. It names folders by their own names, and not by where they lie."""
+    source, _, _, options, arguments = settings
+    output = Path(arguments.output_dir)
+    is_classifier, rows = options.task == "classification", metrics["held out"]
+    task = "image-classification" if is_classifier else "image-feature-extraction"
+    title, data = arguments.hub_model_id or output.resolve().name, without_path(source)
+    is_on_hub = not Path(source).exists() and source not in (DIGITS, SMALL_TEXT)
+    counts = (
+        "" if about["images"] is None else ": " + ", ".join(f"{n} in {name}" for name, n in about["images"].items())
+    )
+    more = ", ..." if len(names) > MAX_CONFUSED else ""
+    write_from_template(
+        output / "README.md",
+        "finetune.md",
+        ModelCardData(
+            model_name=title,
+            library_name="transformers",
+            pipeline_tag=task,
+            base_model=None if Path(options.model).exists() else options.model,
+            datasets=[source] if is_on_hub else None,
+            tags=["custom_code", "phi3_embed"] + ([] if is_classifier else ["sentence-transformers"]),
+            eval_results=[
+                EvalResult(
+                    task_type=task,
+                    dataset_type=source if is_on_hub else data,
+                    dataset_name=data,
+                    metric_type=name,
+                    metric_value=round(value, 4),
+                )
+                for name, value in rows["fine-tuned"].items()
+            ],
+        ),
         title=title,
-        base=Path(options.model).resolve().name if is_local else options.model,
+        base=without_path(options.model),
         task=options.task,
-        source=without_path(options.data),
-        num_held_out=num_held_out,
+        source=data,
+        held_out=metrics["held-out images"],
         table=table_of(rows),
-        confusion="\n![which class is taken for which](confusion.png)\n" if has_confusion else "",
-        about=f"{without_path(options.data)}{counts}. Labels: {', '.join(names[:MAX_CONFUSED])}"
-        f"{', ...' if len(names) > MAX_CONFUSED else ''}.",
-        arguments=json.dumps(about | {name: without_path(about[name]) for name in ("model", "data")}, indent=2),
-        use=USE[options.task].format(name=title),
+        verdict=metrics["verdict"],
+        confusion=(output / CONFUSION).exists(),
+        about_data=f"{data}{counts and f': {counts}'}. Labels: {', '.join(names[:MAX_CONFUSED])}{more}.",
+        arguments=json.dumps(about | {"source": data, "model": without_path(options.model)}, indent=2),
+        is_classifier=is_classifier,
     )
-    write_text(path, text)

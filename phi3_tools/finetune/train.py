@@ -1,0 +1,379 @@
+"""The trainings: a classifier by transformers' Trainer, an embedding by sentence-transformers'."""
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.evaluation import BaseEvaluator
+from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from sentence_transformers.base.sampler import GroupByLabelBatchSampler
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+from sentence_transformers.util import all_gather_with_grad
+from sentence_transformers.util.distributed import all_gather
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+
+from phi3_tools.finetune.data import FEATURES, Collator, endless, with_features
+from phi3_tools.finetune.report import figures_of_classes, figures_of_search
+from phi3_tools.finetune.settings import Settings, TaskOptions, last_checkpoint, steps_done
+from phi3_tools.images import IMAGE, LABEL
+from phi3_tools.results import without_path, write_text
+
+ADAPTER = "adapter"
+
+
+def load_model(where: dict, task: str, names: list[str], is_start: bool = True) -> PreTrainedModel:
+    """
+    A model for the task, in float32; `where` are arguments of `from_pretrained`. At the start of a training the head
+    of a classifier is fresh, unless the checkpoint's classes are the same.
+    """
+    where = {"trust_remote_code": True, "dtype": "float32", **where}
+    if task == "embedding":
+        model = AutoModel.from_pretrained(**where)
+    else:
+        classes = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+        had = AutoConfig.from_pretrained(**where).id2label
+        model = AutoModelForImageClassification.from_pretrained(
+            **where, **classes, ignore_mismatched_sizes=is_start, problem_type="single_label_classification"
+        )
+        if is_start and had != classes["id2label"]:
+            model.classifier = nn.Linear(model.config.embed_dim, len(names))
+            model._init_weights(model.classifier)
+    if not model.config.use_hd_transform:
+        raise ValueError(f"{where['pretrained_model_name_or_path']} works without the HD transform, which this needs.")
+    return model
+
+
+def choose_trained(model: PreTrainedModel, options: TaskOptions) -> PreTrainedModel | PeftModel:
+    """The model with what is not to be trained frozen; with adapters for LoRA."""
+    for name, weight in model.named_parameters():
+        trained = not name.endswith(("wte.weight", "_GN"))  # these do not reach the vector of an image
+        weight.requires_grad_(trained and not (options.train == "head" and ".img_processor." in name))
+    model.get_input_embeddings().weight.requires_grad_(options.words)
+    if options.train != "lora":
+        return model
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (".img_processor." in name or ".img_projection" in name)
+    ]
+    saved = ["classifier"] if options.task == "classification" else None
+    rank = options.lora_rank
+    return get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=saved)
+    )
+
+
+def word_ids(tokenizer, names: list[str]) -> torch.LongTensor:
+    """Token ids of each class's name, `(classes, most tokens)`, -1 behind shorter ones."""
+    ids = [torch.tensor(tokenizer(name, add_special_tokens=False).input_ids) for name in names]
+    unknown = [name for name, row in zip(names, ids) if not len(row) or (row == tokenizer.unk_token_id).any()]
+    if unknown:
+        raise ValueError(f"--words: the tokenizer does not know the names {', '.join(unknown)}.")
+    return nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
+
+
+def word_vectors(table: nn.Embedding, ids: torch.LongTensor) -> torch.FloatTensor:
+    """The mean word embedding of each name, `(classes, hidden_size)`, of length 1."""
+    is_word = (ids >= 0)[..., None]
+    return F.normalize((table(ids.clamp(min=0)) * is_word).sum(1).float(), dim=-1)
+
+
+class LabelLoss(CachedLossMixin, nn.Module):
+    """
+    Supervised contrastive loss (Khosla et al., 2020): each image should be nearer to those of its label than to all
+    others in the batches of all processes. With words also the cross-entropy of its label's word among all words.
+
+    sentence-transformers has losses of pairs, to which another image of the same label is a negative, and of triplets,
+    which take no gradient from most of a batch.
+
+    Args:
+        mini_batch_size: images that are in memory at once, by sentence-transformers' GradCache; all of them if `None`.
+        words (`(classes, tokens)`): see `word_ids`.
+    """
+
+    def __init__(self, model: SentenceTransformer, temperature: float, mini_batch_size: int | None = None, words=None):
+        super().__init__()
+        self.model, self.temperature, self.mini_batch_size = model, temperature, mini_batch_size
+        self.uses_gradient_cache = mini_batch_size is not None
+        self.words, self.table = words, model[0].model.get_input_embeddings() if words is not None else None
+
+    def forward(self, sentence_features, labels):
+        if self.uses_gradient_cache:
+            return self.forward_cached(sentence_features, labels)
+        return self.calculate_loss(
+            [[self.model(inputs)["sentence_embedding"]] for inputs in sentence_features], labels
+        )
+
+    def calculate_loss(self, reps, labels, *, with_backward=False):
+        vectors, labels = F.normalize(torch.cat(reps[0]).float(), dim=-1), labels
+        if torch.distributed.is_initialized():
+            vectors, labels = all_gather_with_grad(vectors), all_gather(labels)
+        itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+        log_share = (vectors @ vectors.T / self.temperature).masked_fill(itself, -torch.inf).log_softmax(-1)
+        positive = (labels[:, None] == labels) & ~itself
+        count = positive.sum(1)
+        # Images whose label no other image of the batch has say nothing here.
+        terms = -log_share.masked_fill(~positive, 0).sum(1)[count > 0] / count[count > 0]
+        loss = terms.sum() / max(len(terms), 1)
+        if self.words is not None:
+            words = word_vectors(self.table, self.words.to(labels.device))[:, : vectors.shape[1]]
+            loss = loss + F.cross_entropy(vectors @ F.normalize(words, dim=-1).T / self.temperature, labels)
+        if with_backward:
+            loss.backward()
+        return loss
+
+
+class EmbeddingCollator:
+    """Batches as sentence-transformers' trainer takes them: labels, and what the model takes under a column's name."""
+
+    valid_label_columns = (LABEL,)
+
+    def __init__(self, collate: Collator):
+        self.collate = collate
+
+    def __call__(self, rows: list[dict]) -> dict:
+        inputs = self.collate(rows)
+        labels = inputs.pop("labels")
+        columns = {f"{IMAGE}_{name}": tensor for name, tensor in inputs.items()}
+        return {"label": labels, **columns, f"{IMAGE}_modality": "image"}
+
+
+class SharedEpoch(TrainerCallback):
+    """Tells the collator which epoch it is, as changes at random differ from one to the next."""
+
+    def __init__(self, collate: Collator):
+        self.collate = collate
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.collate.epoch.fill_(int(state.epoch or 0))
+
+
+class LogAtCheckpoints(TrainerCallback):
+    """Ends the mean loss that is logged at each checkpoint, as a training that goes on from there begins it anew."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= control.should_save or control.should_evaluate
+
+    on_epoch_end = on_step_end
+
+
+class ClassifierTrainer(Trainer):
+    def get_eval_dataloader(self, *args, **kwargs):
+        """Of all images, whatever `--dataloader-drop-last` says of those to train with."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+
+class EmbeddingTrainer(SentenceTransformerTrainer):
+    def get_train_dataloader(self):
+        """As the parent's, but with as many batches in each process: one that has more would wait for the others."""
+        if isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()
+        args = self.args
+        batches = GroupByLabelBatchSampler(
+            self.train_dataset.with_format(None).select_columns(LABEL),
+            args.train_batch_size,
+            args.dataloader_drop_last,
+            self.data_collator.valid_label_columns,
+            torch.Generator(),
+            args.seed,
+        )
+        if not len(batches):
+            raise ValueError(f"No batch of {args.train_batch_size} images with two of a label fits. Give it smaller.")
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+        return self.accelerator.prepare(loader)
+
+    def add_model_card_callback(self, default_args_dict):
+        """None: the card is ours."""
+
+    def _save(self, output_dir=None, state_dict=None):
+        model = self.model[0].model
+        prefix = next(name for name, module in self.model.named_modules() if module is model) + "."
+        weights = {name.removeprefix(prefix): weight for name, weight in (state_dict or {}).items()}
+        model.save_pretrained(output_dir or self.args.output_dir, state_dict=weights or None)
+
+    def _load_from_checkpoint(self, checkpoint, model=None):
+        model = self.model[0].model
+        if isinstance(model, PeftModel):
+            set_peft_model_state_dict(model, load_peft_weights(checkpoint))
+        else:
+            model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict())
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class SearchEvaluator(BaseEvaluator):
+    """Figures of search among the images of a split."""
+
+    def __init__(self, split: Dataset, collate: Collator, batch_size: int):
+        super().__init__()
+        self.split, self.collate, self.batch_size = split, collate, batch_size
+
+    def __call__(self, model, output_path=None, epoch=-1, steps=-1):
+        return figures_of_search(*embed(model[0].model, self.split, self.collate, self.batch_size, "Validation"))
+
+
+@torch.inference_mode()
+def embed(
+    model: PreTrainedModel, split: Dataset | IterableDataset, collate: Collator, batch_size: int, title: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors `(n, hidden_size)` and labels `(n,)` of a split's images."""
+    vectors, labels = [], []
+    for batch in tqdm(DataLoader(split, batch_size, collate_fn=collate), desc=title, unit="batch"):
+        labels.append(batch.pop("labels").numpy())
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        vectors.append(model(**batch).pooler_output.float().numpy(force=True))
+    return np.concatenate(vectors), np.concatenate(labels)
+
+
+def train(settings: Settings, start: dict, splits: dict, names: list[str], processor) -> list[dict]:
+    """Trains from `start` (see [`load_model`]), and leaves the best model whole in OUTPUT -> the trainer's history."""
+    options, arguments = settings.task, settings.arguments
+    output = Path(arguments.output_dir)
+    has_validation = "validation" in splits and arguments.eval_strategy != "no"
+    if arguments.load_best_model_at_end is None or not has_validation:
+        strategy = arguments.eval_strategy if has_validation else "no"
+        arguments = replace(arguments, eval_strategy=strategy, load_best_model_at_end=has_validation)
+    if settings.data.streaming:
+        splits = splits | {"train": endless(splits["train"], arguments.seed)}
+    collate = Collator(
+        getattr(processor, "image_processor", processor), settings.data.num_crops, settings.changes, arguments.seed
+    )
+    if options.task == "classification":
+        trainer = _classifier_trainer(options, arguments, start, splits, names, collate)
+    else:
+        trainer = _embedding_trainer(options, arguments, start, splits, names, collate, processor)
+    trainer.add_callback(SharedEpoch(collate))
+    trainer.add_callback(LogAtCheckpoints())
+    if options.early_stopping:
+        trainer.add_callback(EarlyStoppingCallback(options.early_stopping))
+    last = last_checkpoint(output)
+    step, steps = steps_done(last) if last else (0, 0)
+    if last and trainer.is_world_process_zero():
+        print(f"Going on from {last}: {step} of {steps} steps are done.")
+    if last and step >= steps:
+        trainer.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+        trainer._load_from_checkpoint(trainer.state.best_model_checkpoint or str(last))
+    else:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    trainer.save_model(str(output / ADAPTER if options.train == "lora" else output))
+    if trainer.is_world_process_zero():
+        if options.train == "lora":
+            _merge(load_model(start, options.task, names), output, options.model)
+        processor.save_pretrained(output)
+        for folder in (output, output / ADAPTER):
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; arguments.json says it too
+    return trainer.state.log_history
+
+
+def _merge(model, output, base):
+    """The whole model beside its adapter, whose files say nothing of where the base model lay."""
+    PeftModel.from_pretrained(model, output / ADAPTER).merge_and_unload().save_pretrained(output)
+    (output / ADAPTER / "README.md").unlink()
+    path = output / ADAPTER / "adapter_config.json"
+    write_text(
+        path, json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": without_path(base)}, indent=2)
+    )
+
+
+def _classifier_trainer(options, arguments, start, splits, names, collate):
+    model = load_model(start, options.task, names)
+    splits = _frozen_features(model.base_model, splits, collate, options, arguments)
+    trainer = ClassifierTrainer(
+        choose_trained(model, options),
+        arguments,
+        collate,
+        splits["train"],
+        splits.get("validation") if arguments.eval_strategy != "no" else None,
+        compute_metrics=lambda output: figures_of_classes(output.label_ids, output.predictions.argmax(-1)),
+    )
+    # The loss is the mean of a batch: the trainer has to divide it where batches are accumulated.
+    trainer.model_accepts_loss_kwargs = False
+    return trainer
+
+
+def _embedding_trainer(options, arguments, start, splits, names, collate, processor):
+    name, code = start["pretrained_model_name_or_path"], {"code_revision": start.get("code_revision")}
+    embedder = SentenceTransformer(
+        name,
+        revision=start.get("revision"),
+        trust_remote_code=True,
+        device=str(arguments.device),
+        model_kwargs={"dtype": "float32", **code},
+        config_kwargs=code,
+        processor_kwargs=code,
+    )
+    if not embedder.supports("image") or len(embedder) > 2:
+        raise ValueError(f"{name} has no modules.json of an image embedding: save it by `save_pretrained`.")
+    embedder = SentenceTransformer(modules=[embedder[0]])  # the loss takes vectors of any length
+    model = embedder[0].model
+    model.config.pooling_mode = start.get("pooling_mode", model.config.pooling_mode)
+    if too_many := [size for size in options.matryoshka if not 0 < size < model.config.hidden_size]:
+        raise ValueError(f"--matryoshka is {too_many}, but must be below the model's {model.config.hidden_size}.")
+    if options.words and not hasattr(processor, "tokenizer"):
+        raise ValueError(f"--words needs a tokenizer, which {name} has none of.")
+    splits = _frozen_features(model, splits, collate, options, arguments)
+    evaluator = None
+    if "validation" in splits and arguments.eval_strategy != "no":
+        evaluator = SearchEvaluator(splits["validation"], collate, arguments.eval_batch_size)
+    embedder[0].model = choose_trained(model, options)
+    words = word_ids(processor.tokenizer, names) if options.words else None
+    loss = LabelLoss(embedder, options.temperature, options.mini_batch_size, words)
+    if options.matryoshka:
+        loss = MatryoshkaLoss(embedder, loss, [*options.matryoshka, model.config.hidden_size])
+    collate.pad_views = options.mini_batch_size is not None  # GradCache cuts batches by rows
+    given = [argument.name for argument in fields(TrainingArguments) if argument.init]
+    theirs = SentenceTransformerTrainingArguments(**{name: getattr(arguments, name) for name in given})
+    theirs.dataloader_drop_last = arguments.dataloader_drop_last  # which they turn on for several processes
+    return EmbeddingTrainer(
+        embedder,
+        theirs,
+        splits["train"],
+        loss=loss,
+        evaluator=evaluator,
+        data_collator=EmbeddingCollator(collate),
+    )
+
+
+def _frozen_features(model, splits, collate, options, arguments):
+    if options.train != "head":
+        return splits
+    model, folder = model.to(arguments.device).eval(), Path(arguments.output_dir) / FEATURES
+    with arguments.main_process_first():
+        return {
+            name: with_features(split, model, collate, folder, arguments.eval_batch_size)
+            for name, split in splits.items()
+            if name != "test"
+        }
