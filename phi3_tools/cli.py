@@ -72,6 +72,18 @@ def convert(
     base: Annotated[str | None, typer.Option(help="of an adapter, in place of the base that it names")] = None,
     push_to_hub: Annotated[str | None, typer.Option(metavar="NAME", help="push OUTPUT to this repository")] = None,
     private: Annotated[bool, typer.Option("--private", help="make that repository private, if it is new")] = False,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="with the language model; else the image embedding alone")
+    ] = False,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="how the whole embeds: vlm2vec, unime, dse, vdocretriever, mean, or a JSON file of your own"
+        ),
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="read a .bin file, as data alone, where there are no safetensors")
+    ] = False,
     put_back: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="the reverse: OUTPUT is SOURCE with the weights of this phi3-embed model"),
@@ -80,7 +92,7 @@ def convert(
     """Bring Microsoft's Phi-3-vision checkpoints, and fine-tunes of them, into phi3-embed; and back."""
     from phi3_tools.checkpoint.command import run
 
-    run(source, output, dtype, revision, base, push_to_hub, private, put_back)
+    run(source, output, dtype, revision, base, push_to_hub, private, put_back, whole, recipe, allow_pickle)
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
@@ -206,17 +218,18 @@ def remove(
 
 @search.command()
 def query(
-    image: Annotated[str, typer.Argument(metavar="IMAGE", help="the file of an image", show_default=False)],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="the file of an image, or words", show_default=False)],
     index: Index,
+    text: Annotated[str | None, typer.Option(help="words beside an image", show_default=False)] = None,
     count: Annotated[int, typer.Option("--count", min=1, help="how many to find")] = 5,
     exclude_self: Annotated[bool, typer.Option(help="leave out the query itself where the index holds it")] = True,
     output: Annotated[Path, typer.Option(help="the PNG file to draw")] = Path("neighbours.png"),
     device: Device = None,
 ):
-    """Print and draw the images of an index that are nearest to another."""
+    """Print and draw the images of an index that are nearest to another, to words, or to both."""
     from phi3_tools.search import query_index
 
-    query_index(image, index, count, exclude_self, output, device)
+    query_index(query, index, text, count, exclude_self, output, device)
 
 
 @app.command()
@@ -226,6 +239,10 @@ def embed(
     model: Model = None,
     num_crops: NumCrops = None,
     image_column: ImageColumn = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="embed texts, or texts with their images", show_default=False)
+    ] = None,
+    template: Annotated[str, typer.Option(help="what is said around a text")] = "{text}",
     shard_size: Annotated[int, typer.Option(min=1, help="images in a shard, which is one batch")] = 64,
     copies: Annotated[
         int | None,
@@ -233,10 +250,10 @@ def embed(
     ] = None,
     dtype: Dtype = "float32",
 ):
-    """Embed millions of images into parquet files, by Ray Data."""
+    """Embed millions of images, or texts, into parquet files, by Ray Data."""
     from phi3_tools.embed import run
 
-    run(source, output, model, num_crops, image_column, shard_size, copies, dtype)
+    run(source, output, model, num_crops, image_column, text_column, template, shard_size, copies, dtype)
 
 
 @app.command()
@@ -271,15 +288,18 @@ def export(
 @app.command()
 def evaluate(
     model: ModelArgument,
+    benchmark: Annotated[
+        str, typer.Option(help="of mteb: MIEB(Img), MIEB(lite), MIEB(eng), ViDoRe(v2), ...")
+    ] = "MIEB(Img)",
     num_crops: NumCrops = None,
     batch_size: BatchSize = 16,
     output: Annotated[Path, typer.Option(help="the folder of the finished tasks' scores")] = Path("results"),
     device: Device = None,
 ):
-    """Run MIEB(Img), mteb's benchmark of images, and print the leaderboard's row."""
+    """Run a benchmark of mteb, and print the leaderboard's row."""
     from phi3_tools.evaluate import run
 
-    run(model, num_crops, batch_size, output, device)
+    run(model, benchmark, num_crops, batch_size, output, device)
 
 
 @app.command()

@@ -71,20 +71,18 @@ class Adapter:
 
     def select(self, selected: dict[str, Entry], config) -> None:
         """Leaves in `parts` what concerns the selected weights, and says how much else there is."""
-        left_out = {
-            name for name in self.parts if name.startswith(LANGUAGE_MODEL) or layout.is_behind_features(name, config)
-        }
-        language = sum(len(self.parts[name]) for name in left_out if name.startswith(LANGUAGE_MODEL))
-        behind = sum(len(self.parts[name]) for name in left_out) - language
         names = {entry.name: layout.published_names(ours) for ours, entry in selected.items()}
-        known = left_out.union(*names.values())
-        layout.raise_problems(self.source.name, {"extra": [name for name in self.parts if name not in known]})
         # An adapter may call the word embeddings by either name, whichever the base has.
         own = {name: next((other for other in others if other in self.parts), None) for name, others in names.items()}
+        left_out = self.parts.keys() - own.values()
+        language = {name for name in left_out if name.startswith(LANGUAGE_MODEL)}
+        behind = {name for name in left_out if layout.is_behind_features(name, config)}
+        layout.raise_problems(self.source.name, {"extra": sorted(left_out - language - behind)})
+        counts = [sum(len(self.parts[name]) for name in names) for names in (language, behind)]
         self.parts = {name: self.parts[other] for name, other in own.items() if other}
         print(
-            f"The adapter changes {len(self.parts)} weights of the image embedding. Left out are {language} of its "
-            f"tensors on the language model, and {behind} on parts of the tower that do not reach the output."
+            f"The adapter changes {len(self.parts)} of the model's weights. Left out are {counts[0]} of its tensors "
+            f"on the language model, and {counts[1]} on parts of the tower that do not reach the output."
         )
 
     def merge(self, name: str, weight: torch.Tensor) -> torch.Tensor:

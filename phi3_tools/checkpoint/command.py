@@ -26,6 +26,9 @@ def run(
     push_to_hub: str | None = None,
     private: bool = False,
     model: str | None = None,
+    whole: bool = False,
+    recipe: str | None = None,
+    allow_pickle: bool = False,
 ) -> None:
     """
     Converts, and pushes where that is asked for; with `model` puts that back instead.
@@ -41,16 +44,17 @@ def run(
     if private and not push_to_hub:
         raise ValueError("`--private` goes with `--push-to-hub`.")
     if model:
-        if dtype or base or push_to_hub:
-            raise ValueError("`--put-back` goes with neither `--dtype` nor `--base` nor `--push-to-hub`.")
+        if dtype or base or push_to_hub or whole or recipe or allow_pickle:
+            raise ValueError("`--put-back` goes with `--revision` alone: what goes back, and how, follows from MODEL.")
         put_back.put_back(model, source, output, revision)
         return
     target = _push_target(push_to_hub, private) if push_to_hub else None
     command = ["python", "convert_phi3_vision.py", results.without_path(source), output.name]
-    for option, value in (("--dtype", dtype), ("--revision", revision), ("--base", base)):
+    for option, value in (("--dtype", dtype), ("--revision", revision), ("--base", base), ("--recipe", recipe)):
         command += [option, results.without_path(value)] if value else []
-    weights_dtype = getattr(torch, dtype) if dtype else None
-    convert.convert(source, output, weights_dtype, revision, base, target, shlex.join(command))
+    command += ["--whole"] * whole + ["--allow-pickle"] * allow_pickle
+    said, weights_dtype = shlex.join(command), getattr(torch, dtype) if dtype else None
+    convert.convert(source, output, weights_dtype, revision, base, target, said, whole, recipe, allow_pickle)
     if target:
         _push(output, target, private)
 

@@ -5,6 +5,7 @@ A conversion goes on in `OUTPUT.partial`: `source/` and `base/` take what is fet
 renamed to OUTPUT when it is complete.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -21,19 +22,26 @@ from huggingface_hub.utils import WeakFileLock
 from PIL import Image
 from tokenizers import Tokenizer
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from phi3_tools import results
-from phi3_tools.checkpoint import layout
+from phi3_tools.checkpoint import layout, recipes
 from phi3_tools.checkpoint import source as sources
 from phi3_tools.checkpoint.adapter import Adapter
-from phi3_tools.checkpoint.layout import ADAPTER, DTYPES, INDEX, PREPROCESSOR, WEIGHTS
+from phi3_tools.checkpoint.layout import ADAPTER, DTYPES, INDEX, PICKLE, PREPROCESSOR, WEIGHTS
 from phi3_tools.checkpoint.source import Entry, Source, library_errors
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_SHARD_SIZE = "5GB"
 CHUNK = 2**22
-WORK = {"lock", "source", "base", "output", "offload"}  # what the command makes in `OUTPUT.partial`
+WORK = {"lock", "source", "base", "weights", "output", "offload"}  # what the command makes in `OUTPUT.partial`
 
 
 def convert(
@@ -44,6 +52,9 @@ def convert(
     base: str | None = None,
     name: str | None = None,
     command: str = "phi3_tools.checkpoint.convert.convert",
+    whole: bool = False,
+    recipe: str | None = None,
+    allow_pickle: bool = False,
 ) -> None:
     """
     Microsoft's layout -> a complete phi3-embed folder.
@@ -55,10 +66,14 @@ def convert(
         revision: of a Hub id.
         base: in place of the base that an adapter names.
         name, command: what the model card calls the model and says how it was made.
+        whole: with the language model, not the image embedding alone.
+        recipe: how the whole embeds, by a name or the path of a JSON file; by default that of a known Hub id.
+        allow_pickle: read weights of a `.bin` file where there are no others.
 
     Raises:
         ValueError: with what is wrong and how to mend it.
     """
+    way = _choose_recipe(recipe, source_name, whole)
     with work_folder(output) as partial:
         source, adapter = sources.open_source(source_name, revision, partial / "source"), None
         if ADAPTER in source.files and {WEIGHTS, INDEX} & source.files and base is None:
@@ -71,24 +86,75 @@ def convert(
             source = _open_base(adapter, base, partial / "base")
         elif base is not None:
             raise ValueError(f"`--base` is the base of an adapter, but {source_name} has no {ADAPTER}.")
-        config = read_config(source)
+        origin, config = source, read_config(source, whole)
+        crops = _write_processor(source, config, way, partial / "output")
         with sources.hub_errors(source.name):
-            selected = layout.select_published(
-                sources.read_entries(source, layout.IMAGE_EMBEDDING), config, source.name
-            )
-            if adapter:
-                adapter.select(selected, config)
-            origin, crops = source, _write_processor(source, config, partial / "output")
-            if source.commit is not None:
-                files = {WEIGHTS} if WEIGHTS in source.files else set(source.weight_map().values())
-                source = sources.fetch(source, selected, sum(map(source.size, files)))
-                selected = layout.select_published(sources.read_entries(source), config, source.name)
-        written = _write_weights(source, selected, dtype, adapter, partial / "output")
-        _write_config(config, written, partial / "output")
-        _write_card(origin, adapter, selected, config, crops, command, name or output.name, partial / "output")
-        numbers = _embed_fixed_image(partial / "output", partial / "offload")
+            source, selected = _select(source, config, adapter, allow_pickle)
+        made_of = _made_of(origin, adapter, dtype, whole)
+        written = _write_weights(source, selected, dtype, adapter, partial / "weights" / made_of, partial / "output")
+        _write_config(config, written, way, partial / "output")
+        _write_card(origin, adapter, selected, config, crops, command, name or output.name, way, partial / "output")
+        numbers = _compute_once(partial / "output", partial / "offload")
         finish(partial, output)
     print(f"{output} is complete. Its embedding of a fixed image begins {', '.join(f'{x:.4f}' for x in numbers)}.")
+
+
+def _choose_recipe(name, source_name, whole):
+    """The recipe that was asked for, or that of a known checkpoint; None where there is neither."""
+    known = recipes.known_for(source_name)
+    if name is None:
+        if whole and known is None:
+            print(
+                f"No recipe is known for {source_name}, so nothing is written for sentence-transformers. If it was "
+                f"trained to embed, give the way by `--recipe`: one of {', '.join(recipes.names())}, or a JSON file."
+            )
+        return known if whole else None
+    if not whole:
+        raise ValueError("`--recipe` says how the language model embeds, so it goes with `--whole`.")
+    recipe = recipes.load(name)
+    if known and known.name != recipe.name:
+        print(f"Warning: {source_name} was trained by the recipe {known.name}, but is converted by {recipe.name}.")
+    return recipe
+
+
+def _select(source, config, adapter, allow_pickle):
+    """The weights of our model, and where they lie now: what is on the Hub is fetched."""
+    whole = config.text_config is not None
+    begins = ("",) if whole else layout.IMAGE_EMBEDDING
+    files = source.weight_files(begins, allow_pickle)
+    is_pickled = not files[0].endswith(".safetensors")
+    if is_pickled and source.commit is not None:
+        source = sources.fetch_files(source, files)
+    entries = sources.read_entries(source, begins, allow_pickle)
+    selected = layout.select_published(entries, config, source.name)
+    _check_words(source, entries, whole)
+    if adapter:
+        adapter.select(selected, config)
+    if source.commit is None:
+        return source, selected
+    source = sources.fetch(source, selected, sum(map(source.size, source.weight_files())))
+    return source, layout.select_published(sources.read_entries(source), config, source.name)
+
+
+def _check_words(source, entries, whole):
+    """Raises where a whole model would have to choose between two tables of words."""
+    tables = [entries[name] for name in layout.published_names(f"{layout.WORDS}weight") if name in entries]
+    if whole and len(tables) == 2 and not torch.equal(*map(source.tensor, tables)):
+        raise ValueError(
+            f"{source.name} has two different tables of word embeddings, {tables[0].name} and {tables[1].name}, which "
+            "are one module in the model. Remove the one that was not trained."
+        )
+
+
+def _made_of(source, adapter, dtype, whole):
+    """A name for what weights are made of: what was written of the same goes on to be used."""
+    parts = [str(dtype), whole]
+    for part in (source, adapter and adapter.source):
+        if part:
+            files = {path.name: path.stat() for path in part.folder.iterdir()} if part.commit is None else {}
+            stats = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files.items())
+            parts += [part.name, part.commit, stats]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -113,7 +179,8 @@ def work_folder(output: Path) -> Iterator[Path]:
             try:
                 yield partial
             except BaseException:
-                begun = any((partial / name / WEIGHTS).exists() for name in ("source", "base"))
+                begun = [path for path in partial.glob("*/*") if path.name in (WEIGHTS, PICKLE)]
+                begun += partial.glob("weights/*/*.safetensors")
                 shutil.rmtree(partial / "output" if begun else partial)
                 raise
     except Timeout as error:
@@ -145,8 +212,8 @@ def _open_base(adapter, base, folder):
         raise ValueError(f"{error} (It is the base of {adapter.source.name}; `--base` gives another.)") from error
 
 
-def read_config(source: Source):
-    """The source's own config -> ours."""
+def read_config(source: Source, whole: bool = False):
+    """The source's own config -> ours, with the language model if it is `whole`."""
     about = source.json("config.json")
     if about.get("model_type") == "phi3_embed":
         raise ValueError(f"{source.name} is a phi3-embed model already; AutoModel loads it as it is.")
@@ -156,7 +223,9 @@ def read_config(source: Source):
             "and has no `img_processor`."
         )
     with library_errors(f"{source.name}: config.json"):
-        config = layout.parse_config(about)
+        config = layout.parse_config(about, whole)
+    if whole and config.text_config is None:
+        raise ValueError(f"{source.name}: config.json describes no language model, so there is no whole to convert.")
     if not config.use_hd_transform:
         raise ValueError(f"{source.name} works without the HD transform, for which there is no image processor.")
     return config
@@ -175,46 +244,88 @@ def write_tensor(file, tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     return is_finite
 
 
-def _write_weights(source, selected: dict[str, Entry], dtype, adapter, output):
-    """The selected weights under our names -> safetensors, one tensor in memory at a time -> the config's dtype."""
+def _write_weights(source, selected: dict[str, Entry], dtype, adapter, work, output):
+    """
+    The selected weights under our names -> safetensors, one tensor in memory at a time -> the config's dtype.
+
+    Shards are whole or not there in `work`, where they stay until all are written: what was killed goes on.
+    """
     dtypes = {name: dtype or DTYPES[entry.dtype] for name, entry in selected.items()}
     # As safetensors orders them, so that each is aligned.
     order = sorted(selected, key=lambda name: (-dtypes[name].itemsize, name))
     shapes = {name: torch.empty(selected[name].shape, dtype=dtypes[name], device="meta") for name in order}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=MAX_SHARD_SIZE)
+    for other in work.parent.glob("*"):
+        if other != work:
+            shutil.rmtree(other)
+    work.mkdir(parents=True, exist_ok=True)
     not_finite = []
     total = sum(tensor.nbytes for tensor in shapes.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="Writing") as bar:
         for shard, names in split.filename_to_tensors.items():
-            with open(output / shard, "wb") as file:
-                header = {name: (DTYPE_NAMES[dtypes[name]], selected[name].shape) for name in names}
-                file.write(sources.safetensors_header(header))
-                for name in names:
-                    tensor = source.tensor(selected[name])
-                    if adapter:
-                        tensor = adapter.merge(selected[name].name, tensor)
-                    if not write_tensor(file, tensor, dtypes[name]):
-                        not_finite.append(selected[name].name)
-                    bar.update(shapes[name].nbytes)
+            if (work / shard).exists():
+                bar.update(sum(shapes[name].nbytes for name in names))
+                continue
+            bad = _write_shard(work / f"{shard}.part", names, source, selected, dtypes, adapter, bar)
+            not_finite += bad
+            if not bad:
+                (work / f"{shard}.part").rename(work / shard)
     as_what = f" as {str(dtype).removeprefix('torch.')}" if dtype else ""
     layout.raise_problems(source.name, {f"NaN or infinite{as_what}": not_finite})
+    for shard in split.filename_to_tensors:
+        (work / shard).rename(output / shard)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (output / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return reduce(torch.promote_types, dtypes.values())
 
 
+def _write_shard(path, names, source, selected, dtypes, adapter, bar):
+    """Writes one file -> the published names of the weights in it that are not finite."""
+    not_finite = []
+    with open(path, "wb") as file:
+        header = {name: (DTYPE_NAMES[dtypes[name]], selected[name].shape) for name in names}
+        file.write(sources.safetensors_header(header))
+        for name in names:
+            tensor = source.tensor(selected[name])
+            if adapter:
+                tensor = adapter.merge(selected[name].name, tensor)
+            if not write_tensor(file, tensor, dtypes[name]):
+                not_finite.append(selected[name].name)
+            bar.update(tensor.numel() * dtypes[name].itemsize)
+    return not_finite
+
+
 # Config and processor
 
 
-def _write_config(config, dtype, output):
-    """The config, the model's code, and how sentence-transformers takes it."""
-    about = json.loads((layout.ROOT / "config.json").read_text())
-    config.architectures, config.auto_map, config.dtype = about["architectures"], about["auto_map"], dtype
+def _write_config(config, dtype, recipe, output):
+    """The configs, the model's code, and how sentence-transformers takes it."""
+    whole = config.text_config is not None
+    config.architectures, config.dtype = [layout.model_class(config).__name__], dtype
+    config.auto_map = dict(layout.from_module(f"modeling_phi3_embed.{'WHOLE_AUTO_MAP' if whole else 'AUTO_MAP'}"))
+    if recipe and recipe.pooling == "lasttoken":
+        for file, content in recipes.sentence_transformers_files(recipe, config.hidden_size).items():
+            (output / file).parent.mkdir(exist_ok=True)
+            (output / file).write_text(json.dumps(content, indent=2) + "\n")
     config.save_pretrained(output)
+    if recipe is None and whole:  # the image embedding's, which are not what such a checkpoint was trained for
+        for file in layout.from_module("configuration_phi3_embed.SENTENCE_TRANSFORMERS_FILES"):
+            (output / file).unlink(missing_ok=True)
 
 
-def _write_processor(source, config, output):
+def _write_generation_config(tokenizer, output):
+    """Chats end in <|end|>, other texts in one of the other two; an image's token is nothing to say."""
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("</s>", "<|endoftext|>", "<|end|>")]
+    GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=[end for end in ends if end is not None],
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=[tokenizer.convert_tokens_to_ids("<|image|>")],
+    ).save_pretrained(output)
+
+
+def _write_processor(source, config, recipe, output):
     """Image processor and tokenizer, and their code -> the most crops of an image, as the card says it."""
     for file in ("tokenizer.json", "tokenizer_config.json"):
         if file not in source.files:
@@ -225,12 +336,20 @@ def _write_processor(source, config, output):
     about = source.json(PREPROCESSOR) if PREPROCESSOR in source.files else {}
     settings = {key: about[key] for key in layout.IMAGE_SETTINGS if key in about}
     size = {"height": config.crop_size, "width": config.crop_size}
-    processor_class = layout.load_class("processing_phi3_embed.Phi3EmbedProcessor")
-    image_processor_class = layout.load_class("processing_phi3_embed.Phi3EmbedImageProcessor")
+    processor_class = layout.from_module("processing_phi3_embed.Phi3EmbedProcessor")
+    image_processor_class = layout.from_module("processing_phi3_embed.Phi3EmbedImageProcessor")
     with library_errors(f"{source.name}: {PREPROCESSOR}"):
         image_processor = image_processor_class(size=size, num_img_tokens=config.num_img_tokens, **settings)
     processor_class.register_for_auto_class("AutoProcessor")
-    processor_class(image_processor, tokenizer).save_pretrained(output)
+    processor = processor_class(image_processor, tokenizer)
+    if config.text_config is not None:
+        tokenizer.padding_side = "left"
+        templates = {"default": (layout.ROOT / "chat_template.jinja").read_text()}
+        if recipe and recipe.pooling == "lasttoken":
+            templates[recipes.TEMPLATE] = recipes.chat_template(recipe)
+        tokenizer.chat_template, processor.chat_template = None, templates
+        _write_generation_config(tokenizer, output)
+    processor.save_pretrained(output)
     crops = f"at most {image_processor.num_crops}"
     if "num_crops" in settings:
         return crops
@@ -268,18 +387,20 @@ def _read_tokenizer(source):
 # The card
 
 
-def _write_card(source, adapter, selected, config, crops, command, name, output):
+def _write_card(source, adapter, selected, config, crops, command, name, recipe, output):
     license = _read_licence(source)
+    whole = config.text_config is not None
+    tags = ["custom_code", "phi3_embed", *(() if whole else ("image-feature-extraction", "image-embedding"))]
     metadata = ModelCardData(
         library_name="transformers",
-        pipeline_tag="image-feature-extraction",
+        pipeline_tag="image-text-to-text" if whole else "image-feature-extraction",
         base_model=[part.name for part in (source, adapter and adapter.source) if part and part.commit] or None,
-        tags=["custom_code", "phi3_embed", "image-feature-extraction", "image-embedding"],
+        tags=[*tags, *(("sentence-transformers",) if recipe else ())],
         license=license.get("license"),
         license_name=license.get("license_name"),
         license_link=license.get("license_link"),
     )
-    table = next(entry.name for ours, entry in selected.items() if ours.startswith("vision_embed_tokens.wte."))
+    table = next(entry.name for ours, entry in selected.items() if layout.WORDS in ours)
     from_adapter = (
         adapter and f"`{results.without_path(adapter.source.name)}` at {adapter.source.commit or 'a folder'}"
     )
@@ -298,6 +419,8 @@ def _write_card(source, adapter, selected, config, crops, command, name, output)
         dtype=str(config.dtype).removeprefix("torch."),
         table=table,
         crops=crops,
+        whole=whole,
+        recipe=recipe,
     )
     for file in source.files:
         if sources.matches(file, ("LICENSE*",)):
@@ -316,20 +439,23 @@ def _read_licence(source):
 # The proof
 
 
-def _embed_fixed_image(folder, offload):
+def _compute_once(folder, offload):
     """
-    Loads a model as users do and embeds an image: the first numbers of its vector. The weights stay on disk, and are
-    widened to float32 as each module reads its own: many processors multiply in half precision several times slower.
+    Loads a model as users do and goes through all of it with an image: the first numbers of the image's vector. The
+    weights stay on disk, and the tower's are widened to float32 as each module reads its own: many processors multiply
+    in half precision several times slower.
     """
-    model = AutoModel.from_pretrained(
-        folder, trust_remote_code=True, device_map={"": "disk"}, offload_folder=str(offload)
-    )
-    model.vision_embed_tokens.img_processor.float()
-    model.vision_embed_tokens.projector.float()
+    where = {"trust_remote_code": True, "device_map": {"": "disk"}, "offload_folder": str(offload)}
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    auto_class = AutoModel if config.text_config is None else AutoModelForImageTextToText
+    model = auto_class.from_pretrained(folder, **where)
+    for name in ("img_processor", "projector"):
+        model.base_model.get_submodule(f"vision_embed_tokens.{name}").float()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     inputs = processor(text="<|image_1|>", images=Image.linear_gradient("L"), num_crops=0, return_tensors="pt")
     with torch.inference_mode():
         outputs = model(**inputs)
-    if not (outputs.pooler_output.isfinite().all() and outputs.last_hidden_state.isfinite().all()):
+    vector = outputs.image_outputs.image_embeds
+    if not (vector.isfinite().all() and outputs[0].isfinite().all()):
         raise ValueError("The converted model gives values that are not finite.")
-    return outputs.pooler_output[0, :6].tolist()
+    return vector[0, :6].tolist()

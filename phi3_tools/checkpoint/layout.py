@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -21,6 +22,7 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PREPROCESSOR, ADAPTER, ADAPTER_WEIGHTS = "preprocessor_config.json", "adapter_config.json", "adapter_model.safetensors"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
 TEXTS = ("README.md", "LICENSE*")  # not needed, so left out where they cannot be read
 SMALL_FILES = (
@@ -32,22 +34,32 @@ SMALL_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
     INDEX,
+    PICKLE_INDEX,
     ADAPTER,
     ADAPTER_WEIGHTS,
 )
 
-# How our names of weights begin, and how Microsoft's do. The word embeddings are one module under two names there, and
-# a file may hold either or both. The image embedding reads `wte`, so that comes first: where training has replaced the
-# other alone, `wte` is still what images were embedded with.
-NAMES = {
-    "vision_embed_tokens.wte.": ("model.vision_embed_tokens.wte.", "model.embed_tokens."),
+# How our names of weights begin, without the `model.` that a head or a whole model puts before them, and how
+# Microsoft's do. The word embeddings are one module under two names there, and a file may hold either or both. The
+# image embedding reads `wte`, so that comes first: where training has replaced the other alone, `wte` is still what
+# images were embedded with.
+WORDS = "vision_embed_tokens.wte."
+IMAGE_NAMES = {
+    WORDS: ("model.vision_embed_tokens.wte.", "model.embed_tokens."),
     "vision_embed_tokens.img_processor.": ("model.vision_embed_tokens.img_processor.vision_model.",),
     "vision_embed_tokens.projector.": ("model.vision_embed_tokens.",),
 }
+LANGUAGE_NAMES = {
+    "language_model.layers.": ("model.layers.",),
+    "language_model.norm.": ("model.norm.",),
+    "lm_head.": ("lm_head.",),
+}
+NAMES = IMAGE_NAMES | LANGUAGE_NAMES
+# What the published names of the image embedding begin with, and of the language model.
 IMAGE_EMBEDDING = ("model.vision_embed_tokens.", "model.embed_tokens.")
-LANGUAGE_MODEL = ("model.layers.", "model.norm.", "lm_head.")
+LANGUAGE_MODEL = tuple(theirs for (theirs,) in LANGUAGE_NAMES.values())
 # Parts of the tower behind the feature layer: they do not reach the output. `position_ids` are no weights.
-(TOWER,) = NAMES["vision_embed_tokens.img_processor."]
+(TOWER,) = IMAGE_NAMES["vision_embed_tokens.img_processor."]
 BEHIND_FEATURES = re.compile(
     re.escape(TOWER) + r"(post_layernorm\.|embeddings\.position_ids|encoder\.layers\.(\d+)\.)"
 )
@@ -58,7 +70,18 @@ TOWER_COMPUTATION = (
     *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
     *("image_size", "patch_size", "hidden_act", "layer_norm_eps"),
 )
+TEXT_COMPUTATION = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("hidden_act", "rms_norm_eps", "rope_parameters", "max_position_embeddings", "sliding_window"),
+    "tie_word_embeddings",
+)
 
+# What of Microsoft's config.json describes the language model.
+TEXT_SETTINGS = (
+    *TEXT_COMPUTATION[:7],
+    *("max_position_embeddings", "original_max_position_embeddings", "rope_theta", "rope_scaling", "sliding_window"),
+    *("attention_dropout", "resid_pdrop", "use_cache", "tie_word_embeddings"),
+)
 # Towers whose configs name nothing to load.
 TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit")
 MAX_LAYERS = 500
@@ -70,10 +93,14 @@ TOKENIZER_SETTINGS = {"model_max_length": int, "padding_side": str, "clean_up_to
 
 def published_names(name: str) -> list[str]:
     """Our name of a weight -> its names in a published checkpoint, the one to prefer first."""
-    for ours, theirs in NAMES.items():
-        if name.startswith(ours):
-            return [prefix + name.removeprefix(ours) for prefix in theirs]
-    raise KeyError(name)
+    name = name.removeprefix("model.")
+    ours = next(ours for ours in NAMES if name.startswith(ours))
+    return [theirs + name.removeprefix(ours) for theirs in NAMES[ours]]
+
+
+def is_of_the_layout(name: str) -> bool:
+    """Whether a weight of ours has a place in Microsoft's layout, which has none for a classifier's."""
+    return name.removeprefix("model.").startswith(tuple(NAMES))
 
 
 def is_behind_features(name: str, config) -> bool:
@@ -85,23 +112,30 @@ def is_behind_features(name: str, config) -> bool:
     )
 
 
-def load_class(reference: str) -> type:
-    """A class of the repository's modules, such as `"modeling_phi3_embed.Phi3EmbedModel"`, as Auto classes load it."""
+def from_module(reference: str) -> Any:
+    """A name of the repository's modules, such as `"modeling_phi3_embed.Phi3EmbedModel"`, as Auto classes load it."""
     return get_class_from_dynamic_module(reference, ROOT)
 
 
-def parse_config(about: dict):
+def parse_config(about: dict, whole: bool = False):
     """
-    A config.json, Microsoft's or ours -> our config, of the numbers and texts that describe the image embedding.
+    A config.json, Microsoft's or ours -> our config, of the numbers and texts that describe the image embedding, and
+    the language model if it is `whole`.
 
     Raises:
         ValueError: a value is wrong, or such as no checkpoint has, which is noticed before anything is built.
     """
-    config_class = load_class("modeling_phi3_embed.Phi3EmbedConfig")
+    config_class = from_module("modeling_phi3_embed.Phi3EmbedConfig")
     known = {*inspect.signature(config_class).parameters, "img_processor", "embd_layer"}
+    if not whole:
+        known -= {"text_config"}
+    elif "img_processor" in about:
+        known |= {*TEXT_SETTINGS}
     taken = {key: value for key, value in about.items() if key in known}
     if isinstance(taken.get("vision_config"), dict):
-        taken["vision_config"] = _tower_settings(taken["vision_config"])
+        taken["vision_config"] = _own_settings(taken["vision_config"], TOWERS)
+    if isinstance(taken.get("text_config"), dict):
+        taken["text_config"] = _own_settings(taken["text_config"], ("phi3",))
     for part in (taken, *(part for part in taken.values() if isinstance(part, dict))):
         _check_numbers(part)
     config = config_class.from_dict(taken)
@@ -109,11 +143,11 @@ def parse_config(about: dict):
     return config
 
 
-def _tower_settings(about):
-    """A tower's own settings, without those of a config of any model."""
-    model_type = about.get("model_type", TOWERS[0])
-    if model_type not in TOWERS:
-        raise ValueError(f"`vision_config` is of type {model_type!r}, but must be of one of {', '.join(TOWERS)}.")
+def _own_settings(about, model_types):
+    """The settings of a model of one of these types, without those of a config of any model."""
+    model_type = about.get("model_type", model_types[0])
+    if model_type not in model_types:
+        raise ValueError(f"a part of it is of type {model_type!r}, but must be of one of {', '.join(model_types)}.")
     known = CONFIG_MAPPING[model_type]().to_dict().keys() - PreTrainedConfig().to_dict().keys()
     return {key: about[key] for key in known & about.keys()} | {"model_type": model_type}
 
@@ -126,19 +160,28 @@ def _check_numbers(about):
                 raise ValueError(f"`{key}` is {number}, but must be {limit} at most.")
 
 
+def model_class(config) -> Any:
+    """The model of a config: the whole Phi-3-vision where that has a language model, else the image embedding."""
+    is_whole = getattr(config, "text_config", None) is not None
+    return from_module(f"modeling_phi3_embed.{'Phi3VisionForConditionalGeneration' if is_whole else 'Phi3EmbedModel'}")
+
+
 def model_shapes(config) -> dict[str, tuple[int, ...]]:
     """Our names of a model's weights, and their shapes."""
     with torch.device("meta"):
-        model = load_class("modeling_phi3_embed.Phi3EmbedModel")(config)
-    return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+        model = model_class(config)(config)
+    tied = model.all_tied_weights_keys if getattr(config, "tie_word_embeddings", False) else ()
+    return {name: tuple(weight.shape) for name, weight in model.state_dict().items() if name not in tied}
 
 
 def computation(config) -> dict:
-    """The settings that make embeddings of weights, those of the tower under `vision_config.`"""
-    tower = {f"vision_config.{name}": getattr(config.vision_config, name, None) for name in TOWER_COMPUTATION}
+    """The settings that make results of weights, those of the tower and the language model under their own names."""
+    settings = {name: getattr(config, name) for name in COMPUTATION}
     # The same layer, however it is counted.
-    layer_idx = config.num_feature_layers - config.vision_config.num_hidden_layers - 1
-    return tower | {name: getattr(config, name) for name in COMPUTATION} | {"layer_idx": layer_idx}
+    settings["layer_idx"] = config.num_feature_layers - config.vision_config.num_hidden_layers - 1
+    for part, names in (("vision_config", TOWER_COMPUTATION), ("text_config", TEXT_COMPUTATION)):
+        settings |= {f"{part}.{name}": getattr(getattr(config, part, None), name, None) for name in names}
+    return settings
 
 
 def select(
@@ -180,13 +223,12 @@ def select(
 
 def select_published(entries: dict, config, checkpoint: str) -> dict:
     """[`select`] among the entries of a checkpoint in Microsoft's layout."""
-    return select(
-        entries, model_shapes(config), checkpoint, published_names, lambda name: is_behind_features(name, config)
-    )
+    shapes = model_shapes(config)
+    return select(entries, shapes, checkpoint, published_names, lambda name: is_behind_features(name, config))
 
 
 def raise_problems(checkpoint: str, problems: dict[str, list[str]]) -> None:
     """Raises ValueError with all that is wrong with a checkpoint's weights, by kind."""
     lines = [f"  {kind} ({len(names)}): {', '.join(names)}" for kind, names in problems.items() if names]
     if lines:
-        raise ValueError("\n".join([f"The image embedding of {checkpoint} is not as it should be.", *lines]))
+        raise ValueError("\n".join([f"The weights of {checkpoint} are not as they should be.", *lines]))

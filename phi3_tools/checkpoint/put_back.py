@@ -1,4 +1,4 @@
-"""A copy of Microsoft's layout with the image embedding of a phi3-embed model in it, for engines that load that."""
+"""A copy of Microsoft's layout with the weights of a phi3-embed model in it, for engines that load that."""
 
 import shutil
 from dataclasses import replace
@@ -16,10 +16,11 @@ from phi3_tools.checkpoint.source import Entry, Source
 
 def put_back(model_name: str, source_name: str, output: Path, revision: str | None = None) -> None:
     """
-    A copy of Microsoft's layout with the image embedding of a phi3-embed model, or of a head on one, in it.
+    A copy of Microsoft's layout with the weights of a phi3-embed model, whole or the image embedding alone, or those
+    beneath a head on one.
 
-    All that the image embedding does not have, and every file's layout, stay as they were. A weight takes the dtype
-    that the source has it in.
+    All that the model does not have, and every file's layout, stay as they were. A weight takes the dtype that the
+    source has it in.
 
     Raises:
         ValueError: with what is wrong and how to mend it.
@@ -28,10 +29,14 @@ def put_back(model_name: str, source_name: str, output: Path, revision: str | No
         source, model = _open_whole(source_name, revision), _open_whole(model_name)
         if partial.resolve().is_relative_to(source.folder.resolve()):
             raise ValueError(f"{output} is inside {source_name}. Give a folder outside of what is to be copied.")
-        config = convert.read_config(source)
-        targets = sources.read_entries(source, layout.IMAGE_EMBEDDING)
+        about = model.json("config.json")
+        if about.get("model_type") != "phi3_embed":
+            raise ValueError(f"{model.name} is no phi3-embed model.")
+        whole = about.get("text_config") is not None
+        config = convert.read_config(source, whole)
+        _check_settings(model, about, config)
+        targets = sources.read_entries(source, ("",) if whole else layout.IMAGE_EMBEDDING)
         selected = layout.select_published(targets, config, source.name)
-        _check_settings(model, config)
         own = _model_entries(model, layout.model_shapes(config))
         _copy_files(source.folder, partial / "output")
         not_finite, cast = [], set()
@@ -61,25 +66,22 @@ def _open_whole(name, revision=None):
     return replace(sources.open_source(str(folder), None, folder), name=name)
 
 
-def _check_settings(model, config):
+def _check_settings(model, about, config):
     """Raises unless the weights of a phi3-embed model give with the source's config what they give with their own."""
-    about = model.json("config.json")
-    if about.get("model_type") != "phi3_embed":
-        raise ValueError(f"{model.name} is no phi3-embed model.")
     with sources.library_errors(f"{model.name}: config.json"):
-        own = layout.computation(layout.parse_config(about))
+        own = layout.computation(layout.parse_config(about, whole=config.text_config is not None))
     theirs = layout.computation(config)
     if other := [f"{name} is {own[name]!r}, not {theirs[name]!r}" for name in own if own[name] != theirs[name]]:
         raise ValueError(
             f"The config of {model.name} is not SOURCE's: {', '.join(other)}. Put back, its weights would give other "
-            "embeddings."
+            "results."
         )
 
 
 def _model_entries(model: Source, shapes) -> dict[str, Entry]:
     """The weights of a phi3-embed model, or of a head on one, by our names."""
     entries = sources.read_entries(model)
-    left_out = [name for name in entries if not name.removeprefix("model.").startswith("vision_embed_tokens.")]
+    left_out = [name for name in entries if not layout.is_of_the_layout(name)]
     own = layout.select(entries, shapes, model.name, lambda name: [name, f"model.{name}"], left_out.__contains__)
     if left_out:
         print(f"Not part of the layout, so left out: {', '.join(sorted(left_out))}")

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import httpx2
@@ -34,7 +34,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 from tqdm import tqdm
 
-from phi3_tools.checkpoint.layout import DTYPES, INDEX, SMALL_FILES, TEXTS, WEIGHTS
+from phi3_tools.checkpoint.layout import DTYPES, INDEX, PICKLE, PICKLE_INDEX, SMALL_FILES, TEXTS, WEIGHTS
 from phi3_tools.results import is_disk_full, one_line
 
 MAX_TEXT_SIZE = 2**24  # bytes of a JSON file or a text; Phi-3's tokenizer.json has 1.9 million
@@ -48,14 +48,15 @@ TIMEOUT = 30  # seconds without a byte
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a safetensors file; `start` and `stop` are bytes of the file."""
+    """A tensor in a safetensors file, whose bytes are [start, stop), or out of a pickle, which is that `tensor`."""
 
     name: str
     file: str
     dtype: str
     shape: tuple[int, ...]
-    start: int
-    stop: int
+    start: int = 0
+    stop: int = 0
+    tensor: torch.Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -117,15 +118,34 @@ class Source:
             raise ValueError(f"{self.name}: {file} must hold a JSON object, but holds {str(content)[:40]!r}.")
         return content
 
-    def weight_map(self) -> dict[str, str]:
-        """The index: name of a weight -> its file."""
-        weight_map = self.json(INDEX).get("weight_map")
+    def weight_files(self, begins: tuple[str, ...] = ("",), allow_pickle: bool = False) -> list[str]:
+        """The files that hold the weights whose names begin so: safetensors, or pickles where these are allowed."""
+        pickled = bool({PICKLE, PICKLE_INDEX} & self.files)
+        if WEIGHTS in self.files:  # as transformers chooses where an index is there too
+            return [WEIGHTS]
+        if INDEX not in self.files and not (pickled and allow_pickle):
+            if pickled or any(file.endswith((".bin", ".pt", ".pth")) for file in self.files):
+                raise ValueError(
+                    f"{self.name} has its weights as pickles (.bin) only. If you trust where they come from, give "
+                    "`--allow-pickle`: they are read as data alone (`torch.load(weights_only=True)`), all of the file."
+                )
+            raise ValueError(f"{self.name} has neither {WEIGHTS} nor {INDEX}.")
+        index = INDEX if INDEX in self.files else PICKLE_INDEX
+        if index not in self.files:
+            return [PICKLE]
+        weight_map = self.json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise ValueError(f"{self.name}: {INDEX} has no `weight_map` from names of weights to files.")
-        return weight_map
+            raise ValueError(f"{self.name}: {index} has no `weight_map` from names of weights to files.")
+        files = sorted({file for name, file in weight_map.items() if name.startswith(begins)})
+        for file in files:
+            if file not in self.files:
+                raise ValueError(f"{self.name} has no {file}, which its {index} names.")
+        return files
 
     def tensor(self, entry: Entry) -> torch.Tensor:
         """A tensor of a folder's."""
+        if entry.tensor is not None:
+            return entry.tensor
         data = np.fromfile(self.folder / entry.file, np.uint8, entry.stop - entry.start, offset=entry.start)
         return torch.from_numpy(data).view(DTYPES[entry.dtype]).reshape(entry.shape)
 
@@ -213,7 +233,7 @@ def _remember_commit(name, commit, folder):
         begun = None
     if begun == asked:
         return
-    if begun and (folder / WEIGHTS).exists():
+    if begun and any((folder / file).exists() for file in (WEIGHTS, PICKLE)):
         raise ValueError(
             f"{folder} has part of {begun['name']} at {begun['commit']}, but {name} is now at {commit}. To finish the "
             f"first, give it and `--revision {begun['commit']}`; to begin anew, delete {folder.parent}."
@@ -226,24 +246,25 @@ def _remember_commit(name, commit, folder):
 # The weights' files
 
 
-def read_entries(source: Source, begins: tuple[str, ...] = ("",)) -> dict[str, Entry]:
-    """The tensors whose names begin so, by the headers of the files that hold them."""
-    if WEIGHTS in source.files:  # as transformers chooses where an index is there too
-        files = [WEIGHTS]
-    elif INDEX in source.files:
-        files = sorted({file for name, file in source.weight_map().items() if name.startswith(begins)})
-    elif any(file.endswith((".bin", ".pt", ".pth")) for file in source.files):
-        raise ValueError(
-            f"{source.name} has its weights as pickles (.bin) only, which can run code when they are read. Convert "
-            "them to safetensors first: https://huggingface.co/spaces/safetensors/convert does, by a pull request."
-        )
-    else:
-        raise ValueError(f"{source.name} has neither {WEIGHTS} nor {INDEX}.")
+def read_entries(source: Source, begins: tuple[str, ...] = ("",), allow_pickle: bool = False) -> dict[str, Entry]:
+    """The tensors whose names begin so. Pickles, which are read at once, must lie in a folder."""
     entries = {}
-    for file in files:
-        if file not in source.files:
-            raise ValueError(f"{source.name} has no {file}, which its {INDEX} names.")
-        entries |= {name: entry for name, entry in read_header(source, file).items() if name.startswith(begins)}
+    for file in source.weight_files(begins, allow_pickle):
+        read = read_header if file.endswith(".safetensors") else read_pickle
+        entries |= {name: entry for name, entry in read(source, file).items() if name.startswith(begins)}
+    return entries
+
+
+def read_pickle(source: Source, file: str) -> dict[str, Entry]:
+    """The tensors of a pickled state dict, mapped from the file. Nothing but tensors is unpickled."""
+    names, entries = {dtype: name for name, dtype in DTYPES.items()}, {}
+    with library_errors(f"{source.name}: {file} is no state dict that can be read as data alone"):
+        source.check_text(file, next(source.read(file, 0, len(LFS_POINTER))), 0)
+        loaded = torch.load(source.folder / file, map_location="cpu", weights_only=True, mmap=True)
+        for name, tensor in loaded.items():
+            entries[name] = Entry(
+                name, file, names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), tensor=tensor
+            )
     return entries
 
 
@@ -294,38 +315,50 @@ def safetensors_header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes
 
 
 def fetch(source: Source, selected: dict[str, Entry], whole_size: int) -> Source:
-    """
-    The selected weights of a repository on the Hub -> `source.folder`, as a checkpoint of Microsoft's layout. Its
-    `model.safetensors` is only ever appended to, so that its length says where to go on.
-    """
+    """The selected weights of a repository on the Hub -> `source.folder`, as a checkpoint of Microsoft's layout."""
     header = safetensors_header({entry.name: (entry.dtype, entry.shape) for entry in selected.values()})
-    path, total = source.folder / WEIGHTS, sum(entry.stop - entry.start for entry in selected.values())
+    total = sum(entry.stop - entry.start for entry in selected.values())
     print(f"Fetching {total / 1e9:.3f} GB of {whole_size / 1e9:.3f} GB from {source.name} at {source.commit}")
+    _fetch_ranges(source, WEIGHTS, header, joined(selected.values()))
+    return replace(source, commit=None, files=files_of(source.folder))
+
+
+def fetch_files(source: Source, files: list[str]) -> Source:
+    """Whole files of a repository on the Hub -> `source.folder`."""
+    for file in files:
+        size = source.size(file)
+        print(f"Fetching {file}, {size / 1e9:.3f} GB, from {source.name} at {source.commit}")
+        _fetch_ranges(source, file, b"", [(file, 0, size)])
+    return replace(source, commit=None)
+
+
+def _fetch_ranges(source, target, header, ranges):
+    """Appends ranges of files behind a header to a file in the source's folder, whose length says where to go on."""
+    path = source.folder / target
     path.touch()
     with open(path, "r+b") as file:
         if file.read(len(header)) != header:
             file.seek(0)
             file.truncate()
             file.write(header)
-        have = file.seek(0, os.SEEK_END) - len(header)
+        have, total = file.seek(0, os.SEEK_END) - len(header), sum(stop - start for _, start, stop in ranges)
         with tqdm(total=total, initial=have, unit="B", unit_scale=True, desc="Fetching") as bar:
-            for name, start, stop in joined(selected.values()):
+            for name, start, stop in ranges:
                 skipped = min(have, stop - start)
                 have -= skipped
                 for chunk in source.read(name, start + skipped, stop):
                     file.write(chunk)
                     bar.update(len(chunk))
-    return replace(source, commit=None, files=files_of(source.folder))
 
 
-def joined(entries: Iterable[Entry]) -> list[list]:
+def joined(entries: Iterable[Entry]) -> list[tuple[str, int, int]]:
     """Entries in the order of their bytes -> file, start and stop of each unbroken run."""
     runs = []
     for entry in entries:
         if runs and runs[-1][0] == entry.file and runs[-1][2] == entry.start:
-            runs[-1][2] = entry.stop
+            runs[-1] = (entry.file, runs[-1][1], entry.stop)
         else:
-            runs.append([entry.file, entry.start, entry.stop])
+            runs.append((entry.file, entry.start, entry.stop))
     return runs
 
 
