@@ -149,31 +149,16 @@ def compare(
     batch_size: BatchSize = 8,
     seed: Seed = 0,
     cache: Annotated[
-        Path | None, typer.Option(help="the file that keeps the vectors; in the user's cache", show_default=False)
+        Path | None,
+        typer.Option(help="the folder that keeps the vectors; without it in the user's cache", show_default=False),
     ] = None,
 ):
     """Measure the embeddings of several models on your images, and write a report."""
-    from phi3_tools.compare.command import Arguments, run
-    from phi3_tools.compare.vectors import VECTORS
+    from phi3_tools.compare.command import run
 
-    run(
-        Arguments(
-            models=model,
-            source=source,
-            output=output,
-            split=split,
-            image_column=image_column,
-            label_column=label_column,
-            text_column=text_column,
-            limit=limit,
-            probe=probe,
-            num_crops=num_crops,
-            resamples=resamples,
-            batch_size=batch_size,
-            seed=seed,
-            cache=cache or VECTORS,
-        )
-    )
+    columns = {"image_column": image_column, "label_column": label_column, "text_column": text_column}
+    settings = {"limit": limit, "probe": probe, "num_crops": num_crops, "resamples": resamples}
+    run(model, source, output, split, **columns, **settings, batch_size=batch_size, seed=seed, cache=cache)
 
 
 @search.command()

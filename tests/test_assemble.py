@@ -5,12 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import make_tokenizer, run_python
+from PIL import Image
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPImageProcessorPil,
+    PreTrainedTokenizerFast,
+)
 
 from phi3_tools.checkpoint.assemble import load_language_model, load_tower, make_room_for_images
 from phi3_tools.checkpoint.packages import PACKAGES, fetch_package
+from phi3_tools.cli import main
 
 SHAPE = {
     "hidden_size": 32,
@@ -141,6 +151,53 @@ def test_a_full_vocabulary_grows_and_the_logits_of_its_words_stay(tmp_path):
         number, notes = make_room_for_images(model, tokenizer)
         assert torch.equal(model(input_ids).logits[..., :83], before)
     assert number == tokenizer.convert_tokens_to_ids("<|image|>") and notes
+
+
+@pytest.fixture(scope="module")
+def assembled(tmp_path_factory):
+    """DINOv2's form before Llama's, by the command -> the folders of tower, language model and both."""
+    path = tmp_path_factory.mktemp("assembled")
+    tower, text = save_tower(path / "tower", "dinov2", image_size=70), save_language_model(path / "text", "llama")
+    main(["assemble", str(path / "both"), "--tower", tower, "--language-model", text, "--layer-idx", "-1"])
+    return tower, text, str(path / "both")
+
+
+ASK = """
+import sys
+sys.stderr = sys.stdout
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+content = [{"type": "image", "image": Image.new("RGB", (90, 60))}, {"type": "text", "text": "what is this"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+    return_tensors="pt", processor_kwargs={"num_crops": 2},
+)
+print(model.generate(**inputs, max_new_tokens=4, min_new_tokens=4).shape[1] - inputs.input_ids.shape[1])
+"""
+
+
+def test_the_command_writes_a_model_that_says_it_is_untrained_and_answers(assembled):
+    said = run_python(ASK, assembled[2])
+    assert "has never been trained" in said and said.split()[-1] == "4"
+    assert "has never been trained" in (Path(assembled[2]) / "README.md").read_text()
+
+
+def test_features_and_logits_are_those_of_the_parts(assembled):
+    tower, text, both = assembled
+    model = AutoModelForImageTextToText.from_pretrained(both, trust_remote_code=True).eval()
+    image_processor = AutoImageProcessor.from_pretrained(both, trust_remote_code=True)
+    pixels = image_processor(Image.new("RGB", (60, 60), "red"), num_crops=0, return_tensors="pt").pixel_values
+    input_ids = torch.randint(80, (2, 20))
+    with torch.no_grad():
+        features = model.get_image_features(pixels, torch.zeros(1, 2, dtype=torch.long)).last_hidden_state
+        hidden = AutoModel.from_pretrained(tower)(pixels, output_hidden_states=True).hidden_states
+        logits = AutoModelForCausalLM.from_pretrained(text)(input_ids).logits
+        difference = (model(input_ids).logits[..., : logits.shape[-1]] - logits).abs().max()
+    assert torch.allclose(features, hidden[-1][:, 1:], atol=1e-5) and difference < 1e-5
+    assert pixels[0, 0, 0, 0].item() == pytest.approx((1 - 0.4) / 0.3)  # the tower's own mean
 
 
 def change_config(folder, **changes):

@@ -19,9 +19,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoTokenizer,
-    GenerationConfig,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
@@ -56,35 +54,18 @@ SHARED_SETTINGS = (
     "pad_token_id",
 )
 CHECKED_TEXT = "The quick brown fox jumps over the lazy dog, and 12 x 3 = 36."
-# Conversations whose contents are strings, or lists of images and texts, in the turns of a language model. What the
-# model is to learn stands between generation and endgeneration.
-CHAT_TEMPLATE = """\
-{%%- set seen = namespace(images=0) -%%}
-{%%- for message in messages -%%}
-  {%%- set said = namespace(text="") -%%}
-  {%%- if message["content"] is string -%%}
-    {%%- set said.text = message["content"] -%%}
-  {%%- else -%%}
-    {%%- for part in message["content"] -%%}
-      {%%- if part["type"] == "image" -%%}
-        {%%- set seen.images = seen.images + 1 -%%}
-        {%%- set said.text = said.text ~ "<|image_" ~ seen.images ~ "|>\\n" -%%}
-      {%%- else -%%}
-        {%%- set said.text = said.text ~ part["text"] -%%}
-      {%%- endif -%%}
-    {%%- endfor -%%}
-  {%%- endif -%%}
-  {%%- if message["role"] == "system" -%%}
-    {{- %(system_turn)s -}}
-  {%%- elif message["role"] == "user" -%%}
-    {{- (%(first_user)s if loop.first else %(user)s) ~ said.text ~ %(after_user)s -}}
-  {%%- else -%%}
-    {{- %(assistant)s -}}
-    {%%- generation -%%}{{- said.text ~ %(end)s -}}{%%- endgeneration -%%}
-    {{- %(after_end)s -}}
-  {%%- endif -%%}
+# The turns of a chat template behind the root's, which makes `content` of what a message holds.
+TURNS = """\
+{%%- if message.role == "system" -%%}
+{{- %(system_turn)s -}}
+{%%- elif message.role == "user" -%%}
+{{- (%(first_user)s if loop.first else %(user)s) ~ content ~ %(after_user)s -}}
+{%%- else -%%}
+{{- %(assistant)s -}}
+{%%- generation -%%}{{- content ~ %(end)s -}}{%%- endgeneration -%%}{{- %(after_end)s -}}
+{%%- endif -%%}
 {%%- endfor -%%}
-{{- %(assistant)s if add_generation_prompt else %(tail)s -}}
+{%%- if add_generation_prompt and messages[-1].role != "assistant" -%%}{{- %(assistant)s -}}{%%- endif -%%}
 """
 
 
@@ -148,11 +129,11 @@ def assemble(tower: str, language_model: str, crop_size=None, layer_idx=-2, num_
         text_config=text_model.config.to_dict(),
         image_token_id=image_token_id,
         layer_idx=layer_idx,
-        untrained=["projector"],
+        untrained=True,
     )
     model = _join(config, vision_tower, text_model)
     check_equal_logits(model, text_model, tokenizer(CHECKED_TEXT, return_tensors="pt").input_ids)
-    model.generation_config = _generation_config(text_model, image_token_id)
+    model.generation_config = text_model.generation_config
     processor = _processor(config, image_settings, num_crops, tokenizer)
     return Assembled(model, processor, notes)
 
@@ -351,8 +332,7 @@ def make_room_for_images(model, tokenizer) -> tuple[int, list[str]]:
 
 
 def _join(config, tower, text_model):
-    # The repository's code: a config of a local folder names no place to take its classes from.
-    model_class = get_class_from_dynamic_module(config.auto_map[AutoModelForImageTextToText.__name__], str(ROOT))
+    model_class = get_class_from_dynamic_module("modeling_phi3_embed.Phi3VisionForConditionalGeneration", str(ROOT))
     with torch.device("meta"):
         skeleton = model_class(config)
     projector = skeleton.model.vision_embed_tokens.projector
@@ -371,11 +351,6 @@ def _join(config, tower, text_model):
         else:
             weights[name] = texts[name.replace("model.language_model.", "model.")]
     return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=text_model.dtype).eval()
-
-
-def _generation_config(text_model, image_token_id):
-    settings = text_model.generation_config.to_dict() | {"suppress_tokens": [image_token_id]}
-    return GenerationConfig.from_dict(settings)
 
 
 def _processor(config, image_settings, num_crops, tokenizer):
@@ -424,10 +399,11 @@ def typed_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
         system, _, instructed = render("system", "user").partition("@0@")
         if instructed:
             after_system = instructed.partition("@1@")[0].removesuffix(user)
-            system_turn = f"{json.dumps(system)} ~ said.text ~ {json.dumps(after_system)}"
+            system_turn = f"{json.dumps(system)} ~ content ~ {json.dumps(after_system)}"
             conversations.append(["system", "user", "assistant", "user"])
     except TemplateError:
         pass
+    tail = rest.removeprefix(after_user)  # as Phi-3's end of sequence, which no conversation has while it goes on
     pieces = {
         "first_user": first_user,
         "user": user,
@@ -435,13 +411,14 @@ def typed_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
         "assistant": prompt.removeprefix(after_user),
         "end": end.rstrip(),
         "after_end": end[len(end.rstrip()) :],
-        "tail": rest.removeprefix(after_user),
     }
     pieces = {name: json.dumps(piece) for name, piece in pieces.items()}
-    template = CHAT_TEMPLATE % (pieces | {"system_turn": system_turn})
+    contents = (ROOT / "chat_template.jinja").read_text().partition('{{- "<|" ~ message.role')[0]
+    template = contents + TURNS % (pieces | {"system_turn": system_turn})
     for roles in conversations:
-        for prompt in (False, True):
-            if render(*roles, prompt=prompt, template=template) != (own := render(*roles, prompt=prompt)):
+        for prompt in (False, True) if roles[-1] == "user" else (False,):
+            own = render(*roles, prompt=prompt)
+            if render(*roles, prompt=prompt, template=template) != (own if prompt else own.removesuffix(tail)):
                 raise ValueError(
                     f"The chat template of the language model is not of plain turns: {', '.join(roles)} give {own!r}."
                 )

@@ -151,7 +151,7 @@ def _made_of(source, adapter, dtype, whole):
     parts = [str(dtype), whole]
     for part in (source, adapter and adapter.source):
         if part:
-            files = {path.name: path.stat() for path in part.folder.iterdir()} if part.commit is None else {}
+            files = {name: (part.folder / name).stat() for name in part.files} if part.commit is None else {}
             stats = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files.items())
             parts += [part.name, part.commit, stats]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
