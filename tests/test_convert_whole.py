@@ -4,6 +4,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 
 import golden
 import numpy as np
@@ -209,6 +211,23 @@ def test_shards_of_something_else_are_not_gone_on_with(source, tmp_path, monkeyp
     monkeypatch.undo()
     convert(str(source), tmp_path / "output", torch.bfloat16, whole=True)
     assert {tensor.dtype for tensor in weights_of(tmp_path / "output").values()} == {torch.bfloat16}
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize("difference", [0, 1])
+def test_a_table_of_words_under_two_names_is_one_if_it_is_the_same(difference, hub, tmp_path):
+    tensors = published.weights()
+    folder = published.save(tmp_path / "source", tensors | {WTE: tensors[EMBED_TOKENS] + difference})
+    hub.add_repo("someone/phi3v", folder)
+    code = "import sys; from phi3_tools.cli import main; main(['convert', sys.argv[1], sys.argv[2], '--whole'])"
+    for source in (folder, "someone/phi3v"):
+        arguments = [sys.executable, "-c", code, source, tmp_path / "output"]
+        environment = os.environ | hub.environment(tmp_path / "home")
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
+        assert (
+            ("has two different tables of word embeddings" in done.stderr) == bool(difference) == bool(done.returncode)
+        )
+        shutil.rmtree(tmp_path / "output", ignore_errors=True)
 
 
 @pytest.mark.hub
