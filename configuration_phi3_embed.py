@@ -269,6 +269,8 @@ class Phi3EmbedConfig(PreTrainedConfig):
             before the projection (`"tower"`). Separators and padding do not count. Also an argument of each call.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of a fresh model's projection and word embeddings.
+        untrained (`bool`, *optional*, defaults to `False`):
+            Whether the projection has never been trained, so that image tokens say nothing yet. Loading tells it.
 
     Raises:
         ValueError: a value is wrong, or two contradict each other.
@@ -306,6 +308,7 @@ class Phi3EmbedConfig(PreTrainedConfig):
         embed_pdrop=None,
         with_learnable_separator=None,
         text_config=None,
+        untrained=False,
         **kwargs,
     ):
         if microsoft := sorted({"img_processor", "embd_layer"} & kwargs.keys()):
@@ -328,6 +331,7 @@ class Phi3EmbedConfig(PreTrainedConfig):
         self.embd_pdrop = 0.0 if embd_pdrop is None else embd_pdrop
         self.pooling_mode = pooling_mode
         self.initializer_range = initializer_range
+        self.untrained = untrained
         self._check_values()
 
         separator = use_hd_transform if with_learnable_separator is None else with_learnable_separator
@@ -436,6 +440,7 @@ class Phi3EmbedConfig(PreTrainedConfig):
             ("projection_cls", ("mlp", "linear")),
             ("pooling_mode", POOLING_MODES),
             ("use_hd_transform", (True, False)),
+            ("untrained", (True, False)),
         ):
             _require(getattr(self, name) in accepted, name, getattr(self, name), f"one of {accepted}")
         _require(

@@ -29,7 +29,7 @@ from transformers.modeling_outputs import (
     ImageClassifierOutput,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .checks_phi3_embed import (
@@ -50,6 +50,8 @@ from .checks_phi3_embed import (
     is_padded,
 )
 from .configuration_phi3_embed import MERGE_SIZE, Phi3EmbedConfig, hd_num_tokens
+
+logger = logging.get_logger(__name__)
 
 # Microsoft marks image n by the id -n. Ids at or below this bound are not placeholders.
 MIN_PLACEHOLDER_ID = -(10**9)
@@ -546,6 +548,12 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
         if missing := sorted(missing):
             raise ValueError(
                 f"The checkpoint lacks {len(missing)} of the model's weights: {', '.join(missing)}. {hint}"
+            )
+        if model.config.untrained:
+            logger.warning(
+                f"The projection of {pretrained_model_name_or_path} has never been trained: what the model gives of "
+                "images is noise. Train it, as by `phi3-embed finetune --task align`, and set `config.untrained` to "
+                "False."
             )
         return (model, loading_info) if output_loading_info else model
 

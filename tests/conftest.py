@@ -32,6 +32,28 @@ SMALL_TOWER = {
 }
 
 
+# A language model of 4 heads of 12, whose rotary factors change at 64 tokens.
+SMALL_TEXT = {
+    "model_type": "phi3",
+    "hidden_size": 48,
+    "vocab_size": 100,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "original_max_position_embeddings": 64,
+    "rope_scaling": {
+        "type": "su",
+        "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+        "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+    },
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
 def small_config(tower=(), **kwargs):
     """A config with 56-pixel crops of 4 x 4 patches, so of 2 x 2 tokens."""
     defaults = {

@@ -1,8 +1,8 @@
 """All of Phi-3-vision: names, bits, adapters, pickles and recipes, in and back."""
 
 import json
+import math
 import os
-import re
 import shutil
 
 import golden
@@ -19,9 +19,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from phi3_tools import cli
 from phi3_tools.checkpoint import convert as conversion
-from phi3_tools.checkpoint.convert import convert
-from phi3_tools.checkpoint.layout import is_behind_features, parse_config, published_names
+from phi3_tools.checkpoint.convert import convert, read_config
+from phi3_tools.checkpoint.layout import is_behind_features, parse_config, published_names, select_published
 from phi3_tools.checkpoint.put_back import put_back
+from phi3_tools.checkpoint.source import open_source, read_entries
 
 QKV, NORM = "model.layers.3.self_attn.qkv_proj.weight", "model.norm.weight"
 
@@ -119,47 +120,11 @@ def test_one_command_makes_a_model_that_a_fresh_process_generates_with(tmp_path)
     assert "language model's layers" not in card and "## Vectors" not in card
 
 
-def test_the_chat_template_writes_what_the_original_wrote(converted):
-    processor = AutoProcessor.from_pretrained(converted, trust_remote_code=True)
-    cases = [case for case in golden.load("lm_text")[1]["cases"] if "messages" in case]
-    assert len(cases) == 22
-    for case in cases:
-        asked = {"add_generation_prompt": case["add_generation_prompt"]}
-        assert processor.apply_chat_template(case["messages"], **asked) == case["prompt"]
-        typed = []
-        for message in case["messages"]:
-            parts = re.split(r"<\|image_\d+\|>\n", message["content"])
-            numbers = re.findall(r"<\|image_(\d+)\|>\n", message["content"])
-            if not any(parts[:-1]) and numbers == sorted(numbers):
-                content = [{"type": "image"}] * (len(parts) - 1) + [{"type": "text", "text": parts[-1]}]
-                typed.append(message | {"content": content})
-        if len(typed) == len(case["messages"]):
-            assert processor.apply_chat_template(typed, **asked) == case["prompt"]
-
-
-@pytest.mark.parametrize(
-    "messages, said",
-    [
-        ([{"role": "tool", "content": "x"}], "the role 'tool', but must be of system, user or assistant"),
-        ([{"role": "assistant", "content": [{"type": "image"}]}], "An assistant's message has an image"),
-        ([{"role": "user", "content": [{"type": "video"}]}], "content of type 'video', but must have text and image"),
-    ],
-)
-def test_what_the_chat_template_does_not_know_is_refused(messages, said, converted):
-    processor = AutoProcessor.from_pretrained(converted, trust_remote_code=True)
-    with pytest.raises(Exception, match=said):
-        processor.apply_chat_template(messages)
-
-
-def test_assistants_words_are_masked_for_training(converted):
-    processor = AutoProcessor.from_pretrained(converted, trust_remote_code=True)
-    turns = [("user", "what"), ("assistant", "a cat"), ("user", "is"), ("assistant", "this")]
-    conversation = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
-    inputs = processor.apply_chat_template(
-        conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
-    )
-    words = inputs["input_ids"][0][inputs["assistant_masks"][0].bool()]
-    assert "".join(processor.decode(words).split()) == "acat<|end|>this<|end|>"
+def test_microsofts_own_index_has_a_weight_for_each_of_ours_and_no_other(tmp_path):
+    folder = published.save_true_size(tmp_path / "phi3v")
+    source = open_source(str(folder), None, folder)
+    selected = select_published(read_entries(source), read_config(source, whole=True), "phi3v")
+    assert len(selected) == 574 and sum(math.prod(entry.shape) for entry in selected.values()) == 4_134_023_168
 
 
 # In and back

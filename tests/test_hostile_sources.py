@@ -234,7 +234,7 @@ TOWER = published.SMALL_CONFIG["vision_config"]
         ),
         (
             lambda folder: add(folder / "config.json", vision_config=TOWER | {"model_type": "timm_wrapper"}),
-            "`vision_config` is of type 'timm_wrapper', but must be",
+            "a part of it is of type 'timm_wrapper', but must be",
         ),
         (lambda folder: add(folder / "config.json", vision_config=TOWER | {"model_type": [1]}), "is of type"),
         (

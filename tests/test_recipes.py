@@ -1,12 +1,14 @@
 """How checkpoints embed: recipes as data, and sentence-transformers by them."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import published
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
@@ -166,6 +168,12 @@ def test_a_recipe_of_ones_own_is_a_json_file(converted, tmp_path):
     said = processor.apply_chat_template([{"role": "user", "content": "a cat"}], chat_template="embedding")
     assert said == 'say "it": a cat \\ {{ 7 * 7 }}'  # a form is text, and no code
     assert 'My "own" {{ recipe }}' in (tmp_path / "output" / "README.md").read_text()
+
+
+def test_the_recipe_in_the_docs_is_one(tmp_path):
+    (example,) = re.findall(r"```json\n(.*?)```", (ROOT / "docs" / "convert.md").read_text(), re.DOTALL)
+    (tmp_path / "my.json").write_text(example)
+    assert recipes.load(str(tmp_path / "my.json")).num_crops == 4
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,6 @@ from phi3_tools.checkpoint.layout import ADAPTER, DTYPES, INDEX, PICKLE, PREPROC
 from phi3_tools.checkpoint.source import Entry, Source, library_errors
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CHAT_TEMPLATE = results.TEMPLATES / "chat_template.jinja"
 MAX_SHARD_SIZE = "5GB"
 CHUNK = 2**22
 WORK = {"lock", "source", "base", "weights", "output", "offload"}  # what the command makes in `OUTPUT.partial`
@@ -152,7 +151,7 @@ def _made_of(source, adapter, dtype, whole):
     parts = [str(dtype), whole]
     for part in (source, adapter and adapter.source):
         if part:
-            files = {path.name: path.stat() for path in part.folder.iterdir()} if part.commit is None else {}
+            files = {name: (part.folder / name).stat() for name in part.files} if part.commit is None else {}
             stats = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files.items())
             parts += [part.name, part.commit, stats]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -345,7 +344,7 @@ def _write_processor(source, config, recipe, output):
     processor = processor_class(image_processor, tokenizer)
     if config.text_config is not None:
         tokenizer.padding_side = "left"
-        templates = {"default": CHAT_TEMPLATE.read_text()}
+        templates = {"default": (layout.ROOT / "chat_template.jinja").read_text()}
         if recipe and recipe.pooling == "lasttoken":
             templates[recipes.TEMPLATE] = recipes.chat_template(recipe)
         tokenizer.chat_template, processor.chat_template = None, templates
@@ -422,7 +421,6 @@ def _write_card(source, adapter, selected, config, crops, command, name, recipe,
         crops=crops,
         whole=whole,
         recipe=recipe,
-        forms=recipes.FORMS,
     )
     for file in source.files:
         if sources.matches(file, ("LICENSE*",)):

@@ -100,7 +100,7 @@ def published_names(name: str) -> list[str]:
 
 def is_of_the_layout(name: str) -> bool:
     """Whether a weight of ours has a place in Microsoft's layout, which has none for a classifier's."""
-    return name.removeprefix("model.").startswith(tuple(NAMES))
+    return name.removeprefix("model.").startswith(tuple(f"{ours.partition('.')[0]}." for ours in NAMES))
 
 
 def is_behind_features(name: str, config) -> bool:

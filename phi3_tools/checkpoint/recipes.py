@@ -51,13 +51,14 @@ class Recipe:
     num_crops: int | None
     note: str
 
-    def form(self, name: str) -> str | None:
-        """A form as the card shows it, for one image."""
-        form, default = getattr(self, name), self.without_prompt.get(name)
-        if form is None:
-            return None
-        form = form.replace("{images}", self.image_tag.replace("{number}", "1"))
-        return form.replace("{prompt}", f"{{prompt, or {default!r}}}" if default else "{prompt}")
+    def written(self) -> str:
+        """The forms, prompts and pooling, a line each."""
+        tag = self.image_tag.replace("{number}", "1")
+        forms = {name.replace("_", " "): (getattr(self, name) or "none").replace("{images}", tag) for name in FORMS}
+        lines = forms | {f"prompt of a {name} by default": text for name, text in self.without_prompt.items()}
+        lines |= {f"prompt {name!r}": text for name, text in self.prompts.items()}
+        texts = [f"{name}: {json.dumps(text, ensure_ascii=False)}" for name, text in lines.items()]
+        return "\n".join([*texts, f"pooling: {self.pooling}, normalised"])
 
 
 def names() -> list[str]:

@@ -12,11 +12,13 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from phi3_tools.measures import UNLABELLED, nearest, unit
+from phi3_tools.measures import UNLABELLED, nearest
+from phi3_tools.results import write_text
 
 MAPPED = 400  # images in a map
 CASES = 12  # queries with their neighbours
 NEIGHBOURS = 5
+QUERY = ""  # in a row of neighbours, where models have names
 THUMBNAIL = 96
 BINS = 40
 WIDTH, HEIGHT = 320, 160  # of a chart
@@ -40,8 +42,8 @@ TASKS = {
         "Finding the original of an image at a quarter of its size",
         "finding the original of a small copy",
     ),
-    ("Text to image", "recall@1"): ("Finding an image by its caption (recall@1)", "finding an image by its caption"),
-    ("Image to text", "recall@1"): ("Finding the caption of an image (recall@1)", "finding the caption of an image"),
+    ("Text to image", "recall@1"): ("Finding an image by words (recall@1)", "finding an image by words"),
+    ("Image to text", "recall@1"): ("Finding the words for an image (recall@1)", "finding the words for an image"),
 }
 FAMILIES = {"clip_vision_model": "CLIP", "clip": "CLIP", "siglip_vision_model": "SigLIP", "siglip": "SigLIP"}
 FAMILIES |= {"dinov2": "DINOv2", "vit": "ViT"}
@@ -80,15 +82,19 @@ def format_cost(cost):
     return f"{cost:,.0f}" if cost >= 100 else f"{cost:.3g}"
 
 
-def write_report(path, results, data, vectors, seed):
-    """`vectors`: {model: `(n, d)`} of the models that have figures."""
-    units = {label: unit(rows) for label, rows in vectors.items()}
+def write_report(path, results, items, classes, units, seed):
+    """`items`: the images; `units`: {model: unit vectors `(n, d)`} of the models that have figures."""
     rng = np.random.default_rng(seed)
-    mapped = np.sort(rng.permutation(len(data.names))[:MAPPED])
-    cases = disagreements(units, data)
-    shown = sorted({*mapped.tolist(), *(number for case in cases for number in case["images"])})
+    labels = np.array([item.label for item in items])
+    mapped = np.sort(rng.permutation(len(items))[:MAPPED])
+    cases = disagreements(units, labels)
+    # Images are numbered anew in the page, which holds those alone that it shows.
+    shown = np.unique(np.concatenate([mapped, *(rows for case in cases for rows in case.values())])).tolist()
     place = {number: position for position, number in enumerate(shown)}
-    titles = [title(data, number) for number in shown]
+    names, labels_shown = [items[number].name for number in shown], labels[shown].tolist()
+    titles = [
+        name if label == UNLABELLED else f"{name} ({classes[label]})" for name, label in zip(names, labels_shown)
+    ]
     tasks = measured_tasks(results)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -102,18 +108,18 @@ def write_report(path, results, data, vectors, seed):
         tasks=tasks,
         groups=tables(results),
         curves=detail_curves(results),
-        histograms={label: histogram(rows, data.labels, rng) for label, rows in units.items()},
-        cases=[case | {"query": place[case["query"]], "rows": rows_of(case, place, data)} for case in cases],
+        histograms={label: histogram(vectors, labels, rng) for label, vectors in units.items()},
+        cases=[{model: [place[number] for number in rows.tolist()] for model, rows in case.items()} for case in cases],
         maps=list(units),
         payload={
-            "thumbnails": [data_uri(data.images[number].read()) for number in shown],
-            "names": [data.names[number] for number in shown],
+            "thumbnails": [items[number].thumbnail for number in shown],
+            "names": names,
             "titles": titles,
-            "classes": data.classes,
-            "labels": [int(data.labels[number]) for number in shown],
+            "classes": classes,
+            "labels": labels_shown,
             "mapped": [place[number] for number in mapped.tolist()],
-            "maps": {label: layout(rows[mapped], seed) for label, rows in units.items()},
-            "neighbours": {label: neighbours(rows[mapped]) for label, rows in units.items()},
+            "maps": {label: layout(vectors[mapped], seed) for label, vectors in units.items()},
+            "neighbours": {label: neighbours(vectors[mapped]) for label, vectors in units.items()},
         },
         format_number=format_number,
         format_difference=format_difference,
@@ -121,12 +127,7 @@ def write_report(path, results, data, vectors, seed):
         width=WIDTH,
         height=HEIGHT,
     )
-    path.write_text(page, "utf-8")
-
-
-def title(data, number):
-    label = data.labels[number]
-    return data.names[number] + (f" ({data.classes[label]})" if label != UNLABELLED else "")
+    write_text(path, page)
 
 
 # Words
@@ -310,7 +311,7 @@ def _verdict_of_winner(tasks, models):
 
 def _with_values(task):
     best, second = (format_number(row["value"]["value"], task["figure"]) for row in task["rows"][:2])
-    return f"{task['doing']} ({best}, the next {second})"
+    return f"{task['doing']} ({best} against {second})"
 
 
 def _listed_doings(tasks):
@@ -381,43 +382,24 @@ def histogram(vectors, labels, rng):
 # Images
 
 
-def disagreements(units, data):
-    """The queries whose neighbours differ most between the models: first those with the fewest in common."""
-    if not units or len(data.names) < 3:
+def disagreements(units, labels):
+    """
+    The queries whose neighbours differ most between the models, first those with the fewest in common.
+
+    Returns:
+        For each {`QUERY`: its number `(1,)`, model: the numbers of its neighbours `(k,)`}.
+    """
+    if not units or len(labels) < 3:
         return []
-    own = np.arange(len(data.names))
-    found = {label: nearest(rows, rows, NEIGHBOURS, own) for label, rows in units.items()}
+    own = np.arange(len(labels))
+    found = {label: nearest(vectors, vectors, NEIGHBOURS, own) for label, vectors in units.items()}
     common = np.zeros(len(own))
     for left, right in combinations(found.values(), 2):
         common += (left[:, :, None] == right[:, None]).sum((1, 2))
     # Among equals those where one model finds the class and another does not.
-    hits = np.array([(data.labels[rows] == data.labels[:, None]).mean(1) for rows in found.values()])
-    order = np.lexsort((-np.ptp(hits, axis=0), common))[:CASES].tolist()
-    return [
-        {
-            "query": query,
-            "title": title(data, query),
-            "found": {label: rows[query].tolist() for label, rows in found.items()},
-            "images": [query, *(number for rows in found.values() for number in rows[query].tolist())],
-        }
-        for query in order
-    ]
-
-
-def rows_of(case, place, data):
-    """{model: its neighbours as their place among the thumbnails, title, and whether of the query's class}."""
-    label = data.labels[case["query"]]
-    return {
-        model: [
-            {
-                "place": place[number],
-                "title": title(data, number),
-                "same": None if UNLABELLED in (label, data.labels[number]) else bool(data.labels[number] == label),
-            }
-            for number in numbers
-        ]
-        for model, numbers in case["found"].items()
-    }
+    hits = np.array([(labels[rows] == labels[:, None]).mean(1) for rows in found.values()])
+    order = np.lexsort((-np.ptp(hits, axis=0), common))[:CASES]
+    return [{QUERY: own[[query]]} | {label: rows[query] for label, rows in found.items()} for query in order]
 
 
 def neighbours(vectors):
