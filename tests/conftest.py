@@ -149,9 +149,11 @@ def repository(tmp_path_factory, tokenizer):
 
 # What makes the repository's root a checkpoint: the files that loading it takes.
 CHECKPOINT_FILES = (
-    *("config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("config.json", "generation_config.json", "model.safetensors"),
+    *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("chat_template.jinja", "additional_chat_templates/embedding.jinja"),
     *("checks_phi3_embed.py", "configuration_phi3_embed.py", "modeling_phi3_embed.py", "processing_phi3_embed.py"),
-    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"),
 )
 
 
@@ -159,7 +161,8 @@ def copy_checkpoint(folder):
     """A copy of the small checkpoint alone -> its folder."""
     folder.mkdir(parents=True)
     for name in CHECKPOINT_FILES:
-        shutil.copy(ROOT / name, folder)
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
     return folder
 
 
