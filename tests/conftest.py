@@ -147,6 +147,21 @@ def repository(tmp_path_factory, tokenizer):
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def whole_checkpoint(tmp_path_factory):
+    """A whole small Phi-3-vision with the recipe of VLM2Vec, so that it embeds texts too -> its folder."""
+    import published
+
+    from phi3_tools.checkpoint.convert import convert
+
+    folder = tmp_path_factory.mktemp("whole")
+    # The published limit: one row beyond it would change the rotary factors of all rows of a batch.
+    config = published.SMALL_CONFIG | {"original_max_position_embeddings": 4096}
+    source = published.save(folder / "source", published.weights(dtype=torch.float32), config)
+    convert(str(source), folder / "model", whole=True, recipe="vlm2vec")
+    return str(folder / "model")
+
+
 # What makes the repository's root a checkpoint: the files that loading it takes.
 CHECKPOINT_FILES = (
     *("config.json", "generation_config.json", "model.safetensors"),
