@@ -45,7 +45,6 @@ def address(tmp_path_factory, whole_checkpoint):
             str(port),
             *limits,
         ]
-        command += [str(part) for setting in settings.items() for part in setting]
         server = subprocess.Popen(command, env=os.environ, stdout=file, stderr=file)
     address, stop = f"http://127.0.0.1:{port}", time.monotonic() + 240
     try:
