@@ -1024,20 +1024,19 @@ class Phi3VisionForConditionalGeneration(Phi3EmbedPreTrainedModel, GenerationMix
             length = attention_mask.shape[1]
         elif inputs_embeds is not None and length <= past_length:  # `input_ids` are what was generated
             length += inputs_embeds.shape[1]
-        is_new = torch.arange(input_ids.shape[1], device=input_ids.device) >= input_ids.shape[1] - (
-            length - past_length
-        )
+        num_old = max(input_ids.shape[1] - (length - past_length), 0)  # of `input_ids` those that the cache has
+        is_placeholder = self.model.vision_embed_tokens.is_placeholder
         if caches and past_length == 0:
             is_first_iteration = True  # also of an assistant, which needs the images too
         elif caches and is_first_iteration and not (kwargs.get("mm_encoder_outputs") or {}).get("image"):
-            is_placeholder = self.model.vision_embed_tokens.is_placeholder(input_ids) & is_new
-            check_placeholders(is_placeholder, torch.where(is_placeholder, input_ids, MIN_PLACEHOLDER_ID), [])
+            new = input_ids[:, num_old:]
+            check_placeholders(is_placeholder(new), is_placeholder(new).long(), [])
         if past_length and self._crosses_rope_switch(past_length, length, attention_mask, kwargs.get("position_ids")):
             # The keys in the cache have the short rotary factors: compute the whole text again, with the long ones.
             if not is_first_iteration:
                 # Guesses of assisted decoding may copy placeholders out of the text, which no image belongs to.
-                is_placeholder = self.model.vision_embed_tokens.is_placeholder(input_ids)
-                input_ids = input_ids.masked_fill(is_new & is_placeholder, 0)
+                input_ids = input_ids.clone()
+                input_ids[:, num_old:].masked_fill_(is_placeholder(input_ids[:, num_old:]), 0)
             if inputs_embeds is not None and (num_generated := length - inputs_embeds.shape[1]):
                 generated = self.get_input_embeddings()(input_ids[:, -num_generated:])
                 inputs_embeds = torch.cat((inputs_embeds, generated.to(inputs_embeds.dtype)), dim=1)
