@@ -1014,6 +1014,7 @@ class Phi3VisionForConditionalGeneration(Phi3EmbedPreTrainedModel, GenerationMix
         attention_mask=None,
         inputs_embeds=None,
         is_first_iteration=False,
+        tokenizer=None,  # of stop strings, which generate hands on to the model
         **kwargs,
     ):
         # Both names of the cache, of which transformers' version gives one, and takes the same.

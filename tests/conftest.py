@@ -147,11 +147,28 @@ def repository(tmp_path_factory, tokenizer):
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def whole_checkpoint(tmp_path_factory):
+    """A whole small Phi-3-vision with the recipe of VLM2Vec, so that it embeds texts too -> its folder."""
+    import published
+
+    from phi3_tools.checkpoint.convert import convert
+
+    folder = tmp_path_factory.mktemp("whole")
+    # The published limit: one row beyond it would change the rotary factors of all rows of a batch.
+    config = published.SMALL_CONFIG | {"original_max_position_embeddings": 4096}
+    source = published.save(folder / "source", published.weights(dtype=torch.float32), config)
+    convert(str(source), folder / "model", whole=True, recipe="vlm2vec")
+    return str(folder / "model")
+
+
 # What makes the repository's root a checkpoint: the files that loading it takes.
 CHECKPOINT_FILES = (
-    *("config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("config.json", "generation_config.json", "model.safetensors"),
+    *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("chat_template.jinja", "additional_chat_templates/embedding.jinja"),
     *("checks_phi3_embed.py", "configuration_phi3_embed.py", "modeling_phi3_embed.py", "processing_phi3_embed.py"),
-    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"),
 )
 
 
@@ -159,7 +176,8 @@ def copy_checkpoint(folder):
     """A copy of the small checkpoint alone -> its folder."""
     folder.mkdir(parents=True)
     for name in CHECKPOINT_FILES:
-        shutil.copy(ROOT / name, folder)
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
     return folder
 
 
