@@ -32,19 +32,9 @@ def address(tmp_path_factory, whole_checkpoint):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("serving") / "log"
+    settings = {"--model": whole_checkpoint, "--port": port} | LIMITS
+    command = [sys.executable, "-m", "phi3_tools", "serve"] + [str(part) for pair in settings.items() for part in pair]
     with log.open("w") as file:
-        limits = [str(part) for pair in LIMITS.items() for part in pair]
-        command = [
-            sys.executable,
-            "-m",
-            "phi3_tools",
-            "serve",
-            "--model",
-            whole_checkpoint,
-            "--port",
-            str(port),
-            *limits,
-        ]
         server = subprocess.Popen(command, env=os.environ, stdout=file, stderr=file)
     address, stop = f"http://127.0.0.1:{port}", time.monotonic() + 240
     try:
