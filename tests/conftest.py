@@ -15,7 +15,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hub_server import HubServer  # noqa: E402
 from phi3_embed.configuration_phi3_embed import Phi3EmbedConfig  # noqa: E402
-from phi3_embed.modeling_phi3_embed import Phi3EmbedModel  # noqa: E402
+from phi3_embed.modeling_phi3_embed import Phi3EmbedModel, Phi3VisionForConditionalGeneration  # noqa: E402
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor, Phi3EmbedProcessor  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers  # noqa: E402
@@ -71,6 +71,21 @@ def small_model(tower=(), **kwargs):
     model = Phi3EmbedModel(small_config(tower, **kwargs)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def whole_config(text=(), tower=(), **kwargs):
+    """A small config with a language model."""
+    defaults = {"hidden_size": None, "vocab_size": None, "text_config": SMALL_TEXT | dict(text)}
+    return small_config(tower, **(defaults | kwargs))
+
+
+def whole_model(text=(), tower=(), **kwargs):
+    """A small whole model with fixed random weights, none of them zero, that says no word twice in a row for long."""
+    torch.manual_seed(0)
+    model = Phi3VisionForConditionalGeneration(whole_config(text, tower, **kwargs)).eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
     return model
 
 
@@ -164,9 +179,11 @@ def whole_checkpoint(tmp_path_factory):
 
 # What makes the repository's root a checkpoint: the files that loading it takes.
 CHECKPOINT_FILES = (
-    *("config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("config.json", "generation_config.json", "model.safetensors"),
+    *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("chat_template.jinja", "additional_chat_templates/embedding.jinja"),
     *("checks_phi3_embed.py", "configuration_phi3_embed.py", "modeling_phi3_embed.py", "processing_phi3_embed.py"),
-    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"),
 )
 
 
@@ -174,7 +191,8 @@ def copy_checkpoint(folder):
     """A copy of the small checkpoint alone -> its folder."""
     folder.mkdir(parents=True)
     for name in CHECKPOINT_FILES:
-        shutil.copy(ROOT / name, folder)
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
     return folder
 
 
