@@ -1,5 +1,6 @@
 """Images embedded and searched: nearest neighbours, recall, and what the HD transform makes of photographs."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -12,14 +13,13 @@ from sklearn.datasets import load_sample_images
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, TextStreamer
 
 from phi3_tools import ROOT
+from phi3_tools.digits import LARGER, NAME_IT, ask, true_answer
 from phi3_tools.images import (
     DIGIT_CROPS,
     DIGIT_NAMES,
-    DIGIT_QUESTION,
     IMAGE,
     LABEL,
     NAME,
-    PAIR_QUESTION,
     digits_split,
     load_images,
     read_image,
@@ -38,7 +38,7 @@ from phi3_tools.models import (
 from phi3_tools.results import check_png, console, draw_rows, new_figure, save_figure
 
 NUM_QUERIES, NUM_NEIGHBOURS = 6, 5
-NUM_ASKED, NUM_SHOWN, MAX_ANSWER = 64, 3, 8
+NUM_ASKED, NUM_SHOWN, MAX_ANSWER = 64, 3, 12
 
 
 def run(source=None, model=None, output=Path("demo/neighbours.png")) -> None:
@@ -131,12 +131,8 @@ def _ask(model, images, labels):
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def answer(question, asked, **kwargs):
-        conversations = []
-        for members in asked:
-            content = [*({"type": "image", "image": images[number]} for number in members)]
-            conversations.append([{"role": "user", "content": [*content, {"type": "text", "text": question}]}])
         inputs = processor.apply_chat_template(
-            conversations,
+            [ask(question, [images[number] for number in members]) for members in asked],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -146,16 +142,15 @@ def _ask(model, images, labels):
         ids = loaded.generate(**inputs, max_new_tokens=MAX_ANSWER, do_sample=False, **kwargs)
         return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
-    pairs = [pair for pair in zip(range(0, NUM_ASKED), range(1, NUM_ASKED)) if labels[pair[0]] != labels[pair[1]]]
     single = [(number,) for number in range(min(NUM_ASKED, len(images)))]
-    for question, asked in ((DIGIT_QUESTION, single), (PAIR_QUESTION, pairs)):
+    for question, asked in ((NAME_IT, single), (LARGER, [(a, b) for (a,), (b,) in itertools.pairwise(single)])):
         for members in asked[:NUM_SHOWN]:
             shown = " and ".join(f"a {DIGIT_NAMES[labels[number]]}" for number in members)
             console.print(f"{shown}: {question} ", end="")
             answer(question, [members], streamer=streamer)
-        wanted = [DIGIT_NAMES[max(labels[number] for number in members)] for members in asked]
+        wanted = [true_answer(question, *(labels[number] for number in members)) for members in asked]
         answers = [text for part in in_batches(asked, 16, "Asking") for text in answer(question, part)]
-        right = sum(name in text.lower().split() for name, text in zip(wanted, answers))
+        right = sum(text.strip() == truth for text, truth in zip(answers, wanted))
         console.print(f"Right: {right} of {len(asked)} held-out ones.")
 
 

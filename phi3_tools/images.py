@@ -50,10 +50,8 @@ HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>[\w./-]+))?
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# What the small checkpoint answers, by one of the names, about one digit and about two.
-DIGIT_QUESTION, PAIR_QUESTION = "what digit is this ?", "which of the two is larger ?"
 SPLIT_SEED, HELD_OUT = 0, 0.2
-DIGIT_CROPS = 1  # A digit has 8 x 8 pixels: one crop shows all of it.
+DIGIT_CROPS = 0  # A digit has 8 x 8 pixels: the global view shows all of it.
 WORDS = ("anchor", "basket", "candle", "dragon", "engine", "forest", "garden", "hammer", "island", "jacket")
 PAGES_A_WORD, PAGE_SIZE, LETTER_SIZE, TIMES = 10, 672, 9, 80
 

@@ -84,7 +84,8 @@ def test_a_wrong_model_is_told_in_a_line(command, model, tmp_path, monkeypatch):
 def test_a_git_lfs_pointer_in_place_of_weights_is_told_in_a_line(tmp_path):
     model = copy_checkpoint(tmp_path / "model")
     (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    for command in (["search", "index", "digits", "index", "--model"], ["export"], ["evaluate"], ["serve", "--model"]):
+    index = str(tmp_path / "index")
+    for command in (["search", "index", "digits", index, "--model"], ["export"], ["evaluate"], ["serve", "--model"]):
         words = [*command, str(model), *([str(tmp_path / "out")] if command == ["export"] else [])]
         with pytest.raises(SystemExit, match="is a Git LFS pointer in place of the weights. Run `git lfs pull`"):
             main(words)
