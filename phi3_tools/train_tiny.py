@@ -44,9 +44,7 @@ from phi3_tools.results import folder_beside, write_beside, write_text
 
 SEED = 0
 UNKNOWN, START, END = "<unk>", "<s>", "<|endoftext|>"
-SPECIAL_TOKENS = (
-    *(UNKNOWN, START, "</s>", END, "<|user|>", "<|assistant|>", "<|end|>", "<|image|>", "<|system|>"),
-)
+SPECIAL_TOKENS = (*(UNKNOWN, START, "</s>", END, "<|user|>", "<|assistant|>", "<|end|>", "<|image|>", "<|system|>"),)
 WORDS = (
     *DIGIT_NAMES,
     *("what", "which", "digit", "number", "is", "this", "the", "a", "picture", "of", "and", "in", "word", "?"),
@@ -374,7 +372,10 @@ def collate(tokenizer, lessons):
     batch = {"digits": torch.tensor([lesson["digit"] for lesson in lessons])}
     for name in ("chat", "image", "text"):
         rows = [lesson[name] for lesson in lessons]
-        padded = [pad_sequence([torch.tensor(row[key]) for row in rows], batch_first=True) for key in ("input_ids", "position_ids")]
+        padded = [
+            pad_sequence([torch.tensor(row[key]) for row in rows], batch_first=True)
+            for key in ("input_ids", "position_ids")
+        ]
         lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
         ids, positions = padded
         mask = (torch.arange(ids.shape[1]) < lengths).long()
@@ -464,7 +465,9 @@ def evaluate(model, processor, images, labels):
     vectors["this checkpoint, last token"] = last_tokens(model, processor, images, features)
     by_images = {name: [recall(contender, labels, k) for k in (1, 5)] for name, contender in vectors.items()}
     by_words = {
-        "untrained language model": words_and_images(untrained(model, processor.tokenizer), processor, images, labels, features),
+        "untrained language model": words_and_images(
+            untrained(model, processor.tokenizer), processor, images, labels, features
+        ),
         "this checkpoint": words_and_images(model, processor, images, labels, features),
     }
     answers = {}
@@ -489,7 +492,12 @@ def untrained(model, tokenizer):
 def prepared(processor, conversations, images, features, shown, **kwargs):
     """What the processor makes of conversations, with the tower's features of their images in place of pixels."""
     inputs = processor.apply_chat_template(
-        conversations, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"num_crops": 0, "padding": True}, **kwargs
+        conversations,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"num_crops": 0, "padding": True},
+        **kwargs,
     )
     if len(shown.ravel()):
         inputs["pixel_values"] = features[shown.ravel()]
@@ -521,7 +529,9 @@ def last_tokens(model, processor, images, features):
 def words_and_images(model, processor, images, labels, features):
     vectors = last_tokens(model, processor, images, features)
     conversations = [ask(f"the number {name}") for name in DIGIT_NAMES]
-    inputs = prepared(processor, conversations, images, features, np.zeros((0, 0), int), chat_template=recipes.TEMPLATE)
+    inputs = prepared(
+        processor, conversations, images, features, np.zeros((0, 0), int), chat_template=recipes.TEMPLATE
+    )
     words = last_token(model.model, inputs).numpy()
     named = np.mean((vectors @ words.T).argmax(1) == labels)
     found = nearest(vectors, words, 10)

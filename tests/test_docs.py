@@ -86,6 +86,18 @@ def test_what_the_small_checkpoint_learns_of_small_crops_lies_in_the_same_places
     assert torch.equal(large.get_input_embeddings().weight, small.get_input_embeddings().weight)
 
 
+def test_the_demo_asks_and_says_how_many_answers_are_right(whole_checkpoint, monkeypatch, capsys):
+    from phi3_tools import demo, digits, images
+    from phi3_tools.models import find_model
+
+    monkeypatch.setattr(demo, "NUM_ASKED", 4)
+    _, held_out, _, labels = images.digits_split()
+    demo._ask(find_model(whole_checkpoint), [Image.fromarray(digit) for digit in held_out[:4]], labels[:4])
+    said = capsys.readouterr().out
+    assert f"a {images.DIGIT_NAMES[labels[0]]}: {digits.NAME_IT} " in said
+    assert digits.LARGER in said and said.count("Right: ") == 2 and "of 4 held-out ones" in said
+
+
 def test_the_demo_runs_on_a_folder_and_names_what_it_cannot_read(tmp_path):
     for number, color in enumerate(["red", "green", "blue"]):
         folder = tmp_path / color

@@ -20,6 +20,7 @@ from transformers import AutoModel
 from phi3_tools import search
 from phi3_tools.cli import main
 from phi3_tools.images import digits_split
+from phi3_tools.models import load_embedder
 
 COMMAND = [sys.executable, "-m", "phi3_tools", "search"]
 FEW_CROPS = ("--num-crops", "0")
@@ -196,7 +197,8 @@ def test_vectors_that_are_not_finite_are_left_out(folder, tmp_path, capsys):
 )
 def test_what_cannot_be_is_told_in_a_line(arguments, message, folder, tmp_path, capsys):
     index = tmp_path / "index"
-    embedder, made_by = search._load_embedder(index, None, num_crops=0)
+    found, made_by = search._agree(index, None, num_crops=0)
+    embedder = load_embedder(found, 0)
     with search._written(index, made_by, embedder):
         pass
     capsys.readouterr()
