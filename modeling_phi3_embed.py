@@ -549,7 +549,7 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"The checkpoint lacks {len(missing)} of the model's weights: {', '.join(missing)}. {hint}"
             )
-        if model.config.untrained:
+        if model.config.untrained and pretrained_model_name_or_path is not None:
             logger.warning(
                 f"The projection of {pretrained_model_name_or_path} has never been trained: what the model gives of "
                 "images is noise. Train it, as by `phi3-embed finetune --task align`, and set `config.untrained` to "

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 
 from phi3_tools.finetune.data import TEST, VALIDATION, load_splits
-from phi3_tools.finetune.settings import DataOptions
+from phi3_tools.finetune.settings import QUESTIONS, DataOptions
 from phi3_tools.images import HUB_ID, IMAGE, LABEL, NAME, SPLITS, TEXT, UNDECODED, load_images, own_image, read_image
 from phi3_tools.results import name_some, one_line
 
@@ -33,7 +33,6 @@ FEATURES = datasets.Features(
     }
 )
 ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant")}
-QUESTIONS = {LABEL: "What is this?", TEXT: "Describe this image."}
 
 
 def load_conversations(

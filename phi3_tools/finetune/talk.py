@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from phi3_tools.finetune import align
@@ -18,7 +18,7 @@ from phi3_tools.finetune.conversations import MESSAGES, conversation, encode
 from phi3_tools.finetune.settings import Settings
 from phi3_tools.images import NAME
 
-ADAPTER, FEATURES = "adapter", "features"
+OTHER = "(other)"  # an answer that names no class
 # Held-out conversations that are answered, and of these how many are shown.
 ANSWERED, SHOWN = 500, 12
 LORA_TARGETS = r".*language_model.*\.(qkv_proj|o_proj|gate_up_proj|down_proj)"
@@ -41,23 +41,21 @@ def load_talker(where: dict) -> PreTrainedModel:
         raise ValueError(f"{name} is an image embedding without a language model, so it cannot answer.") from error
 
 
-def make_trainer(
-    settings: Settings, start: dict, splits: dict[str, Dataset], processor, callbacks: list[TrainerCallback]
-):
+def talk_trainer(settings: Settings, start: dict, splits: dict[str, Dataset], processor) -> Trainer:
     """The trainer of `--task align` or `instruct`, ready to train."""
     model = load_talker(start)
     model.config.untrained = False
     validation = splits.get("validation") if settings.arguments.eval_strategy != "no" else None
     make = _aligning if settings.task.task == "align" else _instructing
-    return make(settings, model, splits["train"], validation, processor, callbacks)
+    return make(settings, model, splits["train"], validation, processor)
 
 
-def _aligning(settings, model, train, validation, processor, callbacks):
+def _aligning(settings, model, train, validation, processor):
     _, data, _, options, arguments = settings
     tokenizer, image_token_id = processor.tokenizer, model.config.image_token_id
     model.to(arguments.device)
     with arguments.main_process_first():
-        folder = Path(arguments.output_dir) / FEATURES
+        folder = Path(arguments.output_dir) / align.FEATURES
         train, validation = (
             rows and align.with_features(rows, model, processor, data.num_crops, folder)
             for rows in (train, validation)
@@ -75,7 +73,7 @@ def _aligning(settings, model, train, validation, processor, callbacks):
     if options.words:
         align.load_projector(alignment, words)
     arguments.prediction_loss_only = True
-    return align.AlignTrainer(alignment, arguments, collate, train, validation, callbacks=callbacks)
+    return align.AlignTrainer(alignment, arguments, collate, train, validation)
 
 
 class InstructCollator:
@@ -99,7 +97,7 @@ class InstructCollator:
         return batch
 
 
-def _instructing(settings, model, train, validation, processor, callbacks):
+def _instructing(settings, model, train, validation, processor):
     _, data, _, options, arguments = settings
     given = [argument.name for argument in fields(TrainingArguments) if argument.init]
     theirs = SFTConfig(
@@ -119,21 +117,8 @@ def _instructing(settings, model, train, validation, processor, callbacks):
         train_dataset=train,
         eval_dataset=validation,
         processing_class=processor,
-        callbacks=callbacks,
         peft_config=adapters,
     )
-
-
-def save(trainer, folder: Path, processor) -> None:
-    """The whole model in `folder`, beside it its adapters where it was trained by such."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "merge_and_unload"):
-        model.save_pretrained(folder / ADAPTER)
-        (folder / ADAPTER / "README.md").unlink(missing_ok=True)
-        model = model.merge_and_unload()
-    model = model.model if isinstance(model, align.Alignment) else model
-    processor.save_pretrained(folder)
-    model.save_pretrained(folder)
 
 
 @torch.inference_mode()
@@ -181,7 +166,7 @@ def question(row: dict) -> str:
     return "".join(part["text"] or "" for part in row[MESSAGES][-2]["content"]).strip()
 
 
-def measure(settings: Settings, start: dict, splits: dict[str, Dataset], names: list[str], processor) -> dict:
+def measure_answers(settings: Settings, start: dict, splits: dict[str, Dataset], names: list[str], processor) -> dict:
     """Figures on the held-out conversations of the model before (unless its projection is fresh) and after."""
     _, data, _, _, arguments = settings
     rows = splits["test"].filter(lambda row: row[MESSAGES][-1]["role"] == "assistant")
