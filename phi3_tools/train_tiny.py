@@ -1,6 +1,6 @@
 """
-Makes the checkpoint in tiny/: an untrained start, Phi-3-vision's image embedding with narrow layers, which finetune.py
-then trains on scikit-learn's digits. Interrupted, the same command goes on.
+Makes the small checkpoint: an untrained start, Phi-3-vision's image embedding with narrow layers, which `phi3-embed
+finetune` then trains on scikit-learn's digits. Interrupted, the same command goes on.
 
 It trains in two steps. With crops of 112 pixels a patch is one pixel of a digit, and a picture costs a ninth; what is
 learned there is then enlarged to crops of 336 pixels, and trained on.
@@ -29,14 +29,14 @@ WORK = ROOT / ".tiny"
 POSITIONS = "vision_embed_tokens.img_processor.embeddings.position_embedding.weight"
 SEED = 0
 COMMON = (
-    "--data digits --task embedding --words --validation 0 --num_crops 0 --rotate 12 --shift 0.1 --zoom 0.15 "
-    "--per_device_train_batch_size 32 --lr_scheduler_type cosine --weight_decay 0.05 --use_cpu"
+    "--task embedding --words --validation 0 --num-crops 0 --rotate 12 --shift 0.1 --zoom 0.15 "
+    "--per-device-train-batch-size 32 --lr-scheduler-type cosine --weight-decay 0.05"
 )
-# Pixels of a crop, and the arguments of finetune.py. Chosen with --validation 0.15: on that share of the
+# Pixels of a crop, and the options of the training. Chosen with --validation 0.15: on that share of the
 # training digits they reach a recall@1 of 97.7 %, raw pixels 95.4 %.
 STEPS = {
-    112: f"{COMMON} --learning_rate 1.5e-3 --warmup_steps 0.2 --num_train_epochs 40",
-    336: f"{COMMON} --learning_rate 5e-4 --warmup_steps 0.2 --num_train_epochs 4",
+    112: f"{COMMON} --learning-rate 1.5e-3 --warmup-steps 0.2 --num-train-epochs 40",
+    336: f"{COMMON} --learning-rate 5e-4 --warmup-steps 0.2 --num-train-epochs 4",
 }
 
 
@@ -136,7 +136,7 @@ def train():
             else:
                 enlarge(AutoModel.from_pretrained(done, trust_remote_code=True), model)
             save(model, image_processor, tokenizer, start)
-        command = [sys.executable, "-m", "phi3_tools", "finetune", "--model", start, "--output_dir", output]
+        command = [sys.executable, "-m", "phi3_tools", "finetune", "digits", "--model", start, "--output", output]
         subprocess.run([*command, *arguments.split()], check=True)
         done = output
     return done
@@ -232,7 +232,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except subprocess.CalledProcessError as error:  # finetune.py has said what went wrong
+    except subprocess.CalledProcessError as error:  # the training has said what went wrong
         sys.exit(error.returncode)
     except KeyboardInterrupt:
         sys.exit("\ntrain_tiny: Interrupted. The same command goes on.")

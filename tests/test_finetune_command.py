@@ -115,7 +115,8 @@ def embedding(repository, images, tmp_path_factory):
 def test_a_folder_of_classes_becomes_a_classifier_with_figures_drawings_and_card(trained):
     metrics = read_metrics(trained)
     rows = metrics["held out"]
-    assert rows["fine-tuned"]["accuracy"] == 1 > rows["untrained"]["accuracy"] and metrics["verdict"] == []
+    assert rows["fine-tuned"]["accuracy"] == 1 and metrics["verdict"] == []
+    assert rows["untrained"]["accuracy"] == rows["untrained"]["linear probe"]
     assert [*rows["untrained"]] == ["accuracy", "macro F1", "recall@1", "recall@5", "mAP", "linear probe"]
     assert losses(trained)[9] < 0.5 * losses(trained)[1]
     for name in ("curves.png", "confusion.png"):
@@ -483,13 +484,6 @@ def test_kept_features_give_what_images_give(pad_views, repository, images, tmp_
         model(**collate([split[number] for number in (0, 9, 20)])).logits for split in (splits["train"], kept)
     )
     np.testing.assert_allclose(got.detach(), wanted.detach(), atol=1e-5)
-
-
-def test_weights_of_another_shape_are_no_fine_tuned_result(trained):
-    where = {"pretrained_model_name_or_path": trained}
-    train.load_model(where, "classification", [*COLORS], is_start=False)
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        train.load_model(where, "classification", [*COLORS, "white"], is_start=False)
 
 
 def test_an_embedding_serves_when_cut_where_it_was_trained_to(repository, images, tmp_path):
