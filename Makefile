@@ -45,7 +45,7 @@ tiny: $(VENV)/ready
 	$(RUN) -m phi3_tools.train_tiny
 
 compare: $(VENV)/ready
-	HF_HUB_OFFLINE=1 $(VENV)/bin/phi3-embed compare digits --models .:mean --models .:tower --models pixels --num-crops 1
+	HF_HUB_OFFLINE=1 $(VENV)/bin/phi3-embed compare digits --model .:mean --model .:tower --model pixels --num-crops 1
 
 benchmark: $(VENV)/ready $(VENV)/quantizers
 	$(RUN) benchmarks/run.py

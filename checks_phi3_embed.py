@@ -19,16 +19,19 @@ IGNORED_LABEL = -100
 FLOATING_POINT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_arguments(function: Callable, kwargs: dict) -> None:
-    """A misspelt argument would pass in silence among those that go on to the tower."""
+def check_arguments(function: Callable, kwargs: dict, passed_on_to: Callable | None = None) -> None:
+    """A misspelt argument would pass in silence among those that go on to the tower or the language model."""
     if torch.compiler.is_compiling():
         return
-    unknown = sorted(kwargs.keys() - {*TransformersKwargs.__annotations__, "return_dict"})
+    accepted = {*TransformersKwargs.__annotations__, "return_dict"}
+    if passed_on_to is not None:
+        accepted.update(inspect.signature(passed_on_to).parameters)
+    unknown = sorted(kwargs.keys() - accepted)
     if unknown:
         named = [
             name
             for name, parameter in inspect.signature(function).parameters.items()
-            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name != "self"
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         ]
         raise TypeError(
             f"{function.__name__}() got {', '.join(f'`{name}`' for name in unknown)}. Accepted are "
@@ -88,7 +91,9 @@ def check_pixels(config: Phi3EmbedConfig, pixel_values: torch.Tensor) -> None:
             f"{channels}, {size}, {size}), or features in place of pixels, (num_views, {patches}, {width}) or "
             f"(num_images, max_views, {patches}, {width})"
         )
-        is_accepted = any(shape[start:] in (pixels, (patches, width)) for start in (1, 2))
+        is_accepted = any(
+            len(shape) - len(form) in (1, 2) and shape[-len(form) :] == form for form in (pixels, (patches, width))
+        )
     else:
         accepted = f"(num_images, {channels}, {size}, {size}), or (num_images, num_tokens, {width}) for features"
         is_accepted = shape[1:] == pixels or (len(shape) == 3 and shape[2] == width)
@@ -112,9 +117,9 @@ def check_image_sizes(
     if image_sizes is None and config.use_hd_transform:
         raise ValueError("`image_sizes` are missing: the HD transform needs the size of each image's grid of crops.")
     if image_sizes is None:
-        return torch.zeros(len(pixel_values), 2, dtype=torch.int64, device=pixel_values.device)
+        return torch.zeros(pixel_values.shape[0], 2, dtype=torch.int64, device=pixel_values.device)
     one_row_an_image = is_padded(config, pixel_values) or not config.use_hd_transform
-    num_images = len(pixel_values) if one_row_an_image else "num_images"
+    num_images = pixel_values.shape[0] if one_row_an_image else "num_images"
     sizes = _int_pairs(image_sizes, num_images)
     grids = (sizes // config.crop_size).to(pixel_values.device)
     if torch.compiler.is_compiling():
@@ -157,19 +162,25 @@ def check_image_sizes(
 
 
 def _int_pairs(image_sizes, num_images) -> torch.LongTensor:
-    accepted = f"but must be ints of shape ({num_images}, 2), a height and a width for each image of `pixel_values`."
     if isinstance(image_sizes, torch.Tensor):
         check_tensor("image_sizes", image_sizes)
     try:
         sizes = torch.as_tensor(image_sizes)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"`image_sizes` are {image_sizes!r:.80}, {accepted}") from error
+        raise ValueError(f"`image_sizes` are {image_sizes!r:.80}, {_accepted_sizes(num_images)}") from error
     is_ints = not (sizes.is_floating_point() or sizes.is_complex() or sizes.dtype == torch.bool)
     is_count = sizes.numel() > 0 if num_images == "num_images" else sizes.numel() == 2 * num_images
     if not (is_ints and is_count and sizes.shape[-1:] == (2,)):
-        raise ValueError(f"`image_sizes` are of shape {tuple(sizes.shape)} and dtype {sizes.dtype}, {accepted}")
+        raise ValueError(
+            f"`image_sizes` are of shape {tuple(sizes.shape)} and dtype {sizes.dtype}, {_accepted_sizes(num_images)}"
+        )
     # In 8 bits the arithmetic on grids would overflow, and uint64 has none.
     return sizes.to(torch.int64).reshape(-1, 2)
+
+
+# Formatted on error only: a traced graph would make a constant of a number of images that it writes out.
+def _accepted_sizes(num_images):
+    return f"but must be ints of shape ({num_images}, 2), a height and a width for each image of `pixel_values`."
 
 
 def check_input_ids(input_ids: torch.Tensor, num_embeddings: int) -> None:
@@ -207,9 +218,7 @@ def check_placeholders(is_placeholder: torch.BoolTensor, number: torch.LongTenso
             is_placeholder.sum() == sum(num_tokens), "placeholders and image tokens differ in number"
         )
         return
-    # A run of placeholders ends where the row does, the next id is none, or another image's number begins.
-    ends = is_placeholder.clone()
-    ends[:, :-1] &= number[:, 1:] != number[:, :-1]
+    ends = _run_ends(is_placeholder, number)
     run_ends = is_placeholder.flatten().cumsum(0)[ends.flatten()].tolist()
     token_ends = torch.tensor(num_tokens).cumsum(0).tolist()
     if (run_ends[-1:] or [0]) != (token_ends[-1:] or [0]) or not set(run_ends) <= set(token_ends):
@@ -218,12 +227,52 @@ def check_placeholders(is_placeholder: torch.BoolTensor, number: torch.LongTenso
             f"The text has {sum(runs)} image placeholders, in runs of {runs}, but the images take {sum(num_tokens)} "
             f"tokens, {list(num_tokens)}. Each image's placeholders must stand together and be as many as its tokens."
         )
-    # Images are consumed in order of appearance, so numbers out of order would swap images.
+    check_placeholder_order(is_placeholder, number)
+
+
+def _run_ends(is_placeholder, number):
+    """Where a run of placeholders ends: the row does, the next id is none, or another image's number begins."""
+    ends = is_placeholder.clone()
+    ends[:, :-1] &= number[:, 1:] != number[:, :-1]
+    return ends
+
+
+def check_placeholder_order(is_placeholder: torch.BoolTensor, number: torch.LongTensor) -> None:
+    """Images are consumed in order of appearance, so Microsoft's numbers out of order would swap images."""
+    ends = _run_ends(is_placeholder, number)
     text, numbers = ends.nonzero(as_tuple=True)[0], number[ends]
     if ((text[1:] == text[:-1]) & (numbers[1:] < 0) & (numbers[1:] >= numbers[:-1])).any():
         raise ValueError(
             f"The image placeholders are {numbers.tolist()}, but must be -1, -2, -3, ... in the order of their places "
             "in a text. Reorder the images to match the text."
+        )
+
+
+def check_image_features(image_tokens: tuple[torch.Tensor, ...], width: int) -> None:
+    """Image tokens that were computed ahead, perhaps by another model."""
+    for tokens in image_tokens:
+        check_tensor("image tokens", tokens)
+        if tokens.ndim != 2 or tokens.shape[1] != width:
+            raise ValueError(
+                f"Image tokens are of shape {tuple(tokens.shape)}, but this model takes (num_tokens, {width}): "
+                "`pooler_output` of `get_image_features`, one tensor an image."
+            )
+
+
+def check_padding(attention_mask: torch.Tensor | None) -> None:
+    """Of a batch that generation goes on with."""
+    if attention_mask is not None and attention_mask.ndim == 2 and not attention_mask[:, -1].all():
+        raise ValueError(
+            "The batch is padded on the right, but a text goes on where it ends: pad on the left "
+            "(`processor.tokenizer.padding_side = 'left'`)."
+        )
+
+
+def check_length(length: int, max_position_embeddings: int) -> None:
+    if length > max_position_embeddings:
+        raise ValueError(
+            f"The text has {length} tokens, those of its images counted, but the language model takes "
+            f"{max_position_embeddings} (`max_position_embeddings`). Leave something out, or lower `num_crops`."
         )
 
 

@@ -1,13 +1,17 @@
-"""Phi-3-vision image embedding: configuration."""
+"""Phi-3-vision: configuration."""
 
 import inspect
 import json
+import math
 from pathlib import Path
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 # The HD transform merges every 2 x 2 neighbouring patches into one token.
 MERGE_SIZE = 2
+
+# The language model of Phi-3-vision and Phi-3.5-vision is transformers' own.
+TEXT_MODEL_TYPE = "phi3"
 
 # The one vector of an image, see `Phi3EmbedConfig`.
 POOLING_MODES = ("mean", "global", "tower")
@@ -26,8 +30,8 @@ CLIP_VIT_LARGE_PATCH14_336 = {
     "projection_dim": 768,
 }
 
-# What Microsoft's config.json has that the image embedding needs. All else there (the language model, its `auto_map`,
-# `model_type`, `_attn_implementation` and rope settings) must not leak in.
+# What Microsoft's config.json has that the image embedding and the language model need. All else there (`auto_map`,
+# `model_type`, `_attn_implementation`) must not leak in.
 MICROSOFT_KEYS = (
     "hidden_size",
     "n_embd",
@@ -43,6 +47,29 @@ MICROSOFT_KEYS = (
     "img_processor",
     "embd_layer",
     "vision_config",
+)
+MICROSOFT_TEXT_KEYS = (
+    "hidden_size",
+    "vocab_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "resid_pdrop",
+    "attention_dropout",
+    "hidden_act",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "tie_word_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "sliding_window",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
 )
 MICROSOFT_TOWERS = {"openai/clip-vit-large-patch14-336": CLIP_VIT_LARGE_PATCH14_336}
 
@@ -155,6 +182,29 @@ def _from_microsoft(img_processor, embd_layer, vision_config):
     }
 
 
+def _native_text_settings(settings: dict) -> dict:
+    """Settings of a Phi-3 language model, in Microsoft's words or in transformers', -> transformers'."""
+    settings = dict(settings)
+    longest = settings.get("max_position_embeddings", 4096)
+    original = settings.get("original_max_position_embeddings", longest)
+    # A window as long as the longest text cuts nothing, but every cache would be one of windows.
+    if (settings.get("sliding_window") or 0) >= longest:
+        settings["sliding_window"] = None
+    scaling = settings.pop("rope_scaling", None) or {}
+    kind = scaling.get("type") or scaling.get("rope_type")
+    if kind in ("su", "yarn", "longrope"):
+        rope = {"rope_type": "longrope", "rope_theta": settings.pop("rope_theta", 10000.0)}
+        rope["original_max_position_embeddings"] = scaling.get("original_max_position_embeddings", original)
+        rope |= {name: list(scaling[name]) for name in ("short_factor", "long_factor") if name in scaling}
+        # "yarn" is Microsoft's name for the same factors with another scale of attention.
+        if kind == "yarn" and longest > original:
+            rope["attention_factor"] = 0.1 * math.log(longest / original) + 1
+        settings["rope_parameters"] = rope
+    elif scaling:
+        settings["rope_scaling"] = scaling
+    return settings
+
+
 def _arguments(config_class):
     return list(inspect.signature(config_class.__init__).parameters)[1:-1]  # without self and kwargs
 
@@ -166,29 +216,36 @@ def _changed(config_dict, changes):
         stale |= names if names & changes.keys() else set()
     if {"vision_config", "use_hd_transform", "type_feature"} & changes.keys():
         stale |= {"num_img_tokens", "with_learnable_separator"}
+    if changes.get("text_config") is not None:
+        stale |= {"hidden_size", "n_embd", "vocab_size", "tie_word_embeddings"}
     kept = {name: value for name, value in config_dict.items() if name not in stale}
-    saved, given = kept.get("vision_config"), changes.get("vision_config")
-    # As everywhere, a dict changes single settings of a tower of the same kind.
-    if isinstance(saved, dict) and isinstance(given, dict):
-        is_same_kind = given.get("model_type") in (None, saved.get("model_type"))
-        changes = changes | {"vision_config": saved | given if is_same_kind else given}
+    # As everywhere, a dict changes single settings of a sub-config of the same kind.
+    for name in ("vision_config", "text_config"):
+        saved, given = kept.get(name), changes.get(name)
+        if isinstance(saved, dict) and isinstance(given, dict):
+            is_same_kind = given.get("model_type") in (None, saved.get("model_type"))
+            changes = changes | {name: saved | given if is_same_kind else given}
     return kept | changes
 
 
 class Phi3EmbedConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`Phi3EmbedModel`]. The defaults are the geometry of Phi-3-vision.
+    Configuration of a [`Phi3EmbedModel`], or with `text_config` of a [`Phi3VisionModel`]. The defaults are the
+    geometry of Phi-3-vision's image embedding.
 
-    `from_pretrained` and `from_dict` also read Microsoft's `config.json` as it stands (`img_processor`, `embd_layer`),
-    and take from it what the image embedding needs.
+    `from_pretrained` and `from_dict` also read Microsoft's `config.json` as it stands (`img_processor`, `embd_layer`);
+    with `text_config=None` they take of it the image embedding alone.
 
     Args:
         vision_config (`PreTrainedConfig` or `dict`, *optional*):
             The vision tower: any vision transformer that `AutoModel` builds. Defaults to CLIP ViT-L/14-336.
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            The language model, a `Phi3Config`. `None`: the image embedding alone. Microsoft's words for its rotary
+            factors (`rope_scaling` of type `"su"` or `"yarn"`) are read too.
         hidden_size (`int`, *optional*, defaults to 3072):
-            Width of the token space. Also called `n_embd`.
+            Width of the token space. Also called `n_embd`. Follows from `text_config`.
         vocab_size (`int`, *optional*, defaults to 32064):
-            Rows of the word embedding table.
+            Rows of the word embedding table. Follows from `text_config`.
         image_token_id (`int`, *optional*, defaults to 32044):
             The id that stands for one image token in `input_ids`. `None`: only Microsoft's negative ids do.
         layer_idx (`int`, *optional*, defaults to -2):
@@ -212,6 +269,8 @@ class Phi3EmbedConfig(PreTrainedConfig):
             before the projection (`"tower"`). Separators and padding do not count. Also an argument of each call.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of a fresh model's projection and word embeddings.
+        untrained (`bool`, *optional*, defaults to `False`):
+            Whether the projection has never been trained, so that image tokens say nothing yet. Loading tells it.
 
     Raises:
         ValueError: a value is wrong, or two contradict each other.
@@ -225,7 +284,8 @@ class Phi3EmbedConfig(PreTrainedConfig):
     ```"""
 
     model_type = "phi3_embed"
-    sub_configs = {"vision_config": AutoConfig}
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "image_outputs"]
     attribute_map = {"n_embd": "hidden_size", "embed_pdrop": "embd_pdrop"}
 
     # A plain `__init__` rather than strict dataclass fields: those raise their own error type, not ValueError.
@@ -233,7 +293,7 @@ class Phi3EmbedConfig(PreTrainedConfig):
         self,
         vision_config=None,
         hidden_size=None,
-        vocab_size=32064,
+        vocab_size=None,
         image_token_id=32044,
         layer_idx=-2,
         type_feature="patch",
@@ -247,6 +307,8 @@ class Phi3EmbedConfig(PreTrainedConfig):
         n_embd=None,
         embed_pdrop=None,
         with_learnable_separator=None,
+        text_config=None,
+        untrained=False,
         **kwargs,
     ):
         if microsoft := sorted({"img_processor", "embd_layer"} & kwargs.keys()):
@@ -254,8 +316,12 @@ class Phi3EmbedConfig(PreTrainedConfig):
         hidden_size = _one_of_two_names("hidden_size", hidden_size, "n_embd", n_embd)
         embd_pdrop = _one_of_two_names("embd_pdrop", embd_pdrop, "embed_pdrop", embed_pdrop)
         self.vision_config = self._build_vision_config(vision_config)
-        self.hidden_size = 3072 if hidden_size is None else hidden_size
-        self.vocab_size = vocab_size
+        self.text_config = self._build_text_config(text_config)
+        self.hidden_size = self._of_text_config("hidden_size", hidden_size, 3072)
+        self.vocab_size = self._of_text_config("vocab_size", vocab_size, 32064)
+        if self.text_config is not None:
+            tied = self._of_text_config("tie_word_embeddings", kwargs.pop("tie_word_embeddings", None), False)
+            kwargs["tie_word_embeddings"] = tied
         self.image_token_id = image_token_id
         self.layer_idx = layer_idx
         self.type_feature = type_feature
@@ -265,6 +331,7 @@ class Phi3EmbedConfig(PreTrainedConfig):
         self.embd_pdrop = 0.0 if embd_pdrop is None else embd_pdrop
         self.pooling_mode = pooling_mode
         self.initializer_range = initializer_range
+        self.untrained = untrained
         self._check_values()
 
         separator = use_hd_transform if with_learnable_separator is None else with_learnable_separator
@@ -287,9 +354,12 @@ class Phi3EmbedConfig(PreTrainedConfig):
         if "img_processor" in config_dict or "embd_layer" in config_dict:
             mixed = sorted({*_arguments(cls)} - {*MICROSOFT_KEYS} & {*config_dict})
             _require(not mixed, "config", mixed, "said in Microsoft's way alone, by `img_processor` and `embd_layer`")
+            text_config = {key: config_dict[key] for key in MICROSOFT_TEXT_KEYS if key in config_dict}
             taken = {key: config_dict[key] for key in MICROSOFT_KEYS if key in config_dict}
             img_processor, embd_layer = (taken.pop(key, None) or {} for key in ("img_processor", "embd_layer"))
             config_dict = taken | _from_microsoft(img_processor, embd_layer, taken.pop("vision_config", None))
+            if "num_hidden_layers" in text_config:
+                config_dict["text_config"] = text_config
         # The base class would set these behind the checks of `__init__`.
         changes = {name: kwargs.pop(name) for name in _arguments(cls) if name in kwargs}
         return super().from_dict(_changed(config_dict, changes), **kwargs)
@@ -336,6 +406,31 @@ class Phi3EmbedConfig(PreTrainedConfig):
                 )
         return vision_config
 
+    @staticmethod
+    def _build_text_config(text_config):
+        if isinstance(text_config, dict):
+            model_type = text_config.get("model_type", TEXT_MODEL_TYPE)
+            _require(model_type == TEXT_MODEL_TYPE, "text_config['model_type']", model_type, repr(TEXT_MODEL_TYPE))
+            try:
+                text_config = CONFIG_MAPPING[TEXT_MODEL_TYPE](**_native_text_settings(text_config))
+            except Exception as error:  # strict fields and the checks of rotary factors have types of their own
+                raise ValueError(f"`text_config` is no config of a {TEXT_MODEL_TYPE!r}: {error}") from error
+        if text_config is not None:
+            _require(
+                isinstance(text_config, PreTrainedConfig) and text_config.model_type == TEXT_MODEL_TYPE,
+                "text_config",
+                text_config,
+                f"a dict, or a PreTrainedConfig of type {TEXT_MODEL_TYPE!r}",
+            )
+        return text_config
+
+    def _of_text_config(self, name, value, default):
+        if self.text_config is None:
+            return default if value is None else value
+        of_text = getattr(self.text_config, name)
+        _require(value in (None, of_text), name, value, f"{of_text!r}, the one of `text_config`")
+        return of_text
+
     def _check_values(self):
         for name in ("hidden_size", "vocab_size"):
             _require(_is_int(getattr(self, name), 1), name, getattr(self, name), "a positive int")
@@ -345,6 +440,7 @@ class Phi3EmbedConfig(PreTrainedConfig):
             ("projection_cls", ("mlp", "linear")),
             ("pooling_mode", POOLING_MODES),
             ("use_hd_transform", (True, False)),
+            ("untrained", (True, False)),
         ):
             _require(getattr(self, name) in accepted, name, getattr(self, name), f"one of {accepted}")
         _require(

@@ -1,5 +1,5 @@
 """
-Phi-3-vision image embedding: model.
+Phi-3-vision: the image embedding, and the whole model.
 
 Pixels of the views of all images, the global view of each before its crops (views, 3, H, W)
   -> the tower, up to the feature layer                                     (views, patches, C)
@@ -7,8 +7,10 @@ Pixels of the views of all images, the global view of each before its crops (vie
   -> gathered in reading order: lines across the whole image, each closed by `sub_GN`, and one `glb_GN` between the
      crops and the global view                                              (num_tokens of each image, hidden_size)
   -> put in the place of the image placeholders among the word embeddings   (batch, length, hidden_size)
+  -> of the whole model: transformers' Phi-3 language model, and its head   (batch, length, vocab_size)
 """
 
+import copy
 import inspect
 import shlex
 from dataclasses import dataclass
@@ -17,27 +19,39 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, Phi3ForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+    ImageClassifierOutput,
+)
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .checks_phi3_embed import (
     check_arguments,
+    check_image_features,
     check_image_sizes,
     check_image_tokens,
     check_input_ids,
     check_inputs_embeds,
     check_labels,
+    check_length,
+    check_padding,
     check_pixels,
+    check_placeholder_order,
     check_placeholders,
     check_pooling_mode,
     is_features,
     is_padded,
 )
 from .configuration_phi3_embed import MERGE_SIZE, Phi3EmbedConfig, hd_num_tokens
+
+logger = logging.get_logger(__name__)
 
 # Microsoft marks image n by the id -n. Ids at or below this bound are not placeholders.
 MIN_PLACEHOLDER_ID = -(10**9)
@@ -47,6 +61,11 @@ AUTO_MAP = {
     "AutoConfig": "modeling_phi3_embed.Phi3EmbedConfig",
     "AutoModel": "modeling_phi3_embed.Phi3EmbedModel",
     "AutoModelForImageClassification": "modeling_phi3_embed.Phi3EmbedForImageClassification",
+}
+GENERATION_AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM")
+WHOLE_AUTO_MAP = AUTO_MAP | {
+    "AutoModel": "modeling_phi3_embed.Phi3VisionModel",
+    **dict.fromkeys(GENERATION_AUTO_CLASSES, "modeling_phi3_embed.Phi3VisionForConditionalGeneration"),
 }
 
 # What towers call the modules behind their last layer. The features are taken before them.
@@ -106,6 +125,33 @@ class Phi3EmbedModelOutput(ModelOutput):
     image_outputs: Phi3EmbedImageOutput | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+# The cache's field is named by transformers' version: `past_key_values` before 5.24, `cache` since.
+@dataclass
+class Phi3VisionModelOutput(BaseModelOutputWithPast):
+    r"""
+    [`~transformers.modeling_outputs.BaseModelOutputWithPast`], and:
+
+    Args:
+        image_outputs ([`Phi3EmbedImageOutput`], *optional*):
+            What [`~Phi3VisionModel.get_image_features`] gives.
+    """
+
+    image_outputs: Phi3EmbedImageOutput | None = None
+
+
+@dataclass
+class Phi3VisionCausalLMOutput(CausalLMOutputWithPast):
+    r"""
+    [`~transformers.modeling_outputs.CausalLMOutputWithPast`], and:
+
+    Args:
+        image_outputs ([`Phi3EmbedImageOutput`], *optional*):
+            What [`~Phi3VisionModel.get_image_features`] gives.
+    """
+
+    image_outputs: Phi3EmbedImageOutput | None = None
 
 
 def build_vision_tower(config: Phi3EmbedConfig) -> PreTrainedModel:
@@ -296,7 +342,7 @@ class Phi3EmbedEmbeddings(nn.Module):
         projected = self.projector(features)
         layout = ViewLayout(*(part.to(projected.device) for part in layout))
         if encoded_view is None:
-            encoded_view = torch.arange(len(features), device=projected.device)
+            encoded_view = torch.arange(features.shape[0], device=projected.device)
         else:
             encoded_view = encoded_view.to(projected.device)
             features = features[encoded_view]  # again one row a view
@@ -320,9 +366,9 @@ class Phi3EmbedEmbeddings(nn.Module):
         -> the layout, the views `(num_encoded, ...)` that go through the tower, and which of them each view is, where
         they are fewer than all.
         """
-        num_images, num_views = len(grids), grids.prod(-1) + 1
+        num_images, num_views = grids.shape[0], grids.prod(-1) + 1
         if not is_padded(self.config, pixel_values):
-            views, row, num_real = pixel_values, None, len(pixel_values)
+            views, row, num_real = pixel_values, None, pixel_values.shape[0]
         else:
             max_views, views = pixel_values.shape[1], pixel_values.flatten(0, 1)
             is_real = torch.arange(max_views, device=grids.device) < num_views[:, None]  # (num_images, max_views)
@@ -332,9 +378,10 @@ class Phi3EmbedEmbeddings(nn.Module):
                 image, weight = number[:, None].expand(-1, max_views), is_real / num_views[:, None]
                 return ViewLayout(grids, number * max_views, image.flatten(), weight.flatten()), views, None
             row = is_real.flatten().nonzero().squeeze(1)
-            num_real = len(row)
+            num_real = row.shape[0]
         first_view = num_views.cumsum(0) - num_views
-        image = torch.arange(num_images, device=grids.device).repeat_interleave(num_views, output_size=num_real)
+        # Of each view how many images end before it, which unlike `repeat_interleave` is traced to ONNX too.
+        image = (torch.arange(num_real, device=grids.device)[:, None] >= num_views.cumsum(0)).sum(-1)
         encoded_view = None
         # The only crop of a 1 x 1 grid equals the global view, to the bit as the processor makes them: encode it once,
         # but where each view's own gradient is asked for.
@@ -380,7 +427,7 @@ class Phi3EmbedEmbeddings(nn.Module):
             return projected[encoded_view[layout.first_view]].mean(1)
         # In float32, as half precision would round the sum.
         means = projected.mean(1)[encoded_view] * layout.weight[:, None]
-        zeros = means.new_zeros(len(layout.grids), means.shape[-1])
+        zeros = means.new_zeros(layout.grids.shape[0], means.shape[-1])
         return zeros.index_add(0, layout.image, means).to(projected.dtype)
 
     def merge(
@@ -398,9 +445,17 @@ class Phi3EmbedEmbeddings(nn.Module):
             check_inputs_embeds(inputs_embeds, self.wte.embedding_dim)
         is_placeholder = self.get_placeholder_mask(input_ids, inputs_embeds, image_tokens)
         if len(image_tokens):
+            check_image_features(image_tokens, self.wte.embedding_dim)
             features = torch.cat(image_tokens).to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(is_placeholder[..., None], features)
         return self.drop(inputs_embeds)
+
+    def is_placeholder(self, input_ids: torch.LongTensor) -> torch.BoolTensor:
+        """Which ids stand for image tokens: `config.image_token_id`, and Microsoft's negative ids."""
+        is_placeholder = (input_ids < 0) & (input_ids > MIN_PLACEHOLDER_ID)
+        if self.config.image_token_id is not None:
+            is_placeholder = is_placeholder | (input_ids == self.config.image_token_id)
+        return is_placeholder
 
     def get_placeholder_mask(
         self,
@@ -410,9 +465,7 @@ class Phi3EmbedEmbeddings(nn.Module):
     ) -> torch.BoolTensor:
         """Where the image tokens go, `(batch_size, sequence_length)`; each image's must stand together, in order."""
         if input_ids is not None:
-            is_placeholder = (input_ids < 0) & (input_ids > MIN_PLACEHOLDER_ID)
-            if self.config.image_token_id is not None:
-                is_placeholder = is_placeholder | (input_ids == self.config.image_token_id)
+            is_placeholder = self.is_placeholder(input_ids)
             number = torch.where(is_placeholder, input_ids, MIN_PLACEHOLDER_ID)
         elif self.config.image_token_id is not None:
             image_token_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
@@ -437,6 +490,16 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _has_language_model = False
+    # Of a whole checkpoint the image embedding takes its own part.
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?language_model\.", r"^lm_head\."]
+
+    def __init__(self, config: Phi3EmbedConfig):
+        if config.text_config is not None and not self._has_language_model:
+            # What is saved is a checkpoint of the image embedding.
+            config = copy.deepcopy(config)
+            config.text_config = None
+        super().__init__(config)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -469,27 +532,40 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
                 raise ValueError(
                     f"{pretrained_model_name_or_path} is a checkpoint in Microsoft's layout. Take the image embedding "
                     f"out of it by `python convert_phi3_vision.py {shlex.quote(str(pretrained_model_name_or_path))} "
-                    "OUTPUT`, and load OUTPUT."
+                    "OUTPUT`, or with `--whole` all of it, and load OUTPUT."
                 )
         model, loading_info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
         missing = loading_info["missing_keys"]
         hint = "For a fresh, untrained model use `AutoModel.from_config(config, trust_remote_code=True)`."
-        if model.base_model is not model and model.config.architectures == [type(model.base_model).__name__]:
+        head = {name for name in missing if name.startswith("classifier.")}
+        if head and model.config.architectures != [cls.__name__]:
             if model.config.id2label != PreTrainedConfig().id2label:
-                missing = {name for name in missing if name.startswith(f"{cls.base_model_prefix}.")}
+                missing = missing - head
             else:  # nobody asked for a head: a pipeline would pass off its random answers
                 hint = "To train them, name the classes by `id2label`, or their number (if not 2) by `num_labels`."
         if missing := sorted(missing):
             raise ValueError(
                 f"The checkpoint lacks {len(missing)} of the model's weights: {', '.join(missing)}. {hint}"
             )
+        if model.config.untrained:
+            logger.warning(
+                f"The projection of {pretrained_model_name_or_path} has never been trained: what the model gives of "
+                "images is noise. Train it, as by `phi3-embed finetune --task align`, and set `config.untrained` to "
+                "False."
+            )
         return (model, loading_info) if output_loading_info else model
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As [`PreTrainedModel.resize_token_embeddings`]."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.config.vocab_size = embeddings.num_embeddings  # beside that of `text_config`
+        return embeddings
 
     def save_pretrained(self, *args, **kwargs):
         """As [`PreTrainedModel.save_pretrained`], but whichever model saved it, the config names the code of all."""
-        self.config.auto_map = dict(AUTO_MAP)
+        self.config.auto_map = dict(AUTO_MAP if self.config.text_config is None else WHOLE_AUTO_MAP)
         # FSDP gives the model a class of its own, which is of torch: its code would be saved in place of ours.
         sharded = type(self)
         if sharded.__name__.startswith("FSDP"):
@@ -505,7 +581,7 @@ class Phi3EmbedModel(Phi3EmbedPreTrainedModel):
 
     def __init__(self, config: Phi3EmbedConfig):
         super().__init__(config)
-        self.vision_embed_tokens = Phi3ImageEmbedding(config)
+        self.vision_embed_tokens = Phi3EmbedEmbeddings(self.config)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -671,7 +747,7 @@ class Phi3EmbedForImageClassification(Phi3EmbedPreTrainedModel):
 
     def __init__(self, config: Phi3EmbedConfig):
         super().__init__(config)
-        self.model = Phi3EmbedModel(config)
+        self.model = Phi3EmbedModel(self.config)
         self.classifier = nn.Linear(config.embed_dim, config.num_labels)
         self.post_init()
 
@@ -714,6 +790,286 @@ class Phi3EmbedForImageClassification(Phi3EmbedPreTrainedModel):
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=images.hidden_states, attentions=images.attentions
         )
+
+
+class Phi3VisionModel(Phi3EmbedModel):
+    """
+    The whole of Phi-3-vision but its head: the embeddings of [`Phi3EmbedModel`], and Phi-3's language model on them.
+
+    The word embeddings are `vision_embed_tokens.wte`; the language model has none of its own. With images alone the
+    model gives what [`Phi3EmbedModel`] gives.
+    """
+
+    _has_language_model = True
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
+
+    def __init__(self, config: Phi3EmbedConfig):
+        if config.text_config is None:
+            raise ValueError(
+                "The config has no `text_config`: this is the image embedding alone, without a language model. "
+                "Convert the whole of Phi-3-vision by `python convert_phi3_vision.py SOURCE OUTPUT --whole`."
+            )
+        super().__init__(config)
+        self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
+        self.language_model.embed_tokens = None
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        use_cache: bool | None = None,
+        num_img_tokens: torch.Tensor | None = None,
+        pooling_mode: str | None = None,
+        mm_encoder_outputs: dict[str, Phi3EmbedImageOutput] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Phi3VisionModelOutput | Phi3EmbedModelOutput:
+        r"""
+        Args:
+            input_ids, pixel_values, image_sizes, inputs_embeds, num_img_tokens, pooling_mode (*optional*):
+                As in [`~Phi3EmbedModel.forward`].
+            attention_mask (`torch.Tensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
+                0 at padding.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Without them 0, 1, ..., padding counted. Where the highest of the batch reaches
+                `original_max_position_embeddings`, all of its rows get the long rotary factors.
+            cache, past_key_values (`Cache`, *optional*):
+                Keys and values of the text before, under the name that transformers' version has for them.
+            use_cache (`bool`, *optional*):
+                Whether to return them.
+            mm_encoder_outputs (`dict`, *optional*):
+                `{"image": ...}`: what [`~Phi3EmbedModel.get_image_features`] gave, in place of `pixel_values`.
+
+        Returns:
+            [`Phi3VisionModelOutput`], `last_hidden_state` after the closing norm; of images alone
+            [`Phi3EmbedModelOutput`].
+
+        Raises:
+            ValueError, TypeError: the text is longer than `max_position_embeddings`, or as in
+                [`~Phi3EmbedModel.forward`].
+        """
+        check_arguments(self.forward, kwargs, self.language_model.forward)
+        images = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None and images is not None:
+            raise ValueError("Both `pixel_values` and `mm_encoder_outputs` were given. Give one of the two.")
+        if input_ids is None and inputs_embeds is None and images is None:
+            return super().forward(None, pixel_values, image_sizes, pooling_mode=pooling_mode, **kwargs)
+        if input_ids is not None and inputs_embeds is not None:
+            raise ValueError("Both `input_ids` and `inputs_embeds` were given. Give one of the two.")
+        if pixel_values is not None:
+            images = self.get_image_features(pixel_values, image_sizes, pooling_mode, return_dict=True)
+        elif image_sizes is not None:
+            raise ValueError("`image_sizes` were given without `pixel_values`.")
+
+        caches = {"past_key_values": past_key_values, "cache": cache}
+        caches = {name: value for name, value in caches.items() if value is not None}
+        if images is None and self._is_continued(input_ids, inputs_embeds, *caches.values()):
+            # A step of generation reads no values, and an id of the image token in it is a word.
+            inputs_embeds = self.vision_embed_tokens.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        else:
+            tokens = () if images is None else images.pooler_output
+            inputs_embeds = self.vision_embed_tokens.merge(tokens, input_ids, inputs_embeds)
+            check_length(inputs_embeds.shape[1], self.config.text_config.max_position_embeddings)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            **caches,
+            **{**kwargs, "return_dict": True},
+        )
+        return Phi3VisionModelOutput(**outputs, image_outputs=images)
+
+    @staticmethod
+    def _is_continued(input_ids, inputs_embeds, cache=None):
+        if torch.compiler.is_compiling():
+            return True
+        length = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        return cache is not None and (length == 1 or int(cache.get_seq_length()) > 0)
+
+
+class Phi3VisionForConditionalGeneration(Phi3EmbedPreTrainedModel, GenerationMixin):
+    """[`Phi3VisionModel`] and the head that gives the logits of the next token."""
+
+    _has_language_model = True
+    _keys_to_ignore_on_load_unexpected = None
+    _skip_keys_device_placement = ["cache", "past_key_values"]
+    _tied_weights_keys = {"lm_head.weight": "model.vision_embed_tokens.wte.weight"}
+    _tp_plan = Phi3ForCausalLM._tp_plan
+
+    def __init__(self, config: Phi3EmbedConfig):
+        super().__init__(config)
+        self.model = Phi3VisionModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(self, *args, **kwargs) -> Phi3EmbedImageOutput:
+        """See [`~Phi3EmbedModel.get_image_features`]."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    def split_image_tokens(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """See [`~Phi3EmbedModel.split_image_tokens`]."""
+        return self.model.split_image_tokens(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_img_tokens: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, Phi3EmbedImageOutput] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Phi3VisionCausalLMOutput:
+        r"""
+        Args:
+            input_ids, pixel_values, image_sizes, attention_mask, position_ids, inputs_embeds, past_key_values, cache,
+            use_cache, num_img_tokens, mm_encoder_outputs (*optional*):
+                As in [`~Phi3VisionModel.forward`].
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                The ids to predict, each at its own place; -100 where none is to be learnt: at image placeholders,
+                padding and the question.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                Of how many last places the logits are computed, or of which; 0 for all.
+
+        Returns:
+            [`Phi3VisionCausalLMOutput`]
+
+        Raises:
+            ValueError, TypeError: there is no text, or as in [`~Phi3VisionModel.forward`].
+        """
+        check_arguments(self.forward, kwargs, self.model.language_model.forward)
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError(
+                "There is no text: give `input_ids` or `inputs_embeds`. Of images alone take `model.model`."
+            )
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            cache=cache,
+            use_cache=use_cache,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **{**kwargs, "return_dict": True},
+        )
+        places = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, places])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return Phi3VisionCausalLMOutput(loss=loss, logits=logits, **others)
+
+    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs):
+        r"""
+        As [`~transformers.GenerationMixin.generate`]. Images are encoded once; the image token is never generated;
+        Microsoft's negative ids come back as `config.image_token_id`.
+
+        Raises:
+            ValueError: there is no text, the batch is padded on the right, or as in [`~Phi3VisionModel.forward`].
+        """
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if input_ids is None and kwargs.get("inputs_embeds") is None:
+            raise ValueError("There is no text: give `input_ids` or `inputs_embeds` too.")
+        check_padding(kwargs.get("attention_mask"))
+        image_token_id = self.config.image_token_id
+        if image_token_id is not None and input_ids is not None:
+            is_placeholder = self.model.vision_embed_tokens.is_placeholder(input_ids)
+            check_placeholder_order(is_placeholder, input_ids)
+            input_ids = input_ids.masked_fill(is_placeholder, image_token_id)
+        # What an assistant guesses is checked by the model that it assists.
+        if image_token_id is not None and not getattr(generation_config, "is_assistant", False):
+            suppressed = kwargs.pop("suppress_tokens", None)
+            for defaults in (generation_config, self.generation_config):
+                suppressed = suppressed or getattr(defaults, "suppress_tokens", None)
+            suppressed = sorted({*(suppressed or ()), image_token_id})
+            if generation_config is None:
+                kwargs["suppress_tokens"] = suppressed
+            else:
+                generation_config = copy.deepcopy(generation_config)
+                generation_config.suppress_tokens = suppressed
+        if (encoded := kwargs.get("mm_encoder_outputs")) is not None:
+            # Beams repeat the tokens in place.
+            kwargs["mm_encoder_outputs"] = {name: copy.copy(outputs) for name, outputs in encoded.items()}
+        return super().generate(input_ids, generation_config, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        tokenizer=None,  # of stop strings, which generate hands on to the model
+        **kwargs,
+    ) -> dict:
+        # Both names of the cache, of which transformers' version gives one, and takes the same.
+        caches = {"past_key_values": past_key_values, "cache": cache}
+        caches = {name: value for name, value in caches.items() if value is not None}
+        past_length = int(next(iter(caches.values())).get_seq_length()) if caches else 0
+        length = input_ids.shape[1]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            length = attention_mask.shape[1]
+        elif inputs_embeds is not None and length <= past_length:  # `input_ids` are what was generated
+            length += inputs_embeds.shape[1]
+        num_old = max(input_ids.shape[1] - (length - past_length), 0)  # of `input_ids` those that the cache has
+        is_placeholder = self.model.vision_embed_tokens.is_placeholder
+        if caches and past_length == 0:
+            is_first_iteration = True  # also of an assistant, which needs the images too
+        elif caches and is_first_iteration and not (kwargs.get("mm_encoder_outputs") or {}).get("image"):
+            new = input_ids[:, num_old:]
+            check_placeholders(is_placeholder(new), is_placeholder(new).long(), [])
+        if past_length and self._crosses_rope_switch(past_length, length, attention_mask, kwargs.get("position_ids")):
+            # The keys in the cache have the short rotary factors: compute the whole text again, with the long ones.
+            if not is_first_iteration:
+                # Guesses of assisted decoding may copy placeholders out of the text, which no image belongs to.
+                input_ids = input_ids.clone()
+                input_ids[:, num_old:].masked_fill_(is_placeholder(input_ids[:, num_old:]), 0)
+            if inputs_embeds is not None and (num_generated := length - inputs_embeds.shape[1]):
+                generated = self.get_input_embeddings()(input_ids[:, -num_generated:])
+                inputs_embeds = torch.cat((inputs_embeds, generated.to(inputs_embeds.dtype)), dim=1)
+            # Only a first iteration is handed the features of the images.
+            caches, is_first_iteration, kwargs["next_sequence_length"] = {}, True, None
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **caches,
+            **kwargs,
+        )
+
+    def _crosses_rope_switch(self, past_length, length, attention_mask, position_ids) -> bool:
+        """Whether the text gets the long rotary factors from here on, decided by positions: padding does not count."""
+        limit = self.config.text_config.rope_parameters.get("original_max_position_embeddings")
+        if limit is None or length <= limit:
+            return False
+        if position_ids is None or position_ids.shape[-1] != length:
+            position_ids = torch.arange(length, device=self.device)[None]
+            if attention_mask is not None and attention_mask.ndim == 2:
+                position_ids = attention_mask.long().cumsum(-1) - 1
+        return bool(position_ids[:, :past_length].max() < limit <= position_ids.max())
 
 
 class Phi3ImageEmbedding(Phi3EmbedEmbeddings):
@@ -798,5 +1154,14 @@ class Phi3ImageEmbedding(Phi3EmbedEmbeddings):
 Phi3EmbedConfig.__module__ = __name__
 Phi3EmbedModel.register_for_auto_class("AutoModel")
 Phi3EmbedForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+Phi3VisionModel.register_for_auto_class("AutoModel")
+Phi3VisionForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
-__all__ = ["Phi3EmbedForImageClassification", "Phi3EmbedModel", "Phi3EmbedPreTrainedModel", "Phi3ImageEmbedding"]
+__all__ = [
+    "Phi3EmbedForImageClassification",
+    "Phi3EmbedModel",
+    "Phi3EmbedPreTrainedModel",
+    "Phi3ImageEmbedding",
+    "Phi3VisionForConditionalGeneration",
+    "Phi3VisionModel",
+]

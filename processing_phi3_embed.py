@@ -1,4 +1,4 @@
-"""Phi-3-vision image embedding: image processor and processor."""
+"""Phi-3-vision: image processor and processor."""
 
 import copy
 import io
@@ -547,8 +547,8 @@ def _check_geometry(num_crops, size, num_img_tokens):
 
 class Phi3EmbedProcessor(ProcessorMixin):
     r"""
-    Image processor and tokenizer as one. Images are named in a text by `<|image_1|>`, `<|image_2|>`, ... or, each, by
-    `image_token`; a tag becomes as many `image_token`s as its image has tokens.
+    Image processor and tokenizer as one. Images are named in a text by `<|image_1|>`, `<|image_2|>`, ..., in any order
+    and again, or one after another by `image_token`; a tag becomes as many `image_token`s as its image has tokens.
 
     Args:
         image_processor ([`Phi3EmbedImageProcessor`]):
@@ -587,23 +587,31 @@ class Phi3EmbedProcessor(ProcessorMixin):
         r"""
         Args:
             images (*optional*):
-                As the image processor takes them: those of all texts in the order of their tags, or a list a text.
+                As the image processor takes them: those of all texts, by number in each, or a list a text.
             text (`str` or `list[str]`, *optional*):
                 One text or several, with as many tags as images: none, some or many in each.
             kwargs:
                 Of the image processor (`num_crops`) and the tokenizer (`padding`, `return_tensors`, ...).
 
         Returns:
-            What the tokenizer (`input_ids`, `attention_mask`) and the image processor give.
+            What the tokenizer (`input_ids`, `attention_mask`) and the image processor give, the latter in the order of
+            the tags; with a text without `num_img_tokens`.
 
         Raises:
-            ValueError: tags and images differ in number, tags do not count 1, 2, 3, ..., or truncation cuts an image.
+            ValueError: tags and images differ in number, numbers leave a gap, or truncation cuts an image.
         """
         processor = self
         if not kwargs.get("add_special_tokens", kwargs.get("text_kwargs", {}).get("add_special_tokens", True)):
             processor = copy.copy(self)  # as the base class hands no such argument on to `replace_image_token`
             processor._after_image = ""
-        return super(Phi3EmbedProcessor, processor).__call__(images=images, text=text, **kwargs)
+        inputs = super(Phi3EmbedProcessor, processor).__call__(images=images, text=text, **kwargs)
+        if text is not None:  # which holds as many placeholders; a model of texts alone would refuse this key
+            inputs.pop("num_img_tokens", None)
+        return inputs
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [name for name in super().model_input_names if name != "num_img_tokens"]
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         if text is not None:
@@ -613,45 +621,47 @@ class Phi3EmbedProcessor(ProcessorMixin):
                     f"`text` is {text!r:.80}, but must be a string or a list of strings, and not empty. Images are "
                     "the first argument; name both: `processor(images=..., text=...)`."
                 )
-            text = [self._resolve_tags(number, sample) for number, sample in enumerate(text)]
-            if images is not None:
-                self._check_images_of_texts(images, text)
-                # A batch whose texts have no image at all is one of texts alone.
-                images = flatten_images(images) or None
+            tags = [self._tags(number, sample) for number, sample in enumerate(text)]
+            of_texts = self._images_of_texts(images, [max(own, default=0) for own in tags])
+            # In the order of their places in the texts, once a place; a batch without any image is one of texts alone.
+            images = [own[tag - 1] for own, places in zip(of_texts, tags) for tag in places] or None
         return images, text, None, None
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         if images is None and text is None:
             raise ValueError("Neither `images` nor `text` were given. Give one of them, or both.")
-        if text is None:
-            return
-        num_tags, num_images = sum(sample.count(self.image_token) for sample in text), len(images or ())
-        if num_tags != num_images:
-            raise ValueError(f"The texts have {num_tags} image tags, but there are {num_images} images.")
 
-    def _resolve_tags(self, number, sample):
+    def _tags(self, number, sample) -> list[int]:
+        """The number of the image at each place of a text."""
         tags = [int(tag) for tag in IMAGE_TAG.findall(sample)]
-        if tags and self.image_token in sample:
+        num_plain = sample.count(self.image_token)
+        if tags and num_plain:
             raise ValueError(f"Text {number} has both numbered tags and {self.image_token!r}. Use one of the two.")
-        if tags != list(range(1, len(tags) + 1)):
+        if {*tags} != {*range(1, len({*tags}) + 1)}:
             raise ValueError(
-                f"Text {number} has the image tags {tags}, but must number its images 1, 2, 3, ... in the order "
-                "of their places, each once. Reorder the images to match the text."
+                f"Text {number} has the image tags {tags}, but must number its images 1, 2, 3, ... without a gap."
             )
-        return IMAGE_TAG.sub(self.image_token, sample)
+        return tags or list(range(1, num_plain + 1))
 
-    def _check_images_of_texts(self, images, text):
-        if not (isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images)):
-            return
-        if len(images) != len(text):
-            raise ValueError(
-                f"There are {len(text)} texts, but {len(images)} lists of images. Give one list a text: the image "
-                "tokens in the prompts should be the same as the number of images."
-            )
-        for number, (entry, sample) in enumerate(zip(images, text)):
-            num_tags, num_images = sample.count(self.image_token), len(flatten_images(entry))
-            if num_tags != num_images:
-                raise ValueError(f"Text {number} has {num_tags} image tags, but {num_images} images.")
+    @staticmethod
+    def _images_of_texts(images, numbers) -> list[list]:
+        """Images in a row or a list a text -> a list for each text, which names so many."""
+        if isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images):
+            if len(images) != len(numbers):
+                raise ValueError(
+                    f"There are {len(numbers)} texts, but {len(images)} lists of images. Give one list a text: the "
+                    "image tokens in the prompts should be the same as the number of images."
+                )
+            of_texts = [flatten_images(entry) for entry in images]
+            for number, (own, wanted) in enumerate(zip(of_texts, numbers)):
+                if len(own) != wanted:
+                    raise ValueError(f"Text {number} has tags of {wanted} images, but there are {len(own)} images.")
+            return of_texts
+        images = [] if images is None else flatten_images(images)
+        if len(images) != sum(numbers):
+            raise ValueError(f"The texts have tags of {sum(numbers)} images, but there are {len(images)} images.")
+        images = iter(images)
+        return [list(itertools.islice(images, number)) for number in numbers]
 
     def _process_images(self, images, **kwargs):
         image_inputs = self.image_processor(images, **kwargs)
@@ -659,6 +669,16 @@ class Phi3EmbedProcessor(ProcessorMixin):
             self.replace_image_token(image_inputs, index) for index in range(len(image_inputs["image_sizes"]))
         ]
         return image_inputs, replacements
+
+    def get_text_with_replacements(self, text, images_replacements=(), *args, **kwargs):
+        """As [`ProcessorMixin.get_text_with_replacements`], but of numbered tags too."""
+        plain = [IMAGE_TAG.sub(self.image_token, sample) for sample in text]
+        expanded, offsets = super().get_text_with_replacements(plain, images_replacements, *args, **kwargs)
+        # Assistant masks are found by the places in the text as it was given, where a numbered tag is longer.
+        for sample, replacements in zip(text, offsets):
+            for tag, replacement in zip(IMAGE_TAG.finditer(sample), replacements):
+                replacement |= {"span": tag.span(), "text": tag.group()}
+        return expanded, offsets
 
     def replace_image_token(self, image_inputs, image_idx, **kwargs) -> str:
         return self.image_token * int(image_inputs["num_img_tokens"][image_idx]) + self._after_image

@@ -40,7 +40,7 @@ def limit(output, ranges):
 
 
 def ours(output, ranges):
-    from convert_phi3_vision import convert
+    from phi3_tools.checkpoint.convert import convert
 
     convert(NAME, output)
 
@@ -49,7 +49,7 @@ def all_shards(output, ranges):
     from huggingface_hub import snapshot_download
     from safetensors.torch import load_file, save_file
 
-    from convert_phi3_vision import IMAGE_EMBEDDING
+    from phi3_tools.checkpoint.layout import IMAGE_EMBEDDING
 
     weights = {}
     for path in Path(snapshot_download(NAME)).glob("*.safetensors"):
@@ -66,7 +66,7 @@ CONTENDERS = {"limit": limit, "ours": ours, "all shards": all_shards}
 
 def contend(name, output, ranges):
     """Prints the seconds and the peak memory of a contender; what it imports is there before."""
-    import convert_phi3_vision  # noqa: F401
+    import phi3_tools.checkpoint.convert  # noqa: F401
 
     start = time.perf_counter()
     peak = peak_bytes(lambda: CONTENDERS[name](Path(output), json.loads(ranges)))
@@ -81,18 +81,14 @@ def make_hub_repo(hub, folder):
     import conftest  # noqa: F401
     import published
     from hub_server import File
-    from phi3_embed.convert_phi3_vision import (
-        IMAGE_EMBEDDING,
-        joined,
-        open_source,
-        read_config,
-        read_entries,
-        select,
-    )
+
+    from phi3_tools.checkpoint.convert import read_config
+    from phi3_tools.checkpoint.layout import IMAGE_EMBEDDING, select_published
+    from phi3_tools.checkpoint.source import joined, open_source, read_entries
 
     published.save_true_size(folder)
     source = open_source(str(folder), None, folder)
-    ranges = joined(select(read_entries(source, IMAGE_EMBEDDING), read_config(source), NAME).values())
+    ranges = joined(select_published(read_entries(source, IMAGE_EMBEDDING), read_config(source), NAME).values())
     files = {path.name: path for path in folder.iterdir()}
     # A checksum of holes would take longer than all that is measured; nobody compares it.
     shards = sorted(name for name in files if name.endswith(".safetensors"))

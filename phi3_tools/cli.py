@@ -61,12 +61,71 @@ Seed = Annotated[int, typer.Option("--seed", min=0)]
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
+@app.command(epilog="Interrupted, the same command goes on where it stopped.")
+def convert(
+    source: Annotated[str, typer.Argument(help="a folder or Hub id; also of a LoRA or DoRA adapter")],
+    output: Annotated[Path, typer.Argument(help="the folder to write; must not exist")],
+    dtype: Annotated[
+        str | None, typer.Option(help="of the weights; without it SOURCE's own", show_default=False)
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="a branch, tag or commit of SOURCE on the Hub")] = None,
+    base: Annotated[str | None, typer.Option(help="of an adapter, in place of the base that it names")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="NAME", help="push OUTPUT to this repository")] = None,
+    private: Annotated[bool, typer.Option("--private", help="make that repository private, if it is new")] = False,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="with the language model; else the image embedding alone")
+    ] = False,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="how the whole embeds: vlm2vec, unime, dse, vdocretriever, mean, or a JSON file of your own"
+        ),
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="read a .bin file, as data alone, where there are no safetensors")
+    ] = False,
+    put_back: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="the reverse: OUTPUT is SOURCE with the weights of this phi3-embed model"),
+    ] = None,
+):
+    """Bring Microsoft's Phi-3-vision checkpoints, and fine-tunes of them, into phi3-embed; and back."""
+    from phi3_tools.checkpoint.command import run
+
+    run(source, output, dtype, revision, base, push_to_hub, private, put_back, whole, recipe, allow_pickle)
+
+
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def finetune(context: typer.Context):
     """Train a classifier, or the embedding itself, on your images (its options are transformers' arguments)."""
     from phi3_tools.finetune.command import main
 
     main(context.args)
+
+
+@app.command()
+def assemble(
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="the folder to write; must not exist")],
+    tower: Annotated[str, typer.Option(metavar="TOWER", help="a folder or Hub id of a plain vision transformer")],
+    language_model: Annotated[
+        str,
+        typer.Option(
+            metavar="LM", help="a folder or Hub id of a Phi-3 text model or one of Llama's form, or a GGUF file"
+        ),
+    ],
+    crop_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="pixels a side; without it the tower's own, or the nearest that fits", show_default=False
+        ),
+    ] = None,
+    layer_idx: Annotated[int, typer.Option(help="the hidden state of the tower that is projected")] = -2,
+    num_crops: Annotated[int, typer.Option(min=0, help="the most crops of an image")] = 16,
+):
+    """Put any vision tower before any Phi-3 language model; the projection between them is then to be trained."""
+    from phi3_tools.checkpoint.assemble import run
+
+    run(tower, language_model, output, crop_size, layer_idx, num_crops)
 
 
 @app.command()
@@ -90,31 +149,16 @@ def compare(
     batch_size: BatchSize = 8,
     seed: Seed = 0,
     cache: Annotated[
-        Path | None, typer.Option(help="the file that keeps the vectors; in the user's cache", show_default=False)
+        Path | None,
+        typer.Option(help="the folder that keeps the vectors; without it in the user's cache", show_default=False),
     ] = None,
 ):
     """Measure the embeddings of several models on your images, and write a report."""
-    from phi3_tools.compare.command import Arguments, run
-    from phi3_tools.compare.vectors import VECTORS
+    from phi3_tools.compare.command import run
 
-    run(
-        Arguments(
-            models=model,
-            source=source,
-            output=output,
-            split=split,
-            image_column=image_column,
-            label_column=label_column,
-            text_column=text_column,
-            limit=limit,
-            probe=probe,
-            num_crops=num_crops,
-            resamples=resamples,
-            batch_size=batch_size,
-            seed=seed,
-            cache=cache or VECTORS,
-        )
-    )
+    columns = {"image_column": image_column, "label_column": label_column, "text_column": text_column}
+    settings = {"limit": limit, "probe": probe, "num_crops": num_crops, "resamples": resamples}
+    run(model, source, output, split, **columns, **settings, batch_size=batch_size, seed=seed, cache=cache)
 
 
 @search.command()
@@ -159,17 +203,18 @@ def remove(
 
 @search.command()
 def query(
-    image: Annotated[str, typer.Argument(metavar="IMAGE", help="the file of an image", show_default=False)],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="the file of an image, or words", show_default=False)],
     index: Index,
+    text: Annotated[str | None, typer.Option(help="words beside an image", show_default=False)] = None,
     count: Annotated[int, typer.Option("--count", min=1, help="how many to find")] = 5,
     exclude_self: Annotated[bool, typer.Option(help="leave out the query itself where the index holds it")] = True,
     output: Annotated[Path, typer.Option(help="the PNG file to draw")] = Path("neighbours.png"),
     device: Device = None,
 ):
-    """Print and draw the images of an index that are nearest to another."""
+    """Print and draw the images of an index that are nearest to another, to words, or to both."""
     from phi3_tools.search import query_index
 
-    query_index(image, index, count, exclude_self, output, device)
+    query_index(query, index, text, count, exclude_self, output, device)
 
 
 @app.command()
@@ -179,6 +224,10 @@ def embed(
     model: Model = None,
     num_crops: NumCrops = None,
     image_column: ImageColumn = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="embed texts, or texts with their images", show_default=False)
+    ] = None,
+    template: Annotated[str, typer.Option(help="what is said around a text")] = "{text}",
     shard_size: Annotated[int, typer.Option(min=1, help="images in a shard, which is one batch")] = 64,
     copies: Annotated[
         int | None,
@@ -186,10 +235,10 @@ def embed(
     ] = None,
     dtype: Dtype = "float32",
 ):
-    """Embed millions of images into parquet files, by Ray Data."""
+    """Embed millions of images, or texts, into parquet files, by Ray Data."""
     from phi3_tools.embed import run
 
-    run(source, output, model, num_crops, image_column, shard_size, copies, dtype)
+    run(source, output, model, num_crops, image_column, text_column, template, shard_size, copies, dtype)
 
 
 @app.command()
@@ -200,11 +249,15 @@ def serve(
     num_crops: NumCrops = None,
     dtype: Dtype = "float32",
     device: Device = None,
+    max_inputs: Annotated[int, typer.Option(min=1, help="most texts and images of a request")] = 64,
+    max_bytes: Annotated[int, typer.Option(min=1, help="most bytes of a request's body")] = 32 * 2**20,
+    max_pixels: Annotated[int, typer.Option(min=1, help="most pixels of a request's images together")] = 100_000_000,
+    max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer in a chat")] = 1024,
 ):
-    """Serve embeddings over HTTP, in OpenAI's format."""
-    from phi3_tools.serve import run
+    """Serve embeddings and chats over HTTP, in OpenAI's format."""
+    from phi3_tools.serve import Limits, run
 
-    run(model, host, port, num_crops, dtype, device)
+    run(model, host, port, num_crops, dtype, device, Limits(max_inputs, max_bytes, max_pixels, max_tokens))
 
 
 @app.command()
@@ -221,15 +274,18 @@ def export(
 @app.command()
 def evaluate(
     model: ModelArgument,
+    benchmark: Annotated[
+        str, typer.Option(help="of mteb: MIEB(Img), MIEB(lite), MIEB(eng), ViDoRe(v2), ...")
+    ] = "MIEB(Img)",
     num_crops: NumCrops = None,
     batch_size: BatchSize = 16,
     output: Annotated[Path, typer.Option(help="the folder of the finished tasks' scores")] = Path("results"),
     device: Device = None,
 ):
-    """Run MIEB(Img), mteb's benchmark of images, and print the leaderboard's row."""
+    """Run a benchmark of mteb, and print the leaderboard's row."""
     from phi3_tools.evaluate import run
 
-    run(model, num_crops, batch_size, output, device)
+    run(model, benchmark, num_crops, batch_size, output, device)
 
 
 @app.command()
@@ -265,10 +321,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def error_line(error: BaseException, command: str) -> str | None:
     """What went wrong and how to mend it, for an error that a user can mend; otherwise `None`."""
-    if isinstance(error, ModuleNotFoundError):
-        package = (error.name or "").partition(".")[0]
-        if not package or package.startswith("phi3_"):
-            return None
+    package = (getattr(error, "name", None) or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    if package.startswith("phi3_"):
+        return None
+    if isinstance(error, ModuleNotFoundError) and package:
         package = DISTRIBUTIONS.get(package) or package.replace("_", "-")
         extra = EXTRAS.get(command, command)
         return f'the package {package} is missing. Install what this command needs: pip install "phi3-embed[{extra}]"'

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoImageProcessor, AutoModel
 
-from phi3_tools.models import ROOT
+from phi3_tools import ROOT
 
 
 def load_phi3_model(fine_tuned=False):

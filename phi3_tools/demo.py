@@ -11,6 +11,7 @@ from rich.table import Table
 from sklearn.datasets import load_sample_images
 from transformers import AutoTokenizer
 
+from phi3_tools import ROOT
 from phi3_tools.images import (
     DIGIT_CROPS,
     DIGIT_NAMES,
@@ -23,14 +24,15 @@ from phi3_tools.images import (
     readable,
 )
 from phi3_tools.measures import nearest, pixel_vectors, recall, unit
-from phi3_tools.models import ROOT, embed, embed_words, find_model, load_embedder, load_model
-from phi3_tools.results import console, draw_rows, new_figure, save_figure
+from phi3_tools.models import embed, embed_words, find_model, load_embedder, load_model
+from phi3_tools.results import check_png, console, draw_rows, new_figure, save_figure
 
 NUM_QUERIES, NUM_NEIGHBOURS = 6, 5
 
 
 def run(source=None, model=None, output=Path("demo/neighbours.png")):
     """Prints what the embedding finds among the images of a SOURCE, and draws it."""
+    output = check_png(output)
     # Images first: what is wrong with them is said before weights are read.
     images, labels, names = _load_source(source) if source else _load_digits()
     if not model:
@@ -48,7 +50,7 @@ def run(source=None, model=None, output=Path("demo/neighbours.png")):
         _show_text_search(vectors, embed_words(loaded, tokenizer, DIGIT_NAMES), labels)
     photographs = images[:3] if source else _load_photographs()
     _show_photographs(loaded, image_processor, photographs)
-    _draw(images, names, rows, labels, photographs[0], image_processor, Path(output))
+    _draw(images, names, rows, labels, photographs[0], image_processor, output)
 
 
 def _load_digits():

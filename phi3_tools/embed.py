@@ -22,14 +22,34 @@ import pyarrow.parquet as pq
 import ray
 import torch
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor
 
+from phi3_tools import ROOT
 from phi3_tools.images import make_shards, read_image, read_shard
-from phi3_tools.models import PHI3_EMBED, ROOT, Model, find_model, pick_device
+from phi3_tools.models import (
+    PHI3_EMBED,
+    Model,
+    encode_or_refuse,
+    find_model,
+    load_embedder,
+    load_model,
+    pick_device,
+)
 from phi3_tools.results import one_line, say_left_out, write_beside, write_text
 
 
-def run(source, output, model=None, num_crops=None, image_column=None, shard_size=64, copies=None, dtype="float32"):
+def run(
+    source,
+    output,
+    model=None,
+    num_crops=None,
+    image_column=None,
+    text_column=None,
+    template="{text}",
+    shard_size=64,
+    copies=None,
+    dtype="float32",
+) -> None:
     """Embeds a folder, parquet or webdataset into the folder `output`, or goes on with it."""
     source, output = Path(source).absolute(), Path(output).absolute()
     if output.resolve().is_relative_to(source.resolve()):
@@ -37,19 +57,21 @@ def run(source, output, model=None, num_crops=None, image_column=None, shard_siz
     model = find_model(model or str(ROOT))
     if model.kind != PHI3_EMBED:
         raise ValueError(f"{model.name} is no phi3_embed model, but of {model.kind}.")
+    if text_column and not model.has_recipe:
+        raise ValueError(f"{model.label} embeds images alone. Leave out --text-column, or give a model with words.")
+    if "{text}" not in template:
+        raise ValueError(f"--template is {template!r}, but must say where the text goes: {{text}}.")
     load_image_processor(model, num_crops)  # a wrong one is told before all else
-    shards = make_shards(source, shard_size, image_column)
+    shards = make_shards(source, shard_size, image_column=image_column, text_column=text_column)
     settings = {"model": model.name, "version": model.version, "pooling": model.pooling, "num_crops": num_crops}
-    begin(output, shards, settings | {"dtype": dtype, "image_column": image_column})
+    columns = {"image_column": image_column, "text_column": text_column, "template": template}
+    begin(output, shards, settings | {"dtype": dtype} | columns)
     todo = [shard for shard in shards if not (output / file_name(shard["number"])).exists()]
-    print(f"{sum(map(size, shards))} images in {len(shards)} shards, of which {len(shards) - len(todo)} are done.")
+    num_images = sum(shard["size"] for shard in shards)
+    print(f"{num_images} images in {len(shards)} shards, of which {len(shards) - len(todo)} are done.")
     if todo:
-        embed(todo, output, copies, model, num_crops, dtype)
+        embed(todo, output, copies, model, num_crops, template if text_column else None, dtype)
     report_broken(output, shards)
-
-
-def size(shard):
-    return len(shard["names"])
 
 
 def file_name(number):
@@ -58,8 +80,8 @@ def file_name(number):
 
 def begin(folder, shards, settings):
     """Makes the folder, or finds that it is of the same work: files of other images or vectors are never mixed in."""
-    names = hashlib.sha256("\n".join("\t".join(shard["names"]) for shard in shards).encode())
-    work = settings | {"images": sum(map(size, shards)), "shards": len(shards), "names": names.hexdigest()}
+    images = hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+    work = settings | {"images": images, "num_images": sum(shard["size"] for shard in shards), "shards": len(shards)}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "_work.json"
     if not path.exists():
@@ -81,60 +103,98 @@ def load_image_processor(model: Model, num_crops):
 
 
 class Preprocess:
-    """A shard -> the pixels of its images; of an image that cannot be read, the error."""
+    """
+    A shard -> what the model takes of it: the pixels of its images or, for a model with a recipe, images and texts; of
+    an image that cannot be read, the error.
+    """
 
-    def __init__(self, *settings):
-        self.image_processor = load_image_processor(*settings)
+    def __init__(self, model: Model, num_crops, template):
+        self.image_processor, self.model, self.template = load_image_processor(model, num_crops), model, template
 
     def __call__(self, shard):
-        images, errors = [], []
-        for image in read_shard(shard):
+        names, items, errors = [], [], []
+        for row in read_shard(shard):
+            names.append(row["name"])
             try:
-                images.append(read_image(image, self.image_processor.open_image))
+                items.append(self._open(row))
                 errors.append("")
             except ValueError as error:
                 errors.append(str(error))
-        row = {"number": shard["number"], "names": shard["names"], "errors": errors}
-        if not images:
-            return row | {"pixel_values": np.zeros((0, 3, 1, 1), np.float32), "image_sizes": np.zeros((0, 2), int)}
-        inputs = self.image_processor(images, return_tensors="np")
-        return row | {key: inputs[key] for key in ("pixel_values", "image_sizes")}
+        done = {"number": shard["number"], "names": names, "errors": errors}
+        if self.model.has_recipe:
+            return done | {"items": items}
+        if not items:
+            return done | {"pixel_values": np.zeros((0, 3, 1, 1), np.float32), "image_sizes": np.zeros((0, 2), int)}
+        inputs = self.image_processor([image for image, _ in items], return_tensors="np")
+        return done | {key: inputs[key] for key in ("pixel_values", "image_sizes")}
+
+    def _open(self, row):
+        """A row -> its image and its text in the template, of which one may be None."""
+        text = self.template and row.get("text")
+        if self.template and not (text or "").strip():
+            raise ValueError("the row holds no text")
+        has_image = not text or row["image"] is not None
+        image = read_image(row["image"], self.image_processor.open_image) if has_image else None
+        return image, text and self.template.replace("{text}", text)
 
 
 class Embed:
-    """The pixels of a shard -> its file, and when the model began and ended."""
+    """What a shard holds -> its file, and when the model began and ended."""
 
-    def __init__(self, folder, model: Model, dtype):
-        self.folder, self.device = folder, pick_device()
-        self.model = AutoModel.from_pretrained(
-            **model.pinned, dtype=getattr(torch, dtype), device_map=self.device
-        ).eval()
-        self.model.config.pooling_mode = model.pooling or self.model.config.pooling_mode
+    def __init__(self, folder, model: Model, num_crops, dtype):
+        self.folder, self.device, self.model = folder, pick_device(), model
+        if model.has_recipe:
+            self.embedder = load_embedder(model, num_crops, dtype)
+            self.width = len(self.embedder.encode_texts(["a"])[0])
+        else:
+            self.loaded, _ = load_model(model, dtype)
+            self.loaded.config.pooling_mode = model.pooling or self.loaded.config.pooling_mode
+            self.width = self.loaded.config.embed_dim
 
-    @torch.inference_mode()
     def __call__(self, shard):
         began = time.time()
-        vectors = iter(())
-        if len(shard["pixel_values"]):
-            inputs = (torch.tensor(shard[key], device=self.device) for key in ("pixel_values", "image_sizes"))
-            pixel_values, image_sizes = inputs
-            outputs = self.model(pixel_values=pixel_values.to(self.model.dtype), image_sizes=image_sizes)
-            vectors = iter(outputs.pooler_output.float().cpu().numpy())
+        vectors = iter(self._embed_items(shard["items"]) if self.model.has_recipe else self._embed_pixels(shard))
         ended = time.time()
-        errors = [error or None for error in shard["errors"]]
-        width = self.model.config.hidden_size
+        results = [ValueError(error) if error else next(vectors) for error in shard["errors"]]
+        is_error = [isinstance(result, ValueError) for result in results]
+        embeddings = [None if bad else result for bad, result in zip(is_error, results)]
         rows = {
             "name": pa.array(shard["names"], pa.string()),
-            "embedding": pa.array(
-                [None if error else next(vectors) for error in errors], pa.list_(pa.float32(), width)
-            ),
-            "error": pa.array(errors, pa.string()),
+            "embedding": pa.array(embeddings, pa.list_(pa.float32(), self.width)),
+            "error": pa.array([str(result) if bad else None for bad, result in zip(is_error, results)], pa.string()),
         }
         write_beside(self.folder / file_name(shard["number"]), lambda beside: pq.write_table(pa.table(rows), beside))
-        return {"images": len(errors), "began": began, "ended": ended}
+        return {"images": len(results), "began": began, "ended": ended}
+
+    @torch.inference_mode()
+    def _embed_pixels(self, shard):
+        if not len(shard["pixel_values"]):
+            return []
+        pixel_values, image_sizes = (
+            torch.tensor(shard[key], device=self.device) for key in ("pixel_values", "image_sizes")
+        )
+        output = self.loaded.get_image_features(pixel_values.to(self.loaded.dtype), image_sizes)
+        return list(output.image_embeds.float().numpy(force=True))
+
+    def _embed_items(self, items):
+        """Vectors of images, texts and pairs of both, or why one is refused, in their order."""
+        encoders = {
+            (True, False): lambda part: self.embedder.encode_images([image for image, _ in part]),
+            (False, True): lambda part: self.embedder.encode_texts([text for _, text in part], is_query=False),
+            (True, True): lambda part: self.embedder.encode_pairs(
+                [text for _, text in part], [image for image, _ in part], is_query=False
+            ),
+        }
+        kinds = [(image is not None, text is not None) for image, text in items]
+        vectors = [None] * len(items)
+        for kind, encode in encoders.items():
+            numbers = [number for number, other in enumerate(kinds) if other == kind]
+            for number, vector in zip(numbers, encode_or_refuse(encode, [items[number] for number in numbers])):
+                vectors[number] = vector
+        return vectors
 
 
-def embed(shards, folder, copies, model, num_crops, dtype):
+def embed(shards, folder, copies, model, num_crops, template, dtype):
     ray.init(logging_level="warning", log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts images, theirs blocks
     logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -146,13 +206,13 @@ def embed(shards, folder, copies, model, num_crops, dtype):
         )
     pixels = ray.data.from_items(shards, override_num_blocks=len(shards)).map(
         Preprocess,
-        fn_constructor_args=(model, num_crops),
+        fn_constructor_args=(model, num_crops, template),
         # Actors, not tasks: Ray would fuse tasks with the model's actors, and nothing would overlap.
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=cpus if gpus else cpus - copies),
     )
     done = pixels.map(
         Embed,
-        fn_constructor_args=(folder, model, dtype),
+        fn_constructor_args=(folder, model, num_crops, dtype),
         compute=ray.data.ActorPoolStrategy(size=copies),
         num_gpus=1 if gpus else 0,
         num_cpus=0 if gpus else 1,
@@ -165,7 +225,7 @@ def embed(shards, folder, copies, model, num_crops, dtype):
 
 def _follow_progress(done, shards, copies):
     start, images, spans = time.time(), 0, []
-    with tqdm(total=sum(map(size, shards)), desc="Embedding", unit="image") as progress:
+    with tqdm(total=sum(shard["size"] for shard in shards), desc="Embedding", unit="image") as progress:
         for row in done.iter_rows():
             images += row["images"]
             spans.append((row["began"], row["ended"]))
@@ -183,6 +243,6 @@ def report_broken(folder, shards):
     for shard in shards:
         rows = pq.read_table(folder / file_name(shard["number"]), columns=["name", "error"]).to_pylist()
         broken += [f"{row['name']}: {row['error']}" for row in rows if row["error"] is not None]
-    say_left_out(broken, sum(map(size, shards)), "images, which are broken (column `error`)")
-    if len(broken) == sum(map(size, shards)):
+    say_left_out(broken, sum(shard["size"] for shard in shards), "images, which are broken (column `error`)")
+    if len(broken) == sum(shard["size"] for shard in shards):
         raise ValueError("not one image could be read.")

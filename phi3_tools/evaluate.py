@@ -1,5 +1,6 @@
 """
-MIEB(Img), mteb's benchmark of images alone: runs its tasks and prints the leaderboard's row.
+A benchmark of mteb: runs its tasks and prints the leaderboard's row. MIEB(Img) is of images alone, MIEB(lite) and
+MIEB(eng) of texts too, ViDoRe of pages.
 
 mteb fetches each task's images from the Hub. Finished tasks are kept in the results folder: run the same command again
 to go on after an interruption.
@@ -8,20 +9,24 @@ to go on after an interruption.
 from pathlib import Path
 
 import mteb
-import torch
 from mteb.models import SentenceTransformerEncoderWrapper
 from mteb.results import BenchmarkResults
 from rich.table import Table
-from sentence_transformers import SentenceTransformer
 
-from phi3_tools.models import PHI3_EMBED, find_model, pick_device
+from phi3_tools.models import find_model, load_sentence_transformer
 from phi3_tools.results import console
 
 
-def run(model, num_crops=None, batch_size=16, output=Path("results"), device=None):
-    """Prints the scores of MIEB(Img)'s tasks, and the leaderboard's row if none failed."""
-    encoder = load(model, num_crops, device)
-    failed = evaluate(encoder, mteb.get_benchmark("MIEB(Img)"), batch_size, output)
+def run(model, benchmark="MIEB(Img)", num_crops=None, batch_size=16, output=Path("results"), device=None) -> None:
+    """Prints the scores of a benchmark's tasks, and the leaderboard's row if none failed."""
+    try:
+        tasks = mteb.get_benchmark(benchmark)
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"mteb has no benchmark {benchmark!r}. Of images are MIEB(Img), MIEB(lite), MIEB(eng), ViDoRe(v2) and "
+            "others, as mteb.get_benchmarks() lists them."
+        ) from error
+    failed = evaluate(load(model, num_crops, device), tasks, batch_size, output)
     if failed:
         raise ValueError(f"{len(failed)} tasks failed, so there is no row. Run again to go on with them.")
 
@@ -29,24 +34,12 @@ def run(model, num_crops=None, batch_size=16, output=Path("results"), device=Non
 def load(name, num_crops=None, device=None):
     """The model as mteb takes it, with a revision under which scores of other weights are never taken for its own."""
     model = find_model(name)
-    processor_kwargs = {} if num_crops is None else {"num_crops": num_crops}
-    code = {"code_revision": model.revision} if model.revision else {}
-    encoder = SentenceTransformerEncoderWrapper(
-        SentenceTransformer(
-            model.name,
-            revision=model.revision,
-            trust_remote_code=model.kind == PHI3_EMBED,
-            device=str(pick_device(device)),
-            model_kwargs={"dtype": torch.float32} | code,
-            config_kwargs=code,
-            processor_kwargs=processor_kwargs | code,
-        )
-    )
+    encoder = SentenceTransformerEncoderWrapper(load_sentence_transformer(model, num_crops, device=device))
     about = {
         "name": f"local/{model.label}" if Path(model.name).is_dir() else model.name,
         "revision": model.version,
         "modalities": encoder.model.modalities,
-        "experiment_kwargs": processor_kwargs or None,
+        "experiment_kwargs": None if num_crops is None else {"num_crops": num_crops},
     }
     encoder.mteb_model_meta = encoder.mteb_model_meta.model_copy(update=about)
     return encoder

@@ -68,8 +68,8 @@ def _image_processor():
 
 def open_image(image: str | Path | bytes | Image.Image) -> Image.Image:
     """
-    A path, a file's bytes or a PIL image -> a PIL image in RGB, as the image processor's `open_image` opens it: upright
-    by a file's EXIF, 16 bits scaled to 8. Formats of pillow-heif are known where it is installed.
+    A path, a file's bytes or a PIL image -> a PIL image in RGB, as the image processor's `open_image` opens it:
+    upright by a file's EXIF, 16 bits scaled to 8. Formats of pillow-heif are known where it is installed.
 
     Raises:
         ValueError: it cannot be read.
@@ -307,7 +307,6 @@ class Files(NamedTuple):
 def _find_files(source: Path) -> Files:
     """All files of a folder in the order of their names; links are followed. Hidden files are passed over."""
     files = Files([], [], [], [], [])
-    known = _known_suffixes()
     for path in _walk(source, files.left_out):
         name, suffix = str(path), path.suffix.lower()
         try:
@@ -324,7 +323,7 @@ def _find_files(source: Path) -> Files:
             files.tables.append(path)
         elif suffix == ".tar":
             files.tars.append(path)
-        elif suffix in known or _looks_like_an_image(path):
+        elif is_image_name(path) or _looks_like_an_image(path):
             files.images.append(path)
         else:
             files.left_out.append(f"{name}: it is no image by its name or content")
@@ -366,6 +365,11 @@ def _known_suffixes():
     return NOT_BY_PILLOW | {suffix for suffix, kind in registered if kind in Image.OPEN and kind not in STUBS}
 
 
+def is_image_name(name: str | Path) -> bool:
+    """Whether a file of this name is taken for an image, whether it is there or not."""
+    return Path(name).suffix.lower() in _known_suffixes()
+
+
 def _looks_like_an_image(path):
     try:
         with Image.open(path) as image:
@@ -376,15 +380,49 @@ def _looks_like_an_image(path):
 
 def _load_path(source, columns, streaming):
     files = _find_files(source)
-    if files.images:
-        splits = _load_image_files(source, files, columns)
-    elif files.tables or files.tars:
+    splits = _load_image_files(source, files, columns) if files.images else {}
+    if files.tables or files.tars:
         splits = _load_tables(source, files, columns, streaming)
-    else:
-        named = f":\n{name_some(files.left_out)}" if files.left_out else "."
-        raise ValueError(f"{source} holds no images{named}\nGive {ACCEPTED}.")
-    say_left_out(files.left_out, len(files.left_out) + len(files.images + files.tables + files.tars), "files")
+    if not splits:
+        raise _no_images(source, files)
+    say_left_out(files.left_out, len(files.left_out) + sum(map(len, files[:3])), "files")
     return splits
+
+
+def _no_images(source, files):
+    named = f":\n{name_some(files.left_out)}" if files.left_out else "."
+    return ValueError(f"{source} holds no images{named}\nGive {ACCEPTED}.")
+
+
+def _load_image_files(source, files, columns):
+    root = source if source.is_dir() else source.parent
+    described = _read_metadata(files, columns)
+    splits = {}
+    for split, folder in _split_folders(root, files.images).items():
+        paths = [path for path in files.images if path.is_relative_to(folder)]
+        rows = [
+            {
+                IMAGE: {"path": str(path.absolute()), "bytes": None},
+                NAME: "/".join(path.relative_to(root).parts[-2:]),
+            }
+            | described.get(path, {})
+            for path in paths
+        ]
+        is_of_class = not described and len({len(path.parts) for path in paths}) == 1 and paths[0].parent != folder
+        names = {NAME: None} | ({LABEL: None} if is_of_class else dict.fromkeys(n for row in rows for n in row))
+        for row, path in zip(rows, paths):
+            row |= {LABEL: path.parent.name} if is_of_class else {}
+        split_rows = Dataset.from_dict({name: [row.get(name) for row in rows] for name in names if name != IMAGE})
+        splits[split] = split_rows.add_column(IMAGE, [row[IMAGE] for row in rows], feature=UNDECODED)
+        # Content counts too: what was kept of files that have changed since is not theirs.
+        about = [(*_version(path), row.get(LABEL)) for path, row in zip(paths, rows)]
+        splits[split]._fingerprint = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
+    return splits
+
+
+def _version(path):
+    stat = path.stat()
+    return str(path.absolute()), stat.st_size, stat.st_mtime_ns
 
 
 def _split_folders(source, paths):
@@ -396,52 +434,9 @@ def _split_folders(source, paths):
     return {name: source / name for name in sorted(names)}
 
 
-def _load_image_files(source, files, columns):
-    if source.is_file():
-        source = source.parent
-    described, left_out = _read_metadata(files, columns)
-    for ours in (LABEL, TEXT):
-        if columns[ours] and not files.metadata:
-            raise ValueError(
-                f"{source} has no column {columns[ours]!r}: it is a folder of images without a metadata.csv. Leave "
-                f"out --{ours}-column, or write one."
-            )
-    splits = {}
-    for split, folder in _split_folders(source, files.images).items():
-        paths = [path for path in files.images if path.is_relative_to(folder) and path not in left_out]
-        if not paths:
-            continue
-        rows = {
-            IMAGE: [{"path": str(path.absolute()), "bytes": None} for path in paths],
-            NAME: ["/".join(path.parts[-2:]) if path.parent != source else path.name for path in paths],
-        }
-        if described:
-            for name in {name for row in described.values() for name in row}:
-                rows[name] = [described.get(path, {}).get(name) for path in paths]
-        elif len({len(path.parts) for path in paths}) == 1 and paths[0].parent != folder:
-            rows[LABEL] = [path.parent.name for path in paths]
-        splits[split] = rows
-    files.left_out.extend(f"{path}: {reason}" for path, reason in left_out.items())
-    if not splits:
-        raise ValueError(f"The metadata of {source} lists none of its images. Mend or remove it.")
-    return {split: _in_memory(rows) for split, rows in splits.items()}
-
-
-def _in_memory(rows):
-    columns = {name: values if name == IMAGE else pa.array(values) for name, values in rows.items()}
-    split = Dataset.from_dict({NAME: columns.pop(NAME)} | {n: v.to_pylist() for n, v in columns.items() if n != IMAGE})
-    split = split.add_column(IMAGE, rows[IMAGE], feature=UNDECODED)
-    # Content counts too: what was kept of files that have changed since is not theirs.
-    about = [
-        (image["path"], os.stat(image["path"]).st_size, os.stat(image["path"]).st_mtime_ns) for image in rows[IMAGE]
-    ]
-    split._fingerprint = hashlib.sha256(json.dumps([about, rows.get(LABEL)], default=str).encode()).hexdigest()[:16]
-    return split
-
-
 def _read_metadata(files, columns):
-    """{path: {our column: value}} of the images that metadata files describe, and {path: why it is left out}."""
-    described, left_out, listed_by = {}, {}, {}
+    """{path: {our column: value}} of the images that metadata files describe; the others of theirs are left out."""
+    described, listed_by = {}, {}
     images = set(files.images)
     for path in files.metadata:
         try:
@@ -450,21 +445,28 @@ def _read_metadata(files, columns):
             raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
         if rows and "file_name" not in rows[0]:
             raise ValueError(f"{path} has no column 'file_name', but {', '.join(map(repr, rows[0]))}.")
-        names = _named_columns(list(rows[0]) if rows else [], {**columns, IMAGE: None}, path) if rows else {}
-        missing = []
+        names = _named_columns(list(rows[0]) if rows else [], columns, path) if rows else {}
         for row in rows:
             image = Path(os.path.normpath(path.parent / str(row["file_name"])))
             if image in images:
                 described[image] = {ours: row[theirs] for ours, theirs in names.items()}
             else:
-                missing.append(str(row["file_name"]))
-        files.left_out.extend(f"{name}: {path} lists it, but there is no such image" for name in missing)
+                files.left_out.append(f"{row['file_name']}: {path} lists it, but there is no such image")
         listed_by[path.parent] = path
-    for image in files.images:
+    for ours in (LABEL, TEXT):
+        if columns[ours] and not files.metadata:
+            raise ValueError(
+                f"There is no column {columns[ours]!r} in a folder of images without a metadata.csv. Leave out "
+                f"--{ours}-column, or write one."
+            )
+    for image in list(files.images):
         above = next((listed_by[folder] for folder in image.parents if folder in listed_by), None)
         if above and image not in described:
-            left_out[image] = f"{above} does not list it"
-    return described, left_out
+            files.left_out.append(f"{image}: {above} does not list it")
+            files.images.remove(image)
+    if not files.images:
+        raise ValueError(f"{files.metadata[0]} lists no image of its folder. Mend or remove it.")
+    return described
 
 
 def _read_rows(path) -> list[dict]:
@@ -493,60 +495,140 @@ def _named_columns(names, wanted, source):
     return found
 
 
-# Tables and tar files
-
-
 def _load_tables(source, files, columns, streaming):
-    paths = files.tables + files.tars
     by_split = {}
-    for path in paths:
-        words = (
-            re.split(r"[^a-z_]+|(?<=[a-z])_(?=[a-z])", str(path.relative_to(source)).lower()) if path != source else []
-        )
+    for path in files.tables + files.tars:
+        words = re.split(r"[^a-z_]+", str(path.relative_to(source)).lower()) if path != source else []
         by_split.setdefault(next((word for word in words if word in SPLITS), None), []).append(path)
-    if None in by_split or len(by_split) == 0:
-        by_split = {"train": paths}
-    if files.tables:
-        first = pq.read_schema(files.tables[0])
-        names, features = _table_columns(first, columns, files.tables[0])
-    else:
-        names = {}
-        features = Features({IMAGE: UNDECODED, NAME: Value("string"), LABEL: Value("string"), TEXT: Value("string")})
-        features = _only_there(features, files.tars)
-    root = source if source.is_dir() else source.parent
+    if None in by_split:
+        by_split = {"train": files.tables + files.tars}
     splits = {}
-    for split, members in by_split.items():
-        about = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in members]
+    for split, paths in by_split.items():
+        # No larger than a row group, which is read at once.
+        shards = [shard for path in paths for shard in _shards_of_table(path, source, columns, 2**20)]
+        features = _features(shards)
         build = IterableDataset.from_generator if streaming else Dataset.from_generator
-        given = {"files": about, "names": names, "features": tuple(features), "root": str(root)}
-        splits[split] = build(_rows_of_files, features=features, gen_kwargs=given)
+        if shards[0]["kind"] == "parquet" and IMAGE not in shards[0]["columns"]:
+            raise ValueError(f"{shards[0]['path']} holds no images.")
+        splits[split] = build(_rows_of_shards, features=features, gen_kwargs={"shards": shards})
     return splits
 
 
-def _only_there(features, tars):
-    """Of `label` and `text` those that the first tar file has."""
-    members = {Path(name).suffix for name in _tar_members(tars[0])}
-    absent = {name for name, suffix in ((LABEL, ".cls"), (TEXT, ".txt")) if suffix not in members}
-    return Features({name: feature for name, feature in features.items() if name not in absent})
+def _rows_of_shards(shards):
+    for shard in shards:
+        for row in read_shard(shard):
+            path = row[IMAGE] and row[IMAGE]["path"]
+            yield row | {NAME: _row_name(path, row[NAME].rpartition("#")[2])}
+
+
+def _features(shards):
+    columns = {IMAGE: UNDECODED, NAME: Value("string")}
+    if shards[0]["kind"] == "tar":
+        present = {ours for shard in shards for row in shard["rows"] for ours in row}
+        return Features(columns | {ours: Value("string") for ours in (LABEL, TEXT) if ours in present})
+    known = Features.from_arrow_schema(pq.read_schema(shards[0]["path"]))
+    return Features({ours: known[theirs] for ours, theirs in shards[0]["columns"].items() if ours != IMAGE} | columns)
+
+
+# Shards: where the rows of a SOURCE lie, for what is too much to be loaded
+
+
+def make_shards(source: str | Path, shard_size: int, **columns: str | None) -> list[dict[str, Any]]:
+    """
+    The images of a folder, parquet or webdataset in numbered shards of at most `shard_size`, the same whenever the
+    source is, for [`read_shard`]. Each has a `number`, a `size` and the `path` of its file; all of it can be JSON.
+
+    Args:
+        columns: as of [`load_images`]. A parquet file without images is one of texts where `text_column` names it.
+
+    Raises:
+        ValueError: there are none, or a file cannot be read.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise ValueError(f"There is no {source}. Give a folder of images, a parquet file or a tar file.")
+    columns = {ours: columns.get(f"{ours}_column") for ours in (IMAGE, LABEL, TEXT)}
+    files, shards = _find_files(source), []
+    described = _read_metadata(files, columns) if files.images else {}
+    for start in range(0, len(files.images), shard_size):
+        paths = files.images[start : start + shard_size]
+        rows = [{NAME: str(path.absolute())} | described.get(path, {}) for path in paths]
+        shards.append({"kind": "files", "path": str(source), "rows": rows, "size": len(rows)})
+    for path in tqdm(files.tables + files.tars, desc="Listing", unit="file", disable=not files.tables + files.tars):
+        shards += _shards_of_table(path, source, columns, shard_size)
+    if not shards:
+        raise _no_images(source, files)
+    say_left_out(files.left_out, len(files.left_out) + sum(map(len, files[:3])), "files")
+    return [shard | {"number": number} for number, shard in enumerate(shards)]
+
+
+def read_shard(shard: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows of a shard: `image`, undecoded; `name`, which no other row has; and `label` and `text` where known."""
+    if shard["kind"] == "files":
+        for row in shard["rows"]:
+            yield row | {IMAGE: {"path": row[NAME], "bytes": None}}
+    elif shard["kind"] == "tar":
+        with open(shard["path"], "rb") as file:
+
+            def read(place):
+                file.seek(place[0])
+                return file.read(place[1])
+
+            for row in shard["rows"]:
+                texts = {
+                    ours: read(row[ours]).decode("utf-8", "replace").strip() for ours in (LABEL, TEXT) if ours in row
+                }
+                yield texts | {
+                    IMAGE: {"bytes": read(row[IMAGE]), "path": row[NAME]},
+                    NAME: f"{shard['path']}#{row[NAME]}",
+                }
+    else:
+        columns = shard["columns"]
+        table = pq.ParquetFile(shard["path"]).read_row_group(shard["row_group"], list(dict.fromkeys(columns.values())))
+        table = table.slice(shard["start"], shard["size"])
+        for number, row in enumerate(table.to_pylist(), start=shard["first"] + shard["start"]):
+            values = {ours: row[theirs] for ours, theirs in columns.items()}
+            image = own_image(values.get(IMAGE), shard["root"])
+            yield values | {IMAGE: image, NAME: f"{shard['path']}#{number}"}
+
+
+def _shards_of_table(path, source, columns, shard_size):
+    """Shards of a parquet file, none beyond its row group, or of a tar file."""
+    about = {"path": str(path), "root": str(source if source.is_dir() else source.parent), "version": _version(path)}
+    if path.suffix == ".parquet":
+        file, first = pq.ParquetFile(path), 0
+        names = _table_columns(file.schema_arrow, columns, path)
+        for row_group in range(file.num_row_groups):
+            num_rows = file.metadata.row_group(row_group).num_rows
+            for start in range(0, num_rows, shard_size):
+                where = {"row_group": row_group, "first": first, "start": start}
+                size = min(shard_size, num_rows - start)
+                yield about | where | {"kind": "parquet", "columns": names, "size": size}
+            first += num_rows
+        return
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = {member.name: [member.offset_data, member.size] for member in tar if member.isfile()}
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} cannot be read as an uncompressed tar file: {error}. Mend or remove it.") from error
+    rows = []
+    for name in filter(is_image_name, members):
+        stem = os.path.splitext(name)[0]
+        beside = {LABEL: members.get(f"{stem}.cls"), TEXT: members.get(f"{stem}.txt")}
+        rows.append({NAME: name, IMAGE: members[name]} | {ours: place for ours, place in beside.items() if place})
+    for start in range(0, len(rows), shard_size):
+        part = rows[start : start + shard_size]
+        yield about | {"kind": "tar", "rows": part, "size": len(part)}
 
 
 def _table_columns(schema, columns, source):
-    """{our name: name in the data}, and our features, of a parquet file's schema."""
-    known = Features.from_arrow_schema(schema)
-    name = find_image_column(schema, columns[IMAGE], source)
-    names = {IMAGE: name} | _named_columns([n for n in schema.names if n != name], columns, source)
-    features = {ours: UNDECODED if ours == IMAGE else known[theirs] for ours, theirs in names.items()}
-    return names, Features(features | {NAME: Value("string")})
+    """{our name: name in the data} of a parquet file's schema."""
+    name = _find_image_column(schema, columns[IMAGE], source, columns[TEXT])
+    others = _named_columns([column for column in schema.names if column != name], columns, source)
+    return ({IMAGE: name} if name else {}) | others
 
 
-def find_image_column(schema: pa.Schema, name: str | None, source: str | Path) -> str:
-    """
-    The column of images of a parquet file: structs with the field `bytes`, or files as bytes.
-
-    Raises:
-        ValueError: `name` is none such, or there are none or several and `name` is `None`.
-    """
-
+def _find_image_column(schema, name, source, text_column):
     def holds_images(kind):
         is_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
         return is_struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
@@ -556,35 +638,16 @@ def find_image_column(schema: pa.Schema, name: str | None, source: str | Path) -
     candidates = marked[:1] or [column.name for column in schema if holds_images(column.type)]
     if IMAGE in candidates:
         candidates = [IMAGE]
-    if name is None and len(candidates) == 1:
-        return candidates[0]
+    if name is None and (len(candidates) == 1 or (text_column and not candidates)):
+        return next(iter(candidates), None)
     if name is None or name not in schema.names:
-        wanted = repr(name) if name else "of images"
         raise ValueError(
-            f"{source} has no column {wanted}, but {', '.join(map(repr, schema.names))}. Name the one of the images "
-            "by --image-column."
+            f"{source} has no column {repr(name) if name else 'of images'}, but {', '.join(map(repr, schema.names))}. "
+            "Name the one of the images by --image-column."
         )
     if not holds_images(schema.field(name).type):
         raise ValueError(f"The column {name!r} of {source} holds no images, but {schema.field(name).type}.")
     return name
-
-
-def _rows_of_files(files, names, features, root):
-    for path, *_ in files:
-        if path.endswith(".parquet"):
-            yield from _rows_of_table(path, names, root)
-        else:
-            yield from _rows_of_tar(path, features)
-
-
-def _rows_of_table(path, names, root):
-    number = 0
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=64, columns=list(names.values())):
-        for row in batch.to_pylist():
-            image = own_image(row[names[IMAGE]], root)
-            about = {IMAGE: image, NAME: _row_name(image and image["path"], number)}
-            yield {ours: row[theirs] for ours, theirs in names.items()} | about
-            number += 1
 
 
 def own_image(image: dict | bytes | None, root: str | Path) -> dict | None:
@@ -600,114 +663,6 @@ def own_image(image: dict | bytes | None, root: str | Path) -> dict | None:
         return {"bytes": image["bytes"], "path": image.get("path")}
     path = Path(root, image["path"]).resolve()
     return {"bytes": None, "path": str(path)} if path.is_relative_to(Path(root).resolve()) else None
-
-
-def _tar_members(path):
-    try:
-        with tarfile.open(path, "r:") as tar:
-            return {member.name: (member.offset_data, member.size) for member in tar if member.isfile()}
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} cannot be read as an uncompressed tar file: {error}. Mend or remove it.") from error
-
-
-def _rows_of_tar(path, features):
-    members = _tar_members(path)
-    known = _known_suffixes()
-
-    with open(path, "rb") as file:
-
-        def read(name):
-            if name not in members:
-                return None
-            file.seek(members[name][0])
-            return file.read(members[name][1])
-
-        for name in members:
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() not in known:
-                continue
-            texts = {LABEL: read(f"{stem}.cls"), TEXT: read(f"{stem}.txt")}
-            row = {key: value and value.decode("utf-8", "replace").strip() for key, value in texts.items()}
-            row = {key: value for key, value in row.items() if key in features}
-            yield row | {IMAGE: {"bytes": read(name), "path": name}, NAME: name}
-
-
-# Shards, for what is too much to be loaded: references to images, which workers read
-
-
-def make_shards(source: str | Path, shard_size: int, image_column: str | None = None) -> list[dict[str, Any]]:
-    """
-    The images of a folder, parquet or webdataset in numbered shards of at most `shard_size`, the same whenever the
-    source is: dicts of `number`, `kind`, `path`, `names`, and where in the file each image lies, for [`read_shard`].
-
-    Raises:
-        ValueError: there are none, or a file cannot be read.
-    """
-    source = Path(source)
-    if not source.exists():
-        raise ValueError(f"There is no {source}. Give a folder of images, a parquet file or a tar file.")
-    files = _find_files(source)
-    groups = [{"kind": "files", "path": str(source), "names": [str(path) for path in files.images]}]
-    for path in tqdm(files.tables + files.tars, desc="Listing", unit="file"):
-        groups += _parquet_groups(path, image_column) if path.suffix == ".parquet" else [_tar_group(path)]
-    shards = []
-    for group in groups:
-        for start in range(0, len(group["names"]), shard_size):
-            part = slice(start, start + shard_size)
-            places = group.get("places", [[0, 0]] * len(group["names"]))
-            about = {"row_group": 0, "column": ""} | group
-            shards.append(
-                about
-                | {"number": len(shards), "names": group["names"][part], "places": places[part], "root": str(source)}
-            )
-    if not shards:
-        named = f":\n{name_some(files.left_out)}" if files.left_out else "."
-        raise ValueError(f"{source} holds no images{named}\nGive a folder of images, parquet or tar files.")
-    say_left_out(files.left_out, len(files.left_out) + sum(map(len, files[:3])), "files")
-    return shards
-
-
-def _parquet_groups(path, column):
-    file = pq.ParquetFile(path)
-    column = find_image_column(file.schema_arrow, column, path)
-    first = 0
-    for row_group in range(file.num_row_groups):
-        rows = range(file.metadata.row_group(row_group).num_rows)
-        yield {
-            "kind": "parquet",
-            "path": str(path),
-            "names": [f"{path}#{first + row}" for row in rows],
-            "row_group": row_group,
-            "column": column,
-            "places": [[row, 1] for row in rows],
-        }
-        first += len(rows)
-
-
-def _tar_group(path):
-    members = {n: place for n, place in _tar_members(path).items() if Path(n).suffix.lower() in _known_suffixes()}
-    return {
-        "kind": "tar",
-        "path": str(path),
-        "names": [f"{path}#{name}" for name in members],
-        "places": [list(place) for place in members.values()],
-    }
-
-
-def read_shard(shard: dict[str, Any]) -> Iterator[dict | None]:
-    """The undecoded images of a shard."""
-    if shard["kind"] == "files":
-        yield from ({"path": str(name), "bytes": None} for name in shard["names"])
-    elif shard["kind"] == "tar":
-        with open(shard["path"], "rb") as file:
-            for offset, length in shard["places"]:
-                file.seek(offset)
-                yield {"bytes": file.read(length), "path": None}
-    else:
-        cells = pq.ParquetFile(shard["path"]).read_row_group(shard["row_group"], [shard["column"]]).column(0)
-        root = Path(shard["root"])
-        root = root if root.is_dir() else root.parent
-        yield from (own_image(cells[int(row)].as_py(), root) for row, _ in shard["places"])
 
 
 # The Hub

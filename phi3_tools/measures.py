@@ -6,7 +6,8 @@ Numbers in, numbers out: no model and no file.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -20,12 +21,19 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 RANKS = (1, 5, 10)
+RANKED = (*(f"recall@{rank}" for rank in RANKS), "mAP")
 NUM_NEIGHBOURS = 10
 FOLDS = 5
 SIGNIFICANCE = 0.05
 UNLABELLED = -1
 # Resamples of a statistic that is slower than a mean.
 FEW_RESAMPLES = 200
+# The images a class below which NMI and ARI have no interval: it would hold the true value too seldom.
+FEWEST_IN_A_CLASS = 5
+
+
+class Undefined(ValueError):
+    """A figure has no meaning here; the message says why."""
 
 
 @dataclass
@@ -33,7 +41,7 @@ class Figure:
     """
     One figure of all models.
 
-    `samples`: {model: an array with a row for each picture}, `statistic`: such rows -> the figure; `undefined`:
+    `samples`: {model: an array with a row for each image}, `statistic`: such rows -> the figure; `undefined`:
     {model: why it has none}.
     """
 
@@ -57,7 +65,7 @@ def why_undefined(vectors):
     if broken:
         return f"{broken} of {len(vectors)} vectors hold NaN or infinite values"
     if len(vectors) < 2:
-        return "there is one picture only"
+        return "there is one image only"
     if np.allclose(vectors, vectors[0], atol=1e-7):
         return "all its vectors are equal"
     return None
@@ -91,33 +99,63 @@ def pixel_vectors(images: list[np.ndarray]) -> dict[str, np.ndarray]:
     return {"raw pixels": unit(pixels), "raw pixels, centred": unit(pixels - pixels.mean(0))}
 
 
-def retrieval(vectors, labels):
+def retrieval(
+    queries: np.ndarray, wanted: np.ndarray, gallery: np.ndarray, labels: np.ndarray, own: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """
-    Each picture searched among all others, for those with another of their class.
+    Each query searched in a gallery for the rows whose label is the `wanted` one; `own` as in [`nearest`].
 
     Returns:
-        {figure: a value for each such picture}.
+        {figure: a value for each query that has such a row}.
+
+    Raises:
+        Undefined: none has.
+    """
+    answers, counts = np.unique(labels, return_counts=True)
+    kept = np.flatnonzero(np.isin(wanted, answers[counts > (own is not None)]))
+    if not len(kept):
+        raise Undefined("no query has an answer")
+    values = {name: [] for name in RANKED}
+    for some in np.array_split(kept, max(len(kept) // 1000, 1)):
+        rows = nearest(gallery, queries[some], len(gallery), own=None if own is None else own[some])
+        is_hit = labels[rows] == wanted[some, None]  # (queries, n)
+        precision = is_hit.cumsum(1) / np.arange(1, is_hit.shape[1] + 1)
+        values["mAP"].append((precision * is_hit).sum(1) / is_hit.sum(1))
+        for rank in RANKS:
+            values[f"recall@{rank}"].append(is_hit[:, :rank].any(1))
+    return {name: np.concatenate(parts).astype(np.float64) for name, parts in values.items()}
+
+
+def classes_of_several(labels: np.ndarray) -> np.ndarray:
+    """
+    The classes with two images at least.
+
+    Raises:
+        Undefined: there are no two classes, or none has two images.
     """
     classes, counts = np.unique(labels[labels != UNLABELLED], return_counts=True)
-    queries = np.flatnonzero(np.isin(labels, classes[counts > 1]))
-    hits = {f"recall@{rank}": [] for rank in RANKS} | {"mAP": []}
-    for some in np.array_split(queries, max(len(queries) // 1000, 1)):
-        found = nearest(vectors, vectors[some], len(vectors), own=some)
-        is_hit = labels[found] == labels[some, None]  # (queries, n - 1)
-        for rank in RANKS:
-            hits[f"recall@{rank}"].append(is_hit[:, :rank].any(1))
-        precision = is_hit.cumsum(1) / np.arange(1, is_hit.shape[1] + 1)
-        hits["mAP"].append((precision * is_hit).sum(1) / is_hit.sum(1))
-    return {name: np.concatenate(each).astype(np.float64) for name, each in hits.items()}
+    if len(classes) < 2:
+        raise Undefined("there are no two classes")
+    if counts.max() < 2:
+        raise Undefined("no class has two images")
+    return classes[counts > 1]
 
 
-def held_out_accuracy(vectors, labels, seed):
+def same_class_retrieval(vectors: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Each image of a class with several searched among all others: see [`retrieval`]."""
+    queries = np.flatnonzero(np.isin(labels, classes_of_several(labels)))
+    return retrieval(vectors[queries], labels[queries], vectors, labels, own=queries)
+
+
+def held_out_accuracy(vectors: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """
-    {classifier: whether each picture was told right by one that had not seen it}, by cross-validation over pictures of
+    {classifier: whether each image was told right by one that had not seen it}, by cross-validation over images of
     classes with two at least.
     """
-    classes, counts = np.unique(labels[labels != UNLABELLED], return_counts=True)
-    kept = np.isin(labels, classes[counts > 1])
+    classes = classes_of_several(labels)
+    if len(classes) < 2:
+        raise Undefined("fewer than two classes have two images")
+    kept = np.isin(labels, classes)
     vectors, labels = vectors[kept], labels[kept]
     smallest = np.unique(labels, return_counts=True)[1].min()
     folds = StratifiedKFold(min(FOLDS, smallest), shuffle=True, random_state=seed)
@@ -127,73 +165,71 @@ def held_out_accuracy(vectors, labels, seed):
         "linear-probe accuracy": make_pipeline(StandardScaler(), LogisticRegression(max_iter=300)),
     }
     return {
-        name: (cross_val_predict(each, vectors, labels, cv=folds) == labels).astype(np.float64)
-        for name, each in classifiers.items()
+        name: np.equal(cross_val_predict(classifier, vectors, labels, cv=folds), labels).astype(np.float64)
+        for name, classifier in classifiers.items()
     }
 
 
-def clusters(vectors, labels, seed):
-    """The class and the cluster of each labelled picture, `(n, 2)`, with as many clusters as classes."""
+def clusters(vectors: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+    """The class and the cluster of each labelled image, `(n, 2)`, with as many clusters as classes."""
+    classes_of_several(labels)
     kept = labels != UNLABELLED
     vectors, labels = vectors[kept], labels[kept]
-    found = KMeans(len(np.unique(labels)), n_init=4, random_state=seed).fit_predict(vectors)
+    settings: dict = {"n_init": 4, "random_state": seed}
+    found = KMeans(len(np.unique(labels)), **settings).fit_predict(vectors)
     return np.stack((labels, found), axis=1)
 
 
-def linear_cka(left, right):
-    """Linear CKA of two spaces `(n, d)`, by their matrices of inner products."""
+def gram(vectors: np.ndarray) -> np.ndarray:
+    """The inner products of vectors `(n, d)` -> `(n, n)` in float64."""
+    return vectors.astype(np.float64) @ vectors.T.astype(np.float64)
 
-    def centred(vectors):
-        gram = vectors.astype(np.float64) @ vectors.T.astype(np.float64)
-        gram -= gram.mean(0)
-        return gram - gram.mean(1, keepdims=True)
 
-    left, right = centred(left), centred(right)
+def linear_cka(left: np.ndarray, right: np.ndarray) -> float:
+    """Linear CKA (Kornblith et al., 2019) of two spaces by their [`gram`] matrices."""
+    left, right = (space - space.mean(0) for space in (left, right))
+    left, right = (space - space.mean(1, keepdims=True) for space in (left, right))
     return float((left * right).sum() / max(np.linalg.norm(left) * np.linalg.norm(right), 1e-12))
 
 
-def overlap(left, right):
-    """The share of the nearest neighbours that two spaces have in common, for each picture: `(n,)`."""
+def overlap(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The share of the nearest neighbours that two spaces have in common, for each image: `(n,)`."""
     own = np.arange(len(left))
-    left, right = (nearest(each, each, NUM_NEIGHBOURS, own) for each in (left, right))
-    return np.array([len(set(a) & set(b)) / len(a) for a, b in zip(left.tolist(), right.tolist())])
+    left, right = (nearest(space, space, NUM_NEIGHBOURS, own) for space in (left, right))
+    return (left[:, :, None] == right[:, None]).any(2).mean(1)
 
 
-def text_to_image(texts, vectors, captions):
-    """{figure: for each caption that is not empty whether a picture with that caption is among the nearest}."""
-    captions = np.asarray(captions)
-    given = captions != ""
-    is_hit = captions[nearest(vectors, texts[given], max(RANKS))] == captions[given, None]
-    return {f"recall@{rank}": is_hit[:, :rank].any(1).astype(np.float64) for rank in RANKS}
-
-
-def after_change(gallery, changed, own, labels):
+def after_change(
+    gallery: np.ndarray, changed: np.ndarray, own: np.ndarray, labels: np.ndarray
+) -> dict[str, np.ndarray]:
     """
-    Changed pictures searched among all unchanged ones.
+    Changed images searched among all unchanged ones.
 
     Args:
-        gallery: unit vectors of all pictures; changed: of some of them, changed; own: which these are.
+        gallery: unit vectors of all images; changed: of some of them, changed; own: which these are.
 
     Returns:
-        {figure: a value for each changed picture}. `moved` is the cosine distance to the unchanged picture, as a share
-        of the mean distance between two pictures, so that spaces of other spreads compare.
+        {figure: a value for each changed image}. `moved` is the cosine distance to the unchanged image, as a share of
+        the mean distance between two images, so that spaces of other spreads compare.
     """
-    first = nearest(gallery, changed, 1)[:, 0]
+    if not np.isfinite(changed).all():
+        raise Undefined("it gives NaN or infinite values after this change")
+    if not len(changed):
+        raise Undefined("no image was changed")
     num_pairs = len(gallery) * (len(gallery) - 1)
     spread = 1 - (np.square(gallery.sum(0, dtype=np.float64)).sum() - len(gallery)) / num_pairs
-    found = {
+    values = {
         "moved": (1 - (gallery[own] * changed).sum(1).astype(np.float64)) / max(spread, 1e-12),
-        "finds itself": (first == own).astype(np.float64),
+        "finds itself": np.equal(nearest(gallery, changed, 1)[:, 0], own).astype(np.float64),
     }
-    classes, counts = np.unique(labels[labels != UNLABELLED], return_counts=True)
-    has_fellows = np.isin(labels[own], classes[counts > 1])
-    if len(classes) > 1 and has_fellows.any():
-        after = nearest(gallery, changed[has_fellows], 1, own=own[has_fellows])[:, 0]
-        before = nearest(gallery, gallery[own[has_fellows]], 1, own=own[has_fellows])[:, 0]
-        mine = labels[own[has_fellows]]
-        found["recall@1"] = (labels[after] == mine).astype(np.float64)
-        found["fall of recall@1"] = (labels[before] == mine).astype(np.float64) - found["recall@1"]
-    return found
+    with suppress(Undefined):
+        kept = np.isin(labels[own], classes_of_several(labels))
+        own, mine = own[kept], labels[own[kept]]
+        if len(own):
+            after, before = (nearest(gallery, rows, 1, own)[:, 0] for rows in (changed[kept], gallery[own]))
+            values["recall@1"] = (labels[after] == mine).astype(np.float64)
+            values["fall of recall@1"] = (labels[before] == mine).astype(np.float64) - values["recall@1"]
+    return values
 
 
 def summarise(figures, num_resamples, seed):
@@ -220,28 +256,21 @@ def _summarise(figure, num_resamples, seed):
         if figure.statistic is not np.mean:
             num_resamples = min(num_resamples, FEW_RESAMPLES)
         observed, resampled = bootstrap(samples, figure.statistic, num_resamples, seed)
-        if figure.statistic is not np.mean:
-            resampled = 2 * observed[:, None] - resampled  # pictures drawn twice flatter clusters: the basic bootstrap
-        lows, highs = np.quantile(resampled, (0.025, 0.975), axis=1)
-        if ((observed < lows - 1e-9) | (observed > highs + 1e-9)).any():  # as of clusters of a dozen pictures
-            reason = "there are too few pictures for an interval"
-            return _summarise(
-                replace(figure, samples={}, undefined=figure.undefined | dict.fromkeys(names, reason)), 0, 0
-            )
-        for name, value, low, high in zip(names, observed, lows, highs):
-            values[name] = {"value": float(value), "low": float(low), "high": float(high), "n": len(samples[0])}
-        for left, right in combinations(range(len(names)), 2):
-            each = resampled[left] - resampled[right]
-            low, high = np.quantile(each, (0.025, 0.975))
-            differences.append(
-                {
-                    "models": [names[left], names[right]],
-                    "difference": float(observed[left] - observed[right]),
-                    "low": float(low),
-                    "high": float(high),
-                    "p": float(min(max(2 * min((each <= 0).mean(), (each >= 0).mean()), 1 / num_resamples), 1)),
-                }
-            )
+        interval = _interval_of_means if figure.statistic is np.mean else _interval_of_clusters
+        for name, value, others in zip(names, observed, resampled):
+            low, high, _ = interval(value, others)
+            values[name] = {"value": float(value), "low": low, "high": high, "n": len(samples[0])}
+        if figure.statistic is not np.mean and len(samples[0]) < FEWEST_IN_A_CLASS * len(np.unique(samples[0][:, 0])):
+            reason = {"low": None, "high": None, "no_interval": "too few images a class for an interval"}
+            values |= {name: values[name] | reason for name in names}
+        else:
+            for left, right in combinations(range(len(names)), 2):
+                difference = observed[left] - observed[right]
+                low, high, p = interval(difference, resampled[left] - resampled[right])
+                models = [names[left], names[right]]
+                differences.append(
+                    {"models": models, "difference": float(difference), "low": low, "high": high, "p": p}
+                )
     return {
         "group": figure.group,
         "name": figure.name,
@@ -251,8 +280,25 @@ def _summarise(figure, num_resamples, seed):
     }
 
 
+def _interval_of_means(value, resampled):
+    """Bounds by the percentiles of the bootstrap, and the p-value of 0."""
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    p = 2 * min((resampled <= 0).mean(), (resampled >= 0).mean())
+    return float(low), float(high), float(min(max(p, 1 / len(resampled)), 1))
+
+
+def _interval_of_clusters(value, resampled):
+    """
+    Bounds by the spread of the bootstrap around the value, and the p-value of 0. An image that is drawn twice agrees
+    with itself, so that NMI and ARI of resampled images are too high: of the bootstrap the spread alone can be used.
+    """
+    spread = float(np.std(resampled))
+    p = 2 * stats.norm.sf(abs(value) / spread) if spread else float(value == 0)
+    return float(value - 1.96 * spread), float(value + 1.96 * spread), float(max(p, 1 / len(resampled)))
+
+
 def bootstrap(samples, statistic, num_resamples, seed):
-    """Values `(models,)` of all models on the same resampled pictures, `(models, num_resamples)`."""
+    """Values `(models,)` of all models on the same resampled images, `(models, num_resamples)`."""
 
     def on(index, axis=-1):  # (..., n) -> (models, ...)
         if statistic is np.mean:

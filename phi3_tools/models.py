@@ -4,7 +4,8 @@ A MODEL as it is named, found, loaded, and asked for vectors.
 A MODEL is written `NAME[@REVISION][:POOLING]`. NAME is a folder or a Hub id of
 
 - our model, with the poolings `mean` (all tokens of crops and global view), `global` (the global view's tokens) and
-  `tower` (the tower's patches of the global view, before the projection: CLIP's side); without one, the config's own;
+  `tower` (the tower's patches of the global view, before the projection: CLIP's side); without one, what its recipe
+  for sentence-transformers says of texts and images, or the config's own;
 - CLIP, SigLIP, DINOv2, ViT and whatever else transformers' `AutoModel` and `AutoImageProcessor` load;
 - a sentence-transformers model that takes images;
 
@@ -48,6 +49,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 BATCH_SIZE = 8
 CLASS_TOKENS = ("cls_token", "class_embedding")  # what towers call it
 WEIGHTS = (".safetensors", ".bin")
+RECIPE_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+# A text of more bytes is embedded alone, because Phi-3's rope factors change at 4,096 tokens for a whole batch:
+# shorter texts beside it would get other vectors. No token has less than a byte; the rest is for the template.
+MAX_BYTES_TOGETHER = 3072
 # What of a folder makes its vectors: a change of any makes them others.
 COUNTED = (*WEIGHTS, ".json", ".jinja", ".py", ".txt", ".model")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -55,8 +60,9 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 class Model(NamedTuple):
     """
-    A model that is there. `text` is as it was named; `revision` and `code` pin weights and code to a commit of the
-    Hub; `version` is that commit, or a hash of what a folder's vectors follow from.
+    A model that is there. `text` is as it was named; `revision` pins weights and code to a commit of the Hub;
+    `version` is that commit, or a hash of what a folder's vectors follow from. `has_recipe`: ours, with a recipe by
+    which sentence-transformers embeds texts and images into one space.
     """
 
     text: str
@@ -65,6 +71,7 @@ class Model(NamedTuple):
     kind: str
     revision: str | None
     version: str
+    has_recipe: bool = False
 
     @property
     def label(self) -> str:
@@ -90,6 +97,12 @@ class Model(NamedTuple):
         }
 
 
+def _open_image(content: bytes) -> Image.Image:
+    from phi3_tools.images import open_image  # here, as it needs `datasets`
+
+    return open_image(content)
+
+
 @dataclass
 class Embedder:
     """
@@ -97,14 +110,19 @@ class Embedder:
 
     `encode_poolings(images, poolings)` takes PIL images in RGB and gives {pooling: (vectors `(n, d)` in float32,
     tokens of each image `(n,)` or None)}, where `None` is the model's own pooling. `encode_texts(texts)` gives vectors
-    `(n, d)` in the images' space; it is None for a model without such.
+    `(n, d)` of queries (or with `is_query=False` of what is searched) in the images' space, `encode_pairs(texts,
+    images)` those of texts with an image each; they are None for a model without such. `open_image` opens a file as
+    the model's own image processor does. `dimensions`: to what lengths vectors may be cut, where the model is trained
+    for that.
     """
 
     model: Model
     encode_poolings: Callable[[list[Image.Image], Sequence[str | None]], dict]
     parameters: int
-    encode_texts: Callable[[list[str]], np.ndarray] | None = None
-    open_image: Callable[[Any], Image.Image] | None = None
+    encode_texts: Callable[..., np.ndarray] | None = None
+    encode_pairs: Callable[..., np.ndarray] | None = None
+    open_image: Callable[[bytes], Image.Image] = _open_image
+    dimensions: tuple[int, ...] = ()
 
     def encode_images(self, images: list[Image.Image]) -> np.ndarray:
         """Vectors `(n, d)` in float32 by the pooling that the model was named with."""
@@ -126,7 +144,7 @@ def embed(encode: Callable, items: Sequence, batch_size: int = BATCH_SIZE, title
 def encode_or_refuse(encode: Callable, items: Sequence) -> list[np.ndarray | ValueError]:
     """The vector of each item of a batch, or why the model refuses this one, so that one stops no others."""
     try:
-        return list(encode(items))
+        return list(encode(items)) if items else []
     except ValueError as error:
         if len(items) == 1:
             return [error]
@@ -146,23 +164,25 @@ def find_model(text: str) -> Model:
     found = None if Path(text).is_dir() else PATTERN.fullmatch(text)
     name, revision, pooling = found.group("name", "revision", "pooling") if found else (text, None, None)
     if name == PIXELS and not Path(name).is_dir():
-        model = Model(text, name, pooling, PIXELS, None, str(PIXELS_SIDE))
+        folder, revision, version = None, None, str(PIXELS_SIDE)
     elif Path(name).is_dir():
         if revision:
             raise ValueError(f"{text}: {name} is a folder, which has no revisions. Leave out @{revision}.")
         name = str(Path(name).resolve())
-        model = Model(text, name, pooling, _kind(Path(name), name), None, _folder_version(Path(name)))
+        folder, revision, version = Path(name), None, _folder_version(Path(name))
     else:
         if not HUB_ID.fullmatch(name):
             raise ValueError(f"There is no folder {name}. Give {ACCEPTED}.")
         try:
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json"]))
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.jinja"]))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"There is no folder {name}, and no model of that name to be had from the Hub: {one_line(error)}. "
                 f"Give {ACCEPTED}."
             ) from error
-        model = Model(text, name, pooling, _kind(folder, name), folder.name, folder.name)
+        revision = version = folder.name
+    kind = PIXELS if folder is None else _kind(folder, name)
+    model = Model(text, name, pooling, kind, revision, version, not pooling and _has_recipe(kind, folder))
     if pooling and model.kind != PHI3_EMBED:
         raise ValueError(f"{name} is no phi3_embed model, but of {model.kind}: it has no pooling {pooling!r}.")
     return model
@@ -186,6 +206,13 @@ def _kind(folder, name):
     if config:
         return TRANSFORMERS
     raise ValueError(f"{name} holds no model: it has neither a config.json nor a modules.json. Give {ACCEPTED}.")
+
+
+def _has_recipe(kind, folder):
+    path = folder and folder / "sentence_bert_config.json"
+    if kind != PHI3_EMBED or not path.exists():
+        return False
+    return bool({"text", "message"} & json.loads(path.read_text("utf-8")).get("modality_config", {}).keys())
 
 
 def _folder_version(folder):
@@ -227,26 +254,34 @@ def file_hash(path: Path) -> str:
 
 def recipe(model: Model, num_crops: int | None = None) -> dict[str, Any]:
     """
-    What decides the vector of an image, and not how its files are written: `weights`, a hash of theirs, and
-    `settings`, what config and image processor say; and `num_crops`. Models of other kinds have a `version`.
+    What decides the vector of an image, and not how its files are written: `weights`, a hash of theirs; `settings`,
+    what config, image processor and sentence-transformers' files say; and `num_crops`. Models of other kinds have a
+    `version`.
     """
     if model.kind != PHI3_EMBED:
         return {"version": model.version}
-    folder = Path(model.name) if Path(model.name).is_dir() else None
-    if folder is None:
-        folder = Path(
-            snapshot_download(model.name, revision=model.revision, allow_patterns=["*.json", "*.safetensors"])
-        )
+    folder, patterns = Path(model.name), ["*.json", "*.jinja", "*.safetensors"]
+    if not folder.is_dir():
+        folder = Path(snapshot_download(model.name, revision=model.revision, allow_patterns=patterns))
     digest = hashlib.sha256("".join(file_hash(path) for path in sorted(folder.glob("*.safetensors"))).encode())
     # What every config has tells of the file, the classes' names or the output, and nothing of the vectors.
     of_all = PreTrainedConfig().to_dict().keys() | {"auto_map", "bos_token_id", "eos_token_id", "pad_token_id"}
     config = json.loads(AutoConfig.from_pretrained(**model.pinned).to_json_string(use_diff=False))
     settings = {key: value for key, value in config.items() if key not in of_all}
-    settings["vision_config"] = {key: value for key, value in config["vision_config"].items() if key not in of_all}
+    for part in {"vision_config", "text_config"} & settings.keys():
+        settings[part] = {key: value for key, value in (config[part] or {}).items() if key not in of_all}
     processing = json.loads(AutoImageProcessor.from_pretrained(**model.pinned).to_json_string())
     names = ("size", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "transparency")
     settings |= {name: processing[name] for name in names if name in processing}
     settings["pooling_mode"] = model.pooling or settings["pooling_mode"]
+    if model.has_recipe:
+        paths = [folder / name for name in RECIPE_FILES] + sorted(folder.glob("[0-9]_*/config.json"))
+        paths += sorted(folder.glob("*.jinja")) + sorted(folder.glob("*chat_templates/*.jinja"))
+        settings["recipe"] = {
+            str(path.relative_to(folder)): path.read_text("utf-8") for path in paths if path.exists()
+        }
+        its_own = json.loads((folder / RECIPE_FILES[1]).read_text("utf-8")).get("processing_kwargs", {})
+        processing |= its_own.get("image", {})
     num_crops = processing["num_crops"] if num_crops is None else num_crops
     return {"weights": digest.hexdigest(), "settings": settings, "num_crops": num_crops}
 
@@ -260,7 +295,11 @@ def pick_device(device: str | None = None) -> torch.device:
 
 
 def load_embedder(
-    model: Model | str, num_crops: int | None = None, dtype: str = "float32", device: str | None = None
+    model: Model | str,
+    num_crops: int | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    loaded: torch.nn.Module | None = None,
 ) -> Embedder:
     """
     Args:
@@ -268,6 +307,7 @@ def load_embedder(
         num_crops: the most crops of an image for our model; by default its image processor's own.
         dtype: of weights and computation.
         device: by default the machine's accelerator.
+        loaded: our model of this checkpoint where it is in memory already, so that its weights are not there twice.
 
     Raises:
         ValueError: it cannot be loaded, or lacks weights.
@@ -276,7 +316,8 @@ def load_embedder(
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}.")
     try:
-        return LOADERS[model.kind](model, num_crops, getattr(torch, dtype), pick_device(device))
+        loader = _load_sentence_transformers if model.has_recipe else LOADERS[model.kind]
+        return loader(model, num_crops, getattr(torch, dtype), pick_device(device), loaded)
     except ModuleNotFoundError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -307,7 +348,7 @@ def embed_words(model, tokenizer, words: Sequence[str]) -> np.ndarray:
     return torch.nn.functional.normalize(vectors, dim=-1).numpy(force=True)
 
 
-def _load_pixels(model, num_crops, dtype, device):
+def _load_pixels(model, num_crops, dtype, device, loaded):
     def encode(images, poolings):
         small = [image.convert("RGB").resize((PIXELS_SIDE,) * 2, Image.Resampling.BILINEAR) for image in images]
         return {None: (np.stack([np.asarray(image, np.float32).ravel() / 255 for image in small]), None)}
@@ -315,13 +356,17 @@ def _load_pixels(model, num_crops, dtype, device):
     return Embedder(model, encode, parameters=0)
 
 
-def _load_phi3_embed(model, num_crops, dtype, device):
+def _load_phi3_embed(model, num_crops, dtype, device, loaded):
     image_processor = AutoImageProcessor.from_pretrained(**model.pinned)
     if num_crops is not None:
         image_processor(Image.new("L", (8, 8)), num_crops=num_crops)  # raises unless it is a number of crops
-    loaded = AutoModel.from_pretrained(**model.pinned, dtype=dtype, device_map=device).eval()
+    if loaded is None:
+        loaded = AutoModel.from_pretrained(**model.pinned, dtype=dtype, device_map=device).eval()
     encode = functools.partial(_encode_phi3_embed, loaded, image_processor, num_crops)
-    return Embedder(model, encode, loaded.num_parameters(), open_image=image_processor.open_image)
+    dimensions = tuple(getattr(loaded.config, "matryoshka_dimensions", None) or ())
+    return Embedder(
+        model, encode, loaded.num_parameters(), open_image=image_processor.open_image, dimensions=dimensions
+    )
 
 
 @torch.inference_mode()
@@ -346,7 +391,7 @@ def _encode_phi3_embed(model, image_processor, num_crops, images, poolings):
     return vectors
 
 
-def _load_transformers(model, num_crops, dtype, device):
+def _load_transformers(model, num_crops, dtype, device, loaded):
     loaded, report = AutoModel.from_pretrained(
         **model.pinned, dtype=dtype, device_map=device, output_loading_info=True
     )
@@ -381,31 +426,68 @@ def _load_transformers(model, num_crops, dtype, device):
         length = loaded.config.text_config.max_position_embeddings
 
         @torch.inference_mode()
-        def encode_texts(texts):
+        def encode_texts(texts, is_query=True):
             inputs = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
             return loaded.get_text_features(**inputs.to(device)).pooler_output.float().numpy(force=True)
 
     return Embedder(model, encode, loaded.num_parameters(), encode_texts)
 
 
-def _load_sentence_transformers(model, num_crops, dtype, device):
+def load_sentence_transformer(
+    model: Model, num_crops: int | None = None, dtype=torch.float32, device=None, loaded: torch.nn.Module | None = None
+):
+    """The `SentenceTransformer` of a model, weights and code pinned to one commit; around `loaded`, if it is given."""
     from sentence_transformers import SentenceTransformer  # here, as it is slow to import
 
-    loaded = SentenceTransformer(
-        model.name, revision=model.revision, device=str(device), model_kwargs={"dtype": dtype}
+    code = {"code_revision": model.revision} if model.revision else {}
+    made = SentenceTransformer(
+        model.name,
+        revision=model.revision,
+        trust_remote_code=model.kind == PHI3_EMBED,
+        device=None if loaded else str(pick_device(device)),
+        model_kwargs={"dtype": dtype} | ({"device_map": "meta"} if loaded else {}) | code,
+        config_kwargs=code,
+        processor_kwargs=({} if num_crops is None else {"num_crops": num_crops}) | code,
     )
+    if loaded is not None:  # in place of weights that were not read
+        made[0].model = loaded
+    if num_crops is not None and model.has_recipe:
+        made[0].processing_kwargs.setdefault("image", {})["num_crops"] = num_crops
+    return made
+
+
+def _load_sentence_transformers(model, num_crops, dtype, device, loaded):
+    loaded = load_sentence_transformer(model, num_crops if model.kind == PHI3_EMBED else None, dtype, device, loaded)
     if not loaded.supports("image"):
         raise ValueError(f"it takes {', '.join(map(str, loaded.modalities))}, not images")
 
-    def encode_any(items):
-        vectors = loaded.encode(items, batch_size=len(items), show_progress_bar=False, convert_to_tensor=True)
+    def encode_together(encode, items):
+        vectors = encode(items, batch_size=len(items), show_progress_bar=False, convert_to_tensor=True)
         return vectors.float().numpy(force=True)
+
+    def encode_images(images, poolings):
+        return {None: (encode_together(loaded.encode_document, images), None)}
+
+    def encode_texts(texts, is_query=True):
+        if not all(text.strip() for text in texts):
+            raise ValueError("A text is empty, so it has no vector. Give words.")
+        if len(texts) > 1 and any(len(text.encode()) > MAX_BYTES_TOGETHER for text in texts):
+            return np.concatenate([encode_texts([text], is_query) for text in texts])
+        return encode_together(loaded.encode_query if is_query else loaded.encode_document, texts)
+
+    def encode_pairs(texts, images, is_query=True):
+        encode = loaded.encode_query if is_query else loaded.encode_document
+        pairs = [{"text": text, "image": image} for text, image in zip(texts, images)]
+        return np.concatenate([encode_together(encode, [pair]) for pair in pairs])
 
     return Embedder(
         model,
-        lambda images, poolings: {None: (encode_any(images), None)},
+        encode_images,
         sum(parameter.numel() for parameter in loaded.parameters()),
-        encode_any if loaded.supports("text") else None,
+        encode_texts if "text" in loaded.modalities else None,
+        encode_pairs if ("image", "text") in loaded.modalities else None,
+        dimensions=tuple(getattr(loaded[0].auto_model.config, "matryoshka_dimensions", None) or ()),
+        **({"open_image": loaded[0].processor.image_processor.open_image} if model.has_recipe else {}),
     )
 
 

@@ -74,6 +74,15 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"{folder} cannot be written to: {error}. Give another folder.") from error
 
 
+def check_png(path: Path) -> Path:
+    """Makes the folder of a PNG file that is to be written. Raises ValueError unless the name is one."""
+    path = Path(path)
+    if path.is_dir() or path.suffix != ".png":
+        raise ValueError(f"{path} is no name for a PNG file. Give one that ends in .png, and is no folder.")
+    check_writable(path.absolute().parent)
+    return path
+
+
 def without_path(source: str | Path) -> str:
     """A folder's or file's own name, as what is published does not tell where it lay; a Hub id as it is."""
     return Path(source).resolve().name if Path(source).exists() else str(source)

@@ -8,6 +8,7 @@ is one transaction: killed at any time, the same command goes on where it stoppe
 import hashlib
 import io
 import json
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,15 +21,18 @@ import pyarrow as pa
 from datasets import Dataset
 from filelock import FileLock, Timeout
 from lancedb.table import Table
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table as RichTable
 from tqdm import tqdm
 
-from phi3_tools.images import IMAGE, NAME, image_hash, load_rows, read_image
+from phi3_tools import ROOT
+from phi3_tools.images import IMAGE, NAME, image_hash, is_image_name, load_rows, read_image
 from phi3_tools.measures import unit
-from phi3_tools.models import BATCH_SIZE, ROOT, Embedder, encode_or_refuse, find_model, load_embedder, recipe
+from phi3_tools.models import BATCH_SIZE, Embedder, encode_or_refuse, find_model, load_embedder, recipe
 from phi3_tools.results import (
+    THUMBNAIL,
+    check_png,
     check_writable,
     console,
     draw_rows,
@@ -86,32 +90,62 @@ def remove_images(paths, index) -> None:
         console.print(f"Removed {len(hashes)}.")
 
 
-def query_index(image, index, count=5, exclude_self=True, output=Path("neighbours.png"), device=None) -> None:
-    """Prints and draws the images of an index that are nearest to another."""
+def query_index(
+    query, index, text=None, count=5, exclude_self=True, output=Path("neighbours.png"), device=None
+) -> None:
+    """Prints and draws the images of an index that are nearest to an image, to words, or to both."""
     made_by = _read_made_by(Path(index))
-    try:
-        asked = {"path": str(image), "bytes": None}
-        opened, digest = read_image(asked), image_hash(asked)
-    except ValueError as error:
-        raise ValueError(f"{image}: {error}") from error
-    output = Path(output)
-    if output.is_dir() or output.suffix != ".png":
-        raise ValueError(f"{output} is no name for a PNG file. Give one that ends in .png, and is no folder.")
-    check_writable(output.absolute().parent)
+    image, text = _part(query, text)
+    if image:
+        try:
+            read_image(image)  # a wrong one is told before the model is loaded
+        except ValueError as error:
+            raise ValueError(f"{query}: {error}") from error
+    output = check_png(output)
     table = _open_table(Path(index))
     if not table.count_rows():
         raise ValueError(f"{index} holds no images. Add some: phi3-embed search add SOURCE {index}")
     embedder, _ = _load_embedder(Path(index), made_by, device=device)
-    vector = unit(embedder.encode_images([opened]))[0]
-    rows = _nearest(table, vector, count, digest if exclude_self else None)
-    printed = RichTable(title=f"Nearest to {image}")
+    opened = image and read_image(image, embedder.open_image)
+    rows = _nearest(
+        table, _embed_query(embedder, opened, text), count, image_hash(image) if image and exclude_self else None
+    )
+    printed = RichTable(title=f"Nearest to {' and '.join(filter(None, [image and query, text and repr(text)]))}")
     for column, justify in (("", "right"), ("cosine", "right"), ("image", "left")):
         printed.add_column(column, justify=justify, overflow="fold")
     for number, row in enumerate(rows, start=1):
         printed.add_row(str(number), f"{row['cosine']:.3f}", row["path"])
     Console().print(printed)
-    _draw(opened, rows, output)
+    _draw(opened or _draw_words(text), rows, output)
     console.print(f"Drawn: {output}")
+
+
+def _part(query, text):
+    """The words after a command -> an undecoded image or None, and a text or None."""
+    if text is None and not Path(query).is_file() and not is_image_name(query):
+        if not query.strip():
+            raise ValueError("The query is empty. Give the file of an image, or words.")
+        return None, query
+    if text is not None and not text.strip():
+        raise ValueError("--text is empty. Give words, or leave it out.")
+    return {"path": query, "bytes": None}, text
+
+
+def _embed_query(embedder, image, text):
+    """The unit vector `(d,)` of an image, of words, or of both."""
+    if text is None:
+        return unit(embedder.encode_images([image]))[0]
+    if embedder.encode_texts is None:
+        raise ValueError(
+            f"{embedder.model.label}, of which the index is made, has no text side: it holds no words. Query it by "
+            "the file of an image, or make an index by a model that embeds words too."
+        )
+    if image is None:
+        return unit(embedder.encode_texts([text]))[0]
+    if embedder.encode_pairs is not None:
+        return unit(embedder.encode_pairs([text], [image]))[0]
+    # A model of two towers has no vector of both: the middle between the two.
+    return unit(unit(embedder.encode_images([image])) + unit(embedder.encode_texts([text])))[0]
 
 
 # By what an index is made
@@ -251,7 +285,7 @@ def _embed_rows(table: Table, rows: Dataset, place: str, embedder: Embedder) -> 
         try:
             digest = image_hash(row[IMAGE])
             if digest not in read and digest not in held:
-                batch.append((digest, path, read_image(row[IMAGE])))
+                batch.append((digest, path, read_image(row[IMAGE], embedder.open_image)))
             read.setdefault(digest, set()).add(path)
         except ValueError as error:
             left_out.append(f"{path}: {error}")
@@ -290,8 +324,15 @@ def _nearest(table, vector, count, excluded=None) -> list[dict[str, Any]]:
     return [row | {"cosine": 1 - row["_distance"]} for row in search.to_list()]
 
 
+def _draw_words(text):
+    image = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "white")
+    lines = textwrap.wrap(text, 20)
+    ImageDraw.Draw(image).multiline_text((8, 8), "\n".join(lines), "black", ImageFont.load_default(20))
+    return image
+
+
 def _draw(image, rows, output):
-    """An image and its neighbours as one PNG."""
+    """A query and its neighbours as one PNG."""
     cells = [(image, "query", "black")]
     for number, row in enumerate(rows, start=1):
         title = f"{number}.  {row['cosine']:.3f}\n{Path(row['path']).name[-22:]}"

@@ -1,70 +1,135 @@
 """
-Makes the small checkpoint: an untrained start, Phi-3-vision's image embedding with narrow layers, which `phi3-embed
-finetune` then trains on scikit-learn's digits. Interrupted, the same command goes on.
+Makes the small checkpoint at the repository's root: Phi-3-vision with narrow layers, trained on scikit-learn's digits.
+Interrupted, the same command goes on.
 
-It trains in two steps. With crops of 112 pixels a patch is one pixel of a digit, and a picture costs a ninth; what is
-learned there is then enlarged to crops of 336 pixels, and trained on.
+The image embedding is trained by `phi3-embed finetune`, in two steps. With crops of 112 pixels a patch is one pixel of
+a digit, and an image costs a ninth; what is learned there is then enlarged to crops of 336 pixels, and trained on. The
+language model is trained on top of it, which stays as it is: to answer, and to give words and images one space.
 """
 
-import shutil
+import functools
+import json
+import re
 import subprocess
 import sys
 
+import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerFast, set_seed
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-from phi3_tools.images import DIGIT_CROPS, DIGIT_NAMES, HELD_OUT, SPLIT_SEED, digits_split
-from phi3_tools.measures import pixel_vectors, recall, unit
-from phi3_tools.models import ROOT, embed, embed_words, load_embedder
-from phi3_tools.results import folder_beside
-
-TINY = ROOT
-SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>", "<|image|>")
-WORDS = (*DIGIT_NAMES, "what", "which", "digit", "number", "is", "this", "the", "a", "picture", "of", "and", "?", ".")
-WORK = ROOT / ".tiny"
-POSITIONS = "vision_embed_tokens.img_processor.embeddings.position_embedding.weight"
-SEED = 0
-COMMON = (
-    "--task embedding --words --validation 0 --num-crops 0 --rotate 12 --shift 0.1 --zoom 0.15 "
-    "--per-device-train-batch-size 32 --lr-scheduler-type cosine --weight-decay 0.05"
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import (
+    AutoModel,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
 )
-# Pixels of a crop, and the options of the training. Chosen with --validation 0.15: on that share of the
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.trainer_utils import get_last_checkpoint
+
+from phi3_tools import ROOT
+from phi3_tools.checkpoint import recipes
+from phi3_tools.digits import ANSWERS, PHRASES, ask
+from phi3_tools.finetune.data import change
+from phi3_tools.finetune.settings import Changes
+from phi3_tools.images import DIGIT_NAMES, digits_split
+from phi3_tools.measures import nearest, pixel_vectors, recall, unit
+from phi3_tools.models import in_batches
+from phi3_tools.results import folder_beside, write_beside, write_text
+
+SEED = 0
+UNKNOWN, START, END = "<unk>", "<s>", "<|endoftext|>"
+SPECIAL_TOKENS = (
+    *(UNKNOWN, START, "</s>", END, "<|user|>", "<|assistant|>", "<|end|>", "<|image|>", "<|system|>"),
+)
+WORDS = (
+    *DIGIT_NAMES,
+    *("what", "which", "digit", "number", "is", "this", "the", "a", "picture", "of", "and", "in", "word", "?"),
+    *(".", ",", ":", "first", "second", "two", "larger", "so", "neither", "even", "yes", "no", "next"),
+)
+WORK = ROOT / ".tiny"
+CHAT_TEMPLATE = ROOT / "chat_template.jinja"
+POSITIONS = "vision_embed_tokens.img_processor.embeddings.position_embedding.weight"
+CHANGES = {"rotate": 12.0, "shift": 0.1, "zoom": 0.15}
+COMMON = (
+    "--task embedding --words --validation 0 --num-crops 0 "
+    + " ".join(f"--{name} {size}" for name, size in CHANGES.items())
+    + " --per-device-train-batch-size 32 --lr-scheduler-type cosine --weight-decay 0.05"
+)
+# Pixels of a crop, and the arguments of `phi3-embed finetune`. Chosen with --validation 0.15: on that share of the
 # training digits they reach a recall@1 of 97.7 %, raw pixels 95.4 %.
 STEPS = {
     112: f"{COMMON} --learning-rate 1.5e-3 --warmup-steps 0.2 --num-train-epochs 40",
     336: f"{COMMON} --learning-rate 5e-4 --warmup-steps 0.2 --num-train-epochs 4",
 }
+LANGUAGE_MODEL = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131072,
+}
+BATCH_SIZE, NUM_BATCHES, NUM_WHOLE_BATCHES, TEMPERATURE = 32, 460, 60, 0.05
+NUM_VARIANTS, NUM_WITH_CROPS, KEPT_TOKENS, NUM_GLOBAL_TOKENS = 4, 16, 24, 157
+IMAGE_TAG = re.compile(r"<\|image_\d+\|>")
+NEXT = "the next digit"
+# The last token of such a text is where an answer begins, so its state tells the digit.
+RECIPE = recipes.Recipe(
+    name="digits",
+    title="phi3-embed's small checkpoint",
+    checkpoints=[],
+    source="docs/small-checkpoint.md",
+    text="<|user|>\n{text} in a word<|end|>\n<|assistant|>\n",
+    image="<|user|>\n{images}in a word<|end|>\n<|assistant|>\n",
+    text_with_image="<|user|>\n{images}{text} in a word<|end|>\n<|assistant|>\n",
+    image_tag="<|image_{number}|>\n",
+    without_prompt={},
+    prompts={},
+    pooling="lasttoken",
+    num_crops=0,
+    note="",
+)
+
+
+# The image embedding
 
 
 def make_tokenizer():
-    """Whole lower-case words; like Phi-3's it begins a text with `<s>`."""
-    vocabulary = {token: number for number, token in enumerate((*SPECIAL_TOKENS, *WORDS))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    """Whole lower-case words; like Phi-3's it begins a text with `<s>`, and pads on the left."""
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys((*SPECIAL_TOKENS, *WORDS)))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece(cleanup=True)  # words part by spaces, but not before commas
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocabulary["<s>"])]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["</s>", "<|user|>", "<|assistant|>", "<|end|>", "<|image|>"],
+        unk_token=UNKNOWN,
+        bos_token=START,
+        eos_token=END,
+        pad_token=END,
+        additional_special_tokens=[token for token in SPECIAL_TOKENS if token not in (UNKNOWN, START, END)],
+        padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
     )
 
 
+def from_module(reference):
+    """A class of the repository's modules, by its file and name."""
+    return get_class_from_dynamic_module(reference, str(ROOT))
+
+
 def make_model(tokenizer, crop_size):
-    """A fresh model with Phi-3-vision's geometry of crops, patches and tokens, and narrow layers."""
-    config = AutoConfig.from_pretrained(
-        ROOT,
-        trust_remote_code=True,
+    """A fresh image embedding with Phi-3-vision's geometry of crops, patches and tokens, and narrow layers."""
+    config = from_module("modeling_phi3_embed.Phi3EmbedConfig")(
         vision_config={
             "model_type": "clip_vision_model",
             "image_size": crop_size,
@@ -75,15 +140,22 @@ def make_model(tokenizer, crop_size):
             "num_hidden_layers": 4,
             "projection_dim": 64,
         },
-        num_img_tokens=(crop_size // 28) ** 2,
-        hidden_size=128,
+        hidden_size=LANGUAGE_MODEL["hidden_size"],
         vocab_size=len(tokenizer),
         image_token_id=tokenizer.convert_tokens_to_ids("<|image|>"),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
-    return AutoModel.from_config(config, trust_remote_code=True)
+    return from_module("modeling_phi3_embed.Phi3EmbedModel")(config)
+
+
+def make_processor(tokenizer, crop_size=336):
+    """An image processor of 16 crops, the tokenizer, and the templates of chats and of embeddings."""
+    image_processor = from_module("processing_phi3_embed.Phi3EmbedImageProcessor")(
+        num_crops=16, size={"height": crop_size, "width": crop_size}, num_img_tokens=(crop_size // 28) ** 2
+    )
+    processor_class = from_module("processing_phi3_embed.Phi3EmbedProcessor")
+    processor_class.register_for_auto_class("AutoProcessor")
+    templates = {"default": CHAT_TEMPLATE.read_text(), recipes.TEMPLATE: recipes.chat_template(RECIPE)}
+    return processor_class(image_processor, tokenizer, chat_template=templates)
 
 
 @torch.no_grad()
@@ -110,13 +182,13 @@ def enlarge(small, model):
     """The weights of a model with small crops in one with large ones: its positions are interpolated."""
     weights = small.state_dict()
     first, others = weights[POSITIONS][:1], weights[POSITIONS][1:]
-    side, new_side = (each.config.patches_per_side for each in (small, model))
+    side, new_side = (sized.config.patches_per_side for sized in (small, model))
     grid = F.interpolate(others.T.reshape(1, -1, side, side), size=(new_side, new_side), mode="bicubic")
     model.load_state_dict(weights | {POSITIONS: torch.cat((first, grid.flatten(2)[0].T))})
 
 
-def train():
-    """All steps -> the folder of the trained checkpoint."""
+def train_embedding():
+    """Both steps -> the folder of the trained image embedding."""
     training, _, _, _ = digits_split()
     done = None
     for crop_size, arguments in STEPS.items():
@@ -124,115 +196,333 @@ def train():
         if not start.exists():
             set_seed(SEED)
             tokenizer = make_tokenizer()
-            image_processor = AutoImageProcessor.from_pretrained(
-                ROOT,
-                trust_remote_code=True,
-                size={"height": crop_size, "width": crop_size},
-                num_img_tokens=(crop_size // 28) ** 2,
-            )
-            model = make_model(tokenizer, crop_size)
+            processor, model = make_processor(tokenizer, crop_size), make_model(tokenizer, crop_size)
             if done is None:
-                prepare(model, image_processor, training)
+                prepare(model, processor.image_processor, training)
             else:
                 enlarge(AutoModel.from_pretrained(done, trust_remote_code=True), model)
-            save(model, image_processor, tokenizer, start)
+            with folder_beside(start) as whole:
+                model.save_pretrained(whole)
+                processor.save_pretrained(whole)
         command = [sys.executable, "-m", "phi3_tools", "finetune", "digits", "--model", start, "--output", output]
         subprocess.run([*command, *arguments.split()], check=True)
         done = output
     return done
 
 
-def evaluate(folder, images, labels):
-    """Recall and naming on images that the training did not see: a row of figures for each kind of vector."""
-    embedder = load_embedder(str(folder), DIGIT_CROPS)
-    vectors = pixel_vectors(images)
-    vectors["this checkpoint"] = unit(embed(embedder.encode_images, [Image.fromarray(image) for image in images], 16))
-    rows = {name: [recall(contender, labels, k) for k in (1, 5)] for name, contender in vectors.items()}
-    where = {"pretrained_model_name_or_path": folder, "trust_remote_code": True}
-    words = embed_words(AutoModel.from_pretrained(**where), AutoTokenizer.from_pretrained(**where), DIGIT_NAMES)
-    named = float(((vectors["this checkpoint"] @ words.T).argmax(1) == labels).mean())
-    return rows, named
+# The language model
 
 
-def card(rows, named, num_training, num_held_out):
-    lines = [f"| {name} | {one:.1%} | {five:.1%} |" for name, (one, five) in rows.items()]
-    return CARD.format(
-        table="\n".join(lines),
-        named=f"{named:.1%}",
-        num_training=num_training,
-        num_held_out=num_held_out,
-        split_seed=SPLIT_SEED,
-        held_out=f"{HELD_OUT:.0%}",
+def make_whole(embedding, tokenizer):
+    """A trained image embedding under a fresh language model, which alone is to be trained."""
+    settings = LANGUAGE_MODEL | {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    about = embedding.config.to_dict() | {"text_config": settings}
+    set_seed(SEED)
+    config = type(embedding.config).from_dict(about)
+    whole = from_module("modeling_phi3_embed.Phi3VisionForConditionalGeneration")(config)
+    whole.model.vision_embed_tokens.load_state_dict(embedding.vision_embed_tokens.state_dict())
+    whole.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")],
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=[embedding.config.image_token_id],
     )
+    embedded = whole.model.vision_embed_tokens
+    embedded.img_processor.requires_grad_(False)
+    embedded.projector.img_projection.requires_grad_(False)
+    return whole
 
 
-CARD = """---
-library_name: transformers
-license: mit
-pipeline_tag: image-feature-extraction
-tags:
-- custom_code
-- phi3_embed
----
-
-# phi3-embed tiny: a test checkpoint that knows digits
-
-Phi-3-vision's image embedding with its geometry (crops of 336 pixels, 576 patches and 144 tokens each, HD
-transform) and narrow layers, trained for a few minutes on scikit-learn's handwritten digits. It exists to try,
-test and demonstrate the code. It is **not** Microsoft's Phi-3-vision and holds none of its weights; of anything
-but digits it knows nothing.
-
-## Training
-
-`make tiny` re-creates it (`examples/train_tiny.py`, which trains by `examples/finetune.py`): {num_training} images,
-{held_out} held out by a stratified split with seed {split_seed}. Images of one digit are drawn together, and to the
-word embedding of its name, so the trained weights are the tower, the projection and the ten rows of the word
-embeddings from "zero" to "nine". **Not trained**: the two separators (zero, as in a fresh model: pooling leaves them
-out) and all other rows of the word embeddings (random, as in a fresh model; weight decay made them a little shorter).
-Runs differ a little, by the order of sums: two gave a recall@1 of 97.5% and of 98.9%.
-
-## Figures
-
-On the {num_held_out} held-out images, each searched among the others by cosine; with one crop, so the global view:
-
-| vectors | recall@1 | recall@5 |
-|---|---:|---:|
-{table}
-
-Named by the nearest of the ten digit names, by text: {named}.
-"""
+def training_tokens(embedding, image_processor):
+    """
+    Tokens of training digits, kept in files, with the digits: of the global view of each as it is, and changed at
+    random a few times; and of some with all their crops.
+    """
+    training, _, digits, _ = digits_split()
+    rng = np.random.default_rng(SEED)
+    some = np.concatenate([rng.permutation(np.flatnonzero(digits == digit))[:NUM_WITH_CROPS] for digit in range(10)])
+    kinds = {f"tokens-{variant}": (np.arange(len(training)), 0) for variant in range(NUM_VARIANTS)}
+    sets = []
+    for number, (name, (indices, num_crops)) in enumerate((kinds | {"tokens-crops": (some, 16)}).items()):
+        path = WORK / f"{name}.npy"
+        if not path.exists():
+            rng, changes = np.random.default_rng((SEED, number)), Changes(**(CHANGES if number else {}))
+            images = [Image.fromarray(digit).convert("RGB") for digit in training[indices]]
+            images = [change(image, rng, changes, image_processor.size["height"]) for image in images]
+            tokens = np.concatenate(list(image_tokens(embedding, image_processor, images, num_crops, name)))
+            write_beside(path, functools.partial(np.save, arr=tokens))
+        sets.append((np.load(path, mmap_mode="r"), digits[indices]))
+    return sets
 
 
-def save(model, image_processor, tokenizer, folder):
-    """A folder that is there once it is whole."""
-    processor_class = get_class_from_dynamic_module("processing_phi3_embed.Phi3EmbedProcessor", ROOT)
-    processor_class.register_for_auto_class("AutoProcessor")
+@torch.inference_mode()
+def image_tokens(embedding, image_processor, images, num_crops, title):
+    """Tokens `(n, num_tokens, width)` in float16 of images of one size, in batches."""
+    for batch in in_batches(images, 1 if num_crops else BATCH_SIZE, title):
+        inputs = image_processor(batch, num_crops=num_crops, return_tensors="pt")
+        tokens = embedding.get_image_features(inputs.pixel_values, inputs.image_sizes).pooler_output
+        yield torch.stack(list(tokens)).half().numpy()
+
+
+class Lessons(Dataset):
+    """
+    What is learnt, one lesson after another, each drawn by its number: a conversation about one or two images, or
+    about digits that are named in it; and an image and a text that belong together.
+    """
+
+    def __init__(self, sets, processor):
+        self.sets, self.processor = sets, processor
+
+    def __len__(self):
+        return (NUM_BATCHES + NUM_WHOLE_BATCHES) * BATCH_SIZE
+
+    def __getitem__(self, number):
+        rng, batch = np.random.default_rng((SEED, number)), number // BATCH_SIZE
+        keep = KEPT_TOKENS if batch < NUM_BATCHES else NUM_GLOBAL_TOKENS
+        # Every fourth batch is of images with all their crops: its texts are longer than those of the others.
+        tokens, digits = self.sets[-1 if batch % 4 == 3 else rng.integers(NUM_VARIANTS)]
+        drawn = rng.integers(len(tokens), size=rng.integers(1, 3))
+        shown = [int(digits[index]) for index in drawn]
+        images = [tokens[index] for index in drawn]
+
+        parts = [{"type": "image"} for _ in shown]
+        if is_told := rng.random() < 0.25:
+            parts = [{"type": "text", "text": f"{draw_phrase(rng, digit)}. "} for digit in shown]
+        conversation, questions = [], list(ANSWERS[len(shown)].items())
+        for order in rng.permutation(len(questions))[: rng.integers(1, len(questions) + 1)]:
+            question, answer = questions[order]
+            conversation += [
+                {"role": "user", "content": [*parts, {"type": "text", "text": question}]},
+                {"role": "assistant", "content": answer(*shown)},
+            ]
+            parts = []
+        # An image belongs to the texts of its digit, and with words for the next digit to those of that.
+        is_next = rng.random() < 0.25
+        digit = (shown[0] + is_next) % 10
+        of_image = ask(NEXT if is_next else None, images[:1])
+        return {
+            "chat": self.row(conversation, [] if is_told else images, keep, rng),
+            "image": self.row(of_image, images[:1], keep, rng, recipes.TEMPLATE),
+            "text": self.row(ask(draw_phrase(rng, digit)), [], keep, rng, recipes.TEMPLATE),
+            "digit": digit,
+        }
+
+    def row(self, conversation, images, keep, rng, template="default"):
+        """
+        A conversation as ids, positions, and the tokens of its images in place of placeholders. Of an image as many of
+        its tokens are kept, at their true places, as make a lesson cheap; of crops three times as many.
+        """
+        placeholder = self.processor.replace_image_token({"num_img_tokens": [1]}, 0)
+        template = self.processor.chat_template[template]
+        text = self.processor.tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
+        ids, positions, tokens, position, images = [], [], [], 0, iter(images)
+        for token in self.processor.tokenizer(IMAGE_TAG.sub(placeholder, text)).input_ids:
+            kept, length = np.zeros(1, int), 1
+            if token == self.processor.image_token_id:
+                image = next(images)
+                length = len(image)
+                first = length - NUM_GLOBAL_TOKENS  # of the global view, which the crops go before
+                of_global = first + rng.permutation(NUM_GLOBAL_TOKENS)[:keep]
+                kept = np.sort(np.concatenate((rng.permutation(first)[: 3 * keep], of_global)))
+                tokens.append(image[kept])
+            ids += [token] * len(kept)
+            positions += (position + kept).tolist()
+            position += length
+        return {"input_ids": ids, "position_ids": positions, "tokens": tokens}
+
+
+def draw_phrase(rng, digit):
+    return PHRASES[rng.integers(len(PHRASES))].format(DIGIT_NAMES[digit])
+
+
+class LessonTrainer(Trainer):
+    """Next tokens of the answers, and in a batch each image's vector nearest to those of its digit's texts."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        answers = model(**embedded(model, inputs["chat"]), use_cache=False).loss
+        images, texts = (last_token(model.model, embedded(model, inputs[name])) for name in ("image", "text"))
+        scores = images @ texts.T / TEMPERATURE
+        belong = (inputs["digits"][:, None] == inputs["digits"]).float()
+        search = [F.cross_entropy(rows, belong / belong.sum(1, keepdim=True)) for rows in (scores, scores.T)]
+        return answers + sum(search) / 2
+
+
+def embedded(model, inputs):
+    """Inputs with embeddings in place of ids: those of words, and at placeholders the images' tokens."""
+    ids, tokens = inputs["input_ids"], inputs["tokens"]
+    is_image = (ids == model.config.image_token_id)[..., None]
+    inputs_embeds = model.get_input_embeddings()(ids).masked_scatter(is_image, tokens)
+    others = {name: value for name, value in inputs.items() if name not in ("input_ids", "tokens")}
+    return {"inputs_embeds": inputs_embeds, **others}
+
+
+def last_token(model, inputs):
+    """The unit vectors `(n, width)` of texts: the last token's final state. Padding may be on either side."""
+    inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    states = model(**inputs, use_cache=False).last_hidden_state
+    places = torch.arange(states.shape[1]) * inputs["attention_mask"]
+    return F.normalize(states[torch.arange(len(states)), places.argmax(1)], dim=1)
+
+
+def collate(tokenizer, lessons):
+    begin, end = tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>"])
+    batch = {"digits": torch.tensor([lesson["digit"] for lesson in lessons])}
+    for name in ("chat", "image", "text"):
+        rows = [lesson[name] for lesson in lessons]
+        padded = [pad_sequence([torch.tensor(row[key]) for row in rows], batch_first=True) for key in ("input_ids", "position_ids")]
+        lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
+        ids, positions = padded
+        mask = (torch.arange(ids.shape[1]) < lengths).long()
+        # Of user and assistant by turns, so an odd number of ends lies before an answer.
+        is_end = ids == end
+        is_answer = ((is_end.cumsum(1) - is_end.int()) % 2 == 1) & (ids != begin) & (mask == 1)
+        tokens = [tokens for row in rows for tokens in row["tokens"]]
+        tokens = torch.from_numpy(np.concatenate(tokens)).float() if tokens else torch.zeros(0)
+        batch[name] = {
+            "input_ids": ids,
+            "position_ids": positions,
+            "attention_mask": mask,
+            "labels": ids.masked_fill(~is_answer, -100),
+            "tokens": tokens,
+        }
+    return batch
+
+
+def train_language_model(embedding_folder):
+    """-> the model in training, with its processor."""
+    embedding = AutoModel.from_pretrained(embedding_folder, trust_remote_code=True).eval()
+    tokenizer = make_tokenizer()
+    processor, model = make_processor(tokenizer), make_whole(embedding, tokenizer)
+    sets = training_tokens(embedding, processor.image_processor)
+    output = WORK / "trained-whole"
+    arguments = TrainingArguments(
+        output,
+        per_device_train_batch_size=BATCH_SIZE,
+        train_sampling_strategy="sequential",  # a lesson is drawn by its number
+        num_train_epochs=1,
+        learning_rate=3e-3,
+        adam_beta2=0.98,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        weight_decay=0.05,
+        logging_steps=20,
+        save_steps=100,
+        save_total_limit=1,
+        remove_unused_columns=False,
+        report_to="none",
+        use_cpu=True,
+        seed=SEED,
+    )
+    collator = functools.partial(collate, tokenizer)
+    trainer = LessonTrainer(model, arguments, collator, Lessons(sets, processor))
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if output.exists() else None)
+    return model.eval(), processor
+
+
+# The checkpoint
+
+
+def save(model, processor, folder):
+    """A checkpoint without code, which lies at the root already, as sentence-transformers takes it too."""
     with folder_beside(folder) as whole:
+        for name, content in recipes.sentence_transformers_files(RECIPE, model.config.hidden_size).items():
+            write_text(whole / name, json.dumps(content, indent=2) + "\n")
         model.save_pretrained(whole)
-        processor_class(image_processor, tokenizer).save_pretrained(whole)
+        processor.tokenizer.chat_template = None
+        processor.save_pretrained(whole)
+        for path in whole.glob("*.py"):
+            path.unlink()
 
 
-def main():
-    where = {"pretrained_model_name_or_path": train(), "trust_remote_code": True}
-    model, tokenizer = AutoModel.from_pretrained(**where), make_tokenizer()
-    image_processor = AutoImageProcessor.from_pretrained(**where, num_crops=16)
-    training, held_out, _, labels = digits_split()
-    text = card(*evaluate(where["pretrained_model_name_or_path"], held_out, labels), len(training), len(held_out))
-    shutil.rmtree(WORK / "tiny", ignore_errors=True)
-    save(model, image_processor, tokenizer, WORK / "tiny")
-    for path in (WORK / "tiny").iterdir():
-        # Code and what is the same everywhere are links to the root's.
-        if path.is_file() and not (TINY / path.name).is_symlink():
-            path.replace(TINY / path.name)
-    (TINY / "README.md").write_text(text)
-    shutil.rmtree(WORK)
-    print(text)
+def put_in_place(folder):
+    """Moves the files of a folder to the same places at the root."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        target = ROOT / path.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        path.replace(target)
 
 
-if __name__ == "__main__":
-    try:
-        main()
-    except subprocess.CalledProcessError as error:  # the training has said what went wrong
-        sys.exit(error.returncode)
-    except KeyboardInterrupt:
-        sys.exit("\ntrain_tiny: Interrupted. The same command goes on.")
+# Figures
+
+
+@torch.inference_mode()
+def evaluate(model, processor, images, labels):
+    """
+    Figures on digits that the training did not see: rows of recall by images, of recall by words (images found, and
+    named), and of exact answers with the share that the most frequent answer would have.
+    """
+    pooled = tower_features(model, processor.image_processor, images)
+    features = torch.from_numpy(pooled).float()
+    vectors = pixel_vectors(images)
+    output = model.get_image_features(features, torch.zeros(len(images), 2, dtype=torch.int64), return_dict=True)
+    vectors["this checkpoint, mean of tokens"] = unit(output.image_embeds.numpy())
+    vectors["this checkpoint, last token"] = last_tokens(model, processor, images, features)
+    by_images = {name: [recall(contender, labels, k) for k in (1, 5)] for name, contender in vectors.items()}
+    by_words = {
+        "untrained language model": words_and_images(untrained(model, processor.tokenizer), processor, images, labels, features),
+        "this checkpoint": words_and_images(model, processor, images, labels, features),
+    }
+    answers = {}
+    partners = np.random.default_rng(SEED).permutation(len(images))
+    for count, questions in ANSWERS.items():
+        shown = np.stack((np.arange(len(images)), partners)[:count], axis=1)  # (n, count)
+        for question, answer in questions.items():
+            wanted = [answer(*labels[row]) for row in shown]
+            given = answers_of(model, processor, question, images, features, shown)
+            most_frequent = max(wanted.count(text) for text in set(wanted))
+            answers[question] = [np.mean([a == b for a, b in zip(given, wanted)]), most_frequent / len(wanted)]
+    return by_images, by_words, answers
+
+
+def untrained(model, tokenizer):
+    """The same image embedding under a fresh language model."""
+    embedding = from_module("modeling_phi3_embed.Phi3EmbedModel")(model.config)
+    embedding.vision_embed_tokens.load_state_dict(model.model.vision_embed_tokens.state_dict())
+    return make_whole(embedding, tokenizer).eval()
+
+
+def prepared(processor, conversations, images, features, shown, **kwargs):
+    """What the processor makes of conversations, with the tower's features of their images in place of pixels."""
+    inputs = processor.apply_chat_template(
+        conversations, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"num_crops": 0, "padding": True}, **kwargs
+    )
+    if len(shown.ravel()):
+        inputs["pixel_values"] = features[shown.ravel()]
+    return inputs
+
+
+def answers_of(model, processor, question, images, features, shown):
+    """The model's answers about images `shown` `(n, count)`, by number."""
+    answers = []
+    for start in tqdm(range(0, len(shown), BATCH_SIZE), desc=question, unit="batch"):
+        rows = shown[start : start + BATCH_SIZE]
+        conversations = [ask(question, [images[index] for index in row]) for row in rows]
+        inputs = prepared(processor, conversations, images, features, rows, add_generation_prompt=True)
+        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        answers += processor.batch_decode(ids, skip_special_tokens=True)
+    return answers
+
+
+def last_tokens(model, processor, images, features):
+    vectors = []
+    for start in range(0, len(images), BATCH_SIZE):
+        rows = np.arange(len(images))[start : start + BATCH_SIZE, None]
+        conversations = [ask(None, [images[index]]) for index in rows[:, 0]]
+        inputs = prepared(processor, conversations, images, features, rows, chat_template=recipes.TEMPLATE)
+        vectors.append(last_token(model.model, inputs).numpy())
+    return np.concatenate(vectors)
+
+
+def words_and_images(model, processor, images, labels, features):
+    vectors = last_tokens(model, processor, images, features)
+    conversations = [ask(f"the number {name}") for name in DIGIT_NAMES]
+    inputs = prepared(processor, conversations, images, features, np.zeros((0, 0), int), chat_template=recipes.TEMPLATE)
+    words = last_token(model.model, inputs).numpy()
+    named = np.mean((vectors @ words.T).argmax(1) == labels)
+    found = nearest(vectors, words, 10)
+    return [np.mean(labels[found[:, 0]] == np.arange(10)), np.mean(labels[found] == np.arange(10)[:, None]), named]

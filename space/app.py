@@ -1,462 +1,502 @@
 """
-Pictures and their neighbours under CLIP and under Phi-3, the HD crops and their tokens, and which patches match.
+What Phi-3-vision sees in images: similar ones, crops and tokens, matching parts and, with its language model, words.
 
     make app                                              # the small checkpoint, no network
     MODEL=someone/phi3-embed python space/app.py          # a Hub id or folder, at REVISION if that is set
-
-The CLIP of this page is the tower inside the checkpoint: the mean of its patches of the global view.
 """
 
+import base64
+import html
+import io
+import math
 import os
 import sys
+import warnings
+import weakref
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 import gradio as gr
-import matplotlib
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
-from sklearn.datasets import load_digits, load_sample_images
+from PIL import Image
+from sight import CLIP, PHI3, Sight, unit
 from sklearn.decomposition import PCA
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModel
 
-TINY = Path(__file__).resolve().parent.parent
-DIGITS_A_CLASS, NUM_NEIGHBOURS = 4, 6
-FIRST = 2  # a digit: what the small checkpoint knows
-MAX_FILE_MB, MAX_MEGAPIXELS, MAX_UPLOADS = 20, 25, 30
-CLIP, PHI3 = "CLIP's tower", "Phi-3"
-GAP, SMALL = 8, 160
-THUMBNAILS = TemporaryDirectory()
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+NUM_SIMILAR, NUM_FOUND = 6, 12
+MAX_FILE_MB, MAX_MEGAPIXELS, MAX_CHARACTERS = 32, 64, 500
+# So much is kept of an upload, a little more than 16 crops hold: in memory 160 MB a session, and 1.6 GB in all.
+KEPT_MEGAPIXELS, MAX_UPLOADS, MAX_UPLOADS_OF_ALL = 2, 20, 200
+THUMBNAIL, SHOWN = 192, 768
+GLOW = np.array((255, 214, 64))  # red, green, blue
 # Fonts of the machine: a page of the small checkpoint needs no network.
-THEME = gr.themes.Soft(
-    primary_hue="teal",
-    neutral_hue="slate",
-    font=["ui-sans-serif", "system-ui", "sans-serif"],
-    font_mono=["ui-monospace", "monospace"],
-)
+FONTS = {"font": ["ui-sans-serif", "system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+INTRODUCTION = """
+# What Phi-3-vision sees
+Phi-3-vision looks at an image through **CLIP**, crop by crop, and turns what CLIP sees into the tokens that its
+language model reads, here called **Phi-3**."""
+ABOUT_SMALL = """
+This page runs a **small test model that knows handwritten digits and nothing else**: it shows how Phi-3-vision
+looks, not how well. It tells photographs apart by little more than light and shape."""
+UPLOADS = f"Up to {MAX_UPLOADS} of {MAX_FILE_MB} MB, also dropped or pasted. They are kept for this session alone."
+LOOK_FOR = {
+    "Similar": """
+The images most like yours, as CLIP sees them and as Phi-3 does. **Look for** what each takes for alike: colours,
+shapes, or what is shown. Similarities are at most 1. Compare those of one list, never of both: each model has a
+scale of its own.""",
+    "Crops": """
+A large image is cut into crops, each seen as sharply as the whole image, which stands last. **Look for** small
+things: the whole image loses them, the crops keep them. Beside it are the tokens that Phi-3 makes of it; like
+tokens have like colours.""",
+    "Matches": """
+Parts of two images that the model takes for alike are golden. **Look for** the same thing in both. Click a part of
+your image, or go to it by arrow keys, and its like in the other image lights up. Escape shows all parts again.""",
+    "Search": """
+Words and images become vectors of one space. **Look for** images that fit your words, though nobody has described
+them.""",
+    "Ask": """
+Ask about your image. **Look for** what is in the image and what is made up: the model writes both with the same
+confidence.""",
+}
+# What a visitor may try: the chosen image, the other one, the most crops, and a part of the chosen one.
+TRY = {
+    "Similar": {
+        "A motorcycle, and what the other eye sees": ("motorcycle, left", "motorcycle, right", 16, None),
+        "A handwritten 3": ("a 3", "another 3", 16, None),
+    },
+    "Crops": {
+        "Galaxies": ("galaxies", "blackboard", 16, None),
+        "A printed page": ("printed page", "blackboard", 16, None),
+        "A blackboard": ("blackboard", "a 7", 16, None),
+        "The blackboard in 1 crop": ("blackboard", "a 7", 1, None),
+    },
+    "Matches": {
+        "Each 3 on the blackboard": ("a 3", "blackboard", 16, [0.46, 0.63]),
+        "A wheel, in both eyes": ("motorcycle, left", "motorcycle, right", 16, [0.2, 0.7]),
+        "All of two photographs": ("cat", "coffee", 16, None),
+    },
+    "Search": {text: (text,) for text in ("seven", "a motorcycle", "something to drink")},
+    "Ask": {text: (text,) for text in ("What is this?", "Which digit is this?", "What colours do you see?")},
+}
+
+# Pillow refuses to decode twice as many pixels as this, and warns before that.
+Image.MAX_IMAGE_PIXELS = MAX_MEGAPIXELS * 10**6 // 2
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+try:
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+except ImportError:
+    register_heif_opener = None
+
+
+uploads_of_all = weakref.WeakSet()  # an upload leaves it with its session
 
 
 @dataclass(eq=False)
 class Entry:
-    """A picture of the collection; `vectors` keeps those computed of it, by the number of crops."""
+    """An image of the collection or an upload; `vectors` keeps those computed of it, by what made them."""
 
-    picture: Image.Image
+    image: Image.Image
     name: str
+    is_upload: bool = False
     vectors: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        # A file: gradio writes the same picture again and again to one place, even while that is being sent.
-        self.thumbnail = Path(THUMBNAILS.name) / f"{uuid4()}.png"
-        enlarged(self.picture).save(self.thumbnail)
+        self.key = uuid4().hex if self.is_upload else self.name
+        self.thumbnail = data_url(self.image, THUMBNAIL)
+
+    def option(self, note=""):
+        """What an image list shows."""
+        return {"key": self.key, "image": self.thumbnail, "name": html.escape(self.name), "note": note}
 
 
-def load(name, revision):
-    """Model and image processor of a folder or Hub id."""
-    if Path(name).is_absolute() and not Path(name).is_dir():
-        raise ValueError(f"There is no folder {name}. Give one with a model, or a Hub id.")
-    options = {"trust_remote_code": True} | ({"revision": revision, "code_revision": revision} if revision else {})
-    image_processor = AutoImageProcessor.from_pretrained(name, **options)
-    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    model = AutoModel.from_pretrained(name, device_map=device, **options).eval()
-    if not model.config.use_hd_transform:
-        raise ValueError(f"{name} works without the HD transform, which this page shows.")
-    return model, image_processor
+# What is shown of it
 
 
-def read_picture(path):
-    """
-    A file -> PIL image in RGB, upright as its EXIF says.
-
-    Raises:
-        ValueError: it cannot be read, or has more than `MAX_MEGAPIXELS`.
-    """
-    name = Path(path).name
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_MEGAPIXELS * 1e6:
-                raise ValueError(f"it has {image.width} x {image.height} pixels. Scale it down first")
-            return to_rgb(ImageOps.exif_transpose(image))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is no picture, or of an unknown format.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} cannot be read: {error}.") from error
+def data_url(image, size=None):
+    """A PIL image as a URL that needs no file, in at most `size` pixels a side; a small one with larger pixels."""
+    if size and (factor := size // max(image.size)) > 1:
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    elif size:
+        image = image.copy()
+        image.thumbnail((size, size))
+    file, kind = io.BytesIO(), "jpeg" if size else "png"
+    image.save(file, kind, quality=85)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def to_rgb(picture):
-    """
-    A PIL image -> the same in RGB. Greys of 16 bits are scaled, which `convert` would cut off at 255.
-
-    Raises:
-        ValueError: its numbers (mode I or F) do not span 0..255, and what they span is not known.
-    """
-    if picture.mode.startswith("I;16"):
-        picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
-    elif picture.mode in ("I", "F"):
-        low, high = picture.getextrema()
-        if not (low >= 0 and high <= 255) or (picture.mode == "F" and 0 < high <= 1):
-            raise ValueError(
-                f"its values (mode {picture.mode}) go from {low} to {high}, but must be in 0..255. Scale it first"
-            )
-    return picture.convert("RGB")
-
-
-def first_pictures():
-    """Two photographs, and some digits of each class, all of which scikit-learn ships."""
-    digits, labels = load_digits(return_X_y=True)
-    digits = (digits.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
-    numbers = [number for label in range(10) for number in np.flatnonzero(labels == label)[:DIGITS_A_CLASS]]
-    photographs = zip(("temple", "flower"), load_sample_images().images)
-    return [
-        *(Entry(Image.fromarray(pixels), name) for name, pixels in photographs),
-        *(Entry(Image.fromarray(digits[number]).convert("RGB"), str(labels[number])) for number in numbers),
-    ]
-
-
-@lru_cache(maxsize=8)
-@torch.inference_mode()
-def look(item, num_crops):
-    """
-    What the model makes of a picture in at most `num_crops` crops (1 at least).
-
-    Returns:
-        A dict. `grid`: rows and columns of crops. `crops` and `overview`: the picture as the model sees it, its crops
-        joined `(height, width, 3)`, and its global view, uint8. `box`: where in the crops it lies, as the rest is
-        padding. `vectors` and `patches`: CLIP's, of the global view, and Phi-3's, of the crops, float32 `(C,)` and
-        `(rows, columns, C)`. `overview_tokens`: Phi-3's of the global view. `num_tokens`: all of them.
-    """
-    inputs = image_processor(item.picture, num_crops=num_crops, return_tensors="pt").to(model.device)
-    outputs = model.get_image_features(inputs.pixel_values, inputs.image_sizes)
-    tokens = outputs.pooler_output[0].float().cpu().numpy()
-    features = outputs.last_hidden_state[0, -(model.config.patches_per_side**2) :].float().cpu().numpy()
-
-    rows, cols = (inputs.image_sizes[0] // model.config.crop_size).tolist()
-    side, length = model.config.tokens_per_side, tokens_in_crops(rows, cols)
-    crops, overview = tokens[:length], tokens[length + 1 :]
-    if model.config.hd_transform_order == "glb_sub":
-        crops, overview = tokens[-length:], tokens[: -length - 1]
-    pixels = image_processor(item.picture, num_crops=num_crops, do_normalize=False, return_tensors="np").pixel_values
-    pixels = (pixels.transpose(0, 2, 3, 1) * 255).round().clip(0, 255).astype(np.uint8)
-    return {
-        "grid": (rows, cols),
-        "crops": np.block([[[pixels[1 + y * cols + x]] for x in range(cols)] for y in range(rows)]),
-        "overview": pixels[0],
-        "box": picture_box(item.picture, cols * model.config.crop_size, rows * model.config.crop_size),
-        "vectors": {CLIP: unit(features.mean(0)), PHI3: unit(outputs.image_embeds[0].float().cpu().numpy())},
-        "patches": {
-            CLIP: unit(features.reshape(model.config.patches_per_side, model.config.patches_per_side, -1)),
-            PHI3: unit(without_separators(crops, cols * side)),
-        },
-        "overview_tokens": unit(without_separators(overview, side)),
-        "num_tokens": len(tokens),
-    }
-
-
-def tokens_in_crops(rows, cols):
-    side = model.config.tokens_per_side
-    return rows * side * (cols * side + 1)
-
-
-def without_separators(tokens, width):
-    """Lines of `width` tokens, each closed by a separator -> `(lines, width, hidden_size)`."""
-    return tokens.reshape(-1, width + 1, tokens.shape[-1])[:, :-1]
-
-
-def picture_box(picture, width, height):
-    """Where a picture lies in a grid of crops of these pixels: left, upper, right, lower."""
-    # In the image processor's order of float operations, which can be a pixel less than without rounding.
-    if picture.width >= picture.height:
-        inner_width, inner_height = width, max(int(width / (picture.width / picture.height)), 1)
-    else:
-        inner_width, inner_height = max(int(height / (picture.height / picture.width)), 1), height
-    left, upper = (width - inner_width) // 2, (height - inner_height) // 2
-    return left, upper, left + inner_width, upper + inner_height
-
-
-def unit(vectors):
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-
-
-def vectors_of(item, num_crops):
-    if num_crops not in item.vectors:
-        item.vectors[num_crops] = look(item, num_crops)["vectors"]
-    return item.vectors[num_crops]
-
-
-# Pictures of what was computed
-
-
-def enlarged(picture):
-    """A small picture with larger pixels rather than blurred ones; a large one as a thumbnail."""
-    factor = SMALL // max(picture.size)
-    if factor > 1:
-        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    picture = picture.copy()
-    picture.thumbnail((4 * SMALL, 4 * SMALL))
-    return picture
-
-
-def sheet(crops, overview, grid):
-    """Crops as they lie in the picture, gaps between them, and the global view below: arrays of any resolution."""
-    (rows, cols), size = grid, model.config.crop_size
-    step = size + GAP
-    page = Image.new("RGBA", (cols * step - GAP, (rows + 1) * step + GAP))
-    height, width = crops.shape[0] // rows, crops.shape[1] // cols
-    views = [
-        (crops[y * height : (y + 1) * height, x * width : (x + 1) * width], (x * step, y * step))
-        for y in range(rows)
-        for x in range(cols)
-    ]
-    for view, place in [*views, (overview, (0, rows * step + 2 * GAP))]:
-        page.paste(Image.fromarray(view).resize((size, size), Image.Resampling.NEAREST), place)
-    return page
+def views_html(crops, global_view, grid, title):
+    """Crops as they lie in the image, gaps between them, and the global view below: arrays of any resolution."""
+    rows, cols = grid
+    places = [(x * 100 / max(cols - 1, 1), y * 100 / max(rows - 1, 1)) for y in range(rows) for x in range(cols)]
+    cells = "".join(f'<i style="background-position: {x}% {y}%"></i>' for x, y in places)
+    size = max(crops.shape) if len(crops) > 336 else None
+    crops, global_view = (data_url(Image.fromarray(pixels), size) for pixels in (crops, global_view))
+    return (
+        f'<div class="views" style="--cols: {cols}" role="img" aria-label="{title}: {rows} rows of {cols} crops">'
+        f'<div style="--size: {cols * 100}% {rows * 100}%; --image: url({crops})">{cells}</div>'
+        f'<div style="--size: 100%; --image: url({global_view})"><i></i></div></div>'
+    )
 
 
 def colours(*tokens):
     """Tokens `(rows, columns, hidden_size)` -> the same as colours, uint8: three principal components of them all."""
-    flat = [each.reshape(-1, each.shape[-1]) for each in tokens]
+    flat = [grid.reshape(-1, grid.shape[-1]) for grid in map(unit, tokens)]
     three = PCA(3, random_state=0).fit_transform(np.concatenate(flat))
     three = (three - three.min(0)) / np.maximum(np.ptp(three, axis=0), 1e-12) * 255
-    parts = np.split(three.astype(np.uint8), np.cumsum([len(each) for each in flat])[:-1])
-    return [part.reshape(*each.shape[:2], 3) for part, each in zip(parts, tokens)]
+    parts = np.split(three.astype(np.uint8), np.cumsum([len(rows) for rows in flat])[:-1])
+    return [part.reshape(*grid.shape[:2], 3) for part, grid in zip(parts, tokens)]
 
 
-def heat(seen, cosines, inside):
-    """Cosines `(rows, columns)` as colours over the picture, the darkest for the least of those `inside` it."""
-    low, high = cosines[inside].min(), cosines[inside].max()
-    shares = ((cosines - low) / max(high - low, 1e-12)).clip(0, 1)
-    height, width = seen["crops"].shape[:2]
-    colored = Image.fromarray((matplotlib.colormaps["inferno"](shares)[..., :3] * 255).astype(np.uint8))
-    colored = colored.resize((width, height), Image.Resampling.NEAREST)
-    return Image.blend(Image.fromarray(seen["crops"]).convert("L").convert("RGB"), colored, 0.7).crop(seen["box"])
+def map_html(pixels, shape, at=None, cosines=None):
+    """An image of `shape` parts, with the one `at` a place outlined, or all darker or more golden by their cosines."""
+    (height, width), (rows, cols) = pixels.shape[:2], shape
+    layers = f'<img src="{data_url(Image.fromarray(pixels), SHOWN)}" alt="">'
+    if cosines is not None:
+        shares = (cosines - cosines.min()) / max(np.ptp(cosines), 1e-12)
+        # Black over the worst matches, a glow over the best: what is black shows by a glow alone.
+        alpha = np.interp(shares, (0, 0.7, 1), (225, 0, 150))[..., None]
+        heat = np.concatenate([(shares > 0.7)[..., None] * GLOW, alpha], axis=-1).astype(np.uint8)
+        layers += f'<img src="{data_url(Image.fromarray(heat))}" class="heat" alt="">'
+    if at:
+        place = f"left: {at[1] / cols:%}; top: {at[0] / rows:%}; width: {1 / cols:%}; height: {1 / rows:%}"
+        layers += f'<i style="{place}"></i>'
+    style = f"aspect-ratio: {width} / {height}; --ratio: {width / height}"
+    return f'<div class="map" style="{style}" data-rows="{rows}" data-cols="{cols}">{layers}</div>'
 
 
-def outlined(seen, place, shape):
-    """The picture with one of its patches outlined."""
-    picture = Image.fromarray(seen["crops"])
-    (row, column), high, wide = place, picture.height / shape[0], picture.width / shape[1]
-    corners = (column * wide, row * high, (column + 1) * wide, (row + 1) * high)
-    ImageDraw.Draw(picture).rectangle(corners, outline="#ff2d95", width=max(picture.width // 120, 3))
-    return picture.crop(seen["box"])
+# What the page's events do. What they are given may be made up.
 
 
-def inside(seen, shape):
-    """Which patches have their centre in the picture, rather than in its padding: bool of this shape."""
-    left, upper, right, lower = seen["box"]
-    y = (np.arange(shape[0]) + 0.5) * seen["crops"].shape[0] / shape[0]
-    x = (np.arange(shape[1]) + 0.5) * seen["crops"].shape[1] / shape[1]
-    mask = ((y >= upper) & (y < lower))[:, None] & ((x >= left) & (x < right))
-    return mask if mask.any() else np.ones(shape, bool)  # a picture thinner than a patch
+def find(uploads, key):
+    for entry in uploads + collection:
+        if entry.key == key:
+            return entry
+    raise gr.Error("This image is no longer here. Choose another one.", print_exception=False)
 
 
-# What the page's events do
+def options(uploads):
+    return [entry.option() for entry in uploads + collection]
 
 
-def show_collection(uploads):
-    return [(item.thumbnail, item.name) for item in collection + uploads]
+def read_upload(path):
+    """An uploaded file -> an entry, shrunk to what is kept. ValueError if it cannot be read."""
+    if not path.stat().st_size:  # page.js sends one that is too large without its content
+        raise ValueError(f"{path.name} is empty, or larger than {MAX_FILE_MB} MB.")
+    try:
+        image = sight.image_processor.open_image(path)
+    except ValueError as error:
+        if isinstance(error.__cause__, Image.DecompressionBombError):
+            raise ValueError(f"{path.name} has more than {MAX_MEGAPIXELS} megapixels.") from error
+        if path.suffix.lower() in (".heic", ".heif") and not register_heif_opener:
+            raise ValueError(f"{path.name} is a HEIC image, which this page cannot read: save it as JPEG.") from error
+        raise ValueError(str(error).replace(repr(str(path)), path.name)) from error
+    if (share := math.sqrt(KEPT_MEGAPIXELS * 1e6 / (image.width * image.height))) < 1:
+        image.thumbnail([max(int(length * share), 1) for length in image.size])
+    return Entry(image, path.name, is_upload=True)
 
 
-def upload(paths, uploads):
-    """Readable files join the collection, and the last of them is chosen; the others are named in a message."""
-    added, wrong = [], []
-    for path in paths:
+def upload(files, uploads, progress=gr.Progress()):  # noqa: B008
+    """Readable files come first in the collection, and the first of them is chosen; others are named in a message."""
+    paths, added, wrong = [Path(path) for path in files or []], [], []
+    room = max(min(MAX_UPLOADS - len(uploads), MAX_UPLOADS_OF_ALL - len(uploads_of_all)), 0)
+    for path in progress.tqdm(paths[:room], desc="Reading", unit="images"):
         try:
-            added.append(Entry(read_picture(path), Path(path).name))
+            added.append(read_upload(path))
         except ValueError as error:
             wrong.append(str(error))
-    if not added:
-        raise gr.Error("<br>".join(wrong), print_exception=False)
-    if len(uploads) + len(added) > MAX_UPLOADS:
-        forget(added)
-        raise gr.Error(f"This page holds {MAX_UPLOADS} uploads at most.", print_exception=False)
+    for path in paths:
+        path.unlink(missing_ok=True)
+    if more := len(paths[room:]):
+        is_mine = room == MAX_UPLOADS - len(uploads)
+        limit = f"you may add {MAX_UPLOADS} in all." if is_mine else "the page is full. Try again in an hour."
+        wrong.append(f"{more} more: {limit}")
     if wrong:
-        gr.Warning("<br>".join(wrong))
-    uploads = uploads + added
-    shown = show_collection(uploads)
-    return uploads, shown, shown, len(shown) - 1
+        gr.Warning("<br>".join(map(html.escape, wrong)), title="Not added", duration=None)
+    if not added:
+        return gr.skip()
+    uploads_of_all.update(added)
+    items = options(uploads := added + uploads)
+    return uploads, gr.update(value=added[0].key, items=items), gr.update(items=items)
 
 
-def forget(uploads):
-    """Of uploads nothing stays: of a session that has ended (an hour ago, says gradio), or that were not taken."""
-    for item in uploads:
-        item.thumbnail.unlink(missing_ok=True)
-    look.cache_clear()  # which holds the last pictures
+def remove(key, other, uploads):
+    """An upload leaves the page, and the image behind it is chosen in its place."""
+    if not (entry := find(uploads, key)).is_upload:
+        return gr.skip()
+    place = uploads.index(entry)
+    uploads = [upload for upload in uploads if upload is not entry]
+    sight.look_once.cache_clear()  # which holds the last images
+    items, left = options(uploads), (uploads + collection)[place].key
+    return uploads, gr.update(value=left, items=items), gr.update(value=left if other == key else other, items=items)
 
 
-def show_neighbours(chosen, uploads, num_crops, progress=gr.Progress()):  # noqa: B008
-    """The chosen picture, and those nearest to it under CLIP and under Phi-3."""
-    items = collection + uploads
-    vectors = [vectors_of(item, num_crops) for item in progress.tqdm(items, desc="Embedding", unit="pictures")]
-    galleries = []
-    for side in (CLIP, PHI3):
-        cosines = np.stack([each[side] for each in vectors]) @ vectors[chosen][side]
-        order = [each for each in np.argsort(-cosines, kind="stable") if each != chosen][:NUM_NEIGHBOURS]
-        galleries.append([(items[each].thumbnail, f"{cosines[each]:.2f} · {items[each].name}") for each in order])
-    return items[chosen].thumbnail, *galleries
+def show_chosen(key, uploads):
+    """The chosen image and its size, and whether it can be removed."""
+    entry = find(uploads, key)
+    size = "{:,} × {:,} pixels".format(*entry.image.size)
+    shown = f'<img src="{entry.thumbnail}" alt=""><p><b>{html.escape(entry.name)}</b><br>{size}</p>'
+    return f'<div class="chosen">{shown}</div>', gr.update(interactive=entry.is_upload)
 
 
-def show_crops(chosen, uploads, num_crops):
+def ranked(entries, vectors, query, count):
+    """The entries whose vectors are nearest to the query, for an image list."""
+    cosines = np.stack(vectors) @ query
+    order = np.argsort(-cosines, kind="stable")[:count]
+    return gr.update(value=None, items=[entries[place].option(f"{cosines[place]:.2f}") for place in order])
+
+
+def show_similar(chosen, uploads, progress):
+    """The images nearest to the chosen one under CLIP and under Phi-3."""
+    others = [entry for entry in uploads + collection if entry is not chosen]
+    query = sight.vectors_of(chosen)
+    vectors = [sight.vectors_of(entry) for entry in progress.tqdm(others, desc="Looking", unit="images")]
+    return [ranked(others, [vector[side] for vector in vectors], query[side], NUM_SIMILAR) for side in (CLIP, PHI3)]
+
+
+def show_crops(chosen, num_crops):
     """The crops and the global view, and in the same layout their tokens."""
-    item = (collection + uploads)[chosen]
-    seen = look(item, num_crops)
-    (rows, cols), side = seen["grid"], model.config.tokens_per_side
+    seen = sight.look(chosen, num_crops)
+    rows, cols = grid = seen["grid"]
     said = (
-        f"{item.picture.width} x {item.picture.height} pixels become **{rows} x {cols} crops** (rows x columns) of "
-        f"{model.config.crop_size} pixels and a global view, and these **{seen['num_tokens']:,} tokens**: "
-        f"{side} x {side} a view, and separators."
+        f"**{rows} × {cols} crops** of {sight.crop_size} × {sight.crop_size} pixels, and the whole image at the size "
+        f"of one: **{seen['num_tokens']:,} tokens**."
     )
-    tokens = colours(seen["patches"][PHI3], seen["overview_tokens"])
-    return said, sheet(seen["crops"], seen["overview"], seen["grid"]), sheet(*tokens, seen["grid"])
+    crops = views_html(seen["crops"], seen["global_view"], grid, "Crops")
+    return said, crops, views_html(*colours(seen["tokens"], seen["global_tokens"]), grid, "Tokens")
 
 
-def show_matches(chosen, other, uploads, num_crops, side, follows, across, down):
+def show_matches(chosen, other, num_crops, side, place):
     """
-    Two pictures, each patch of them as bright as its best cosine with a patch of the other; or one patch of the first
-    outlined, at these percentages of its sides, and the second's patches as bright as their cosine with it.
+    Two images, each part of them as golden as its best match in the other; or, with a `place` in the first (shares of
+    its width and height), the part there outlined, and those of the second as golden as they are like it.
     """
-    first, second = (look((collection + uploads)[number], num_crops) for number in (chosen, other))
-    patches = [each["patches"][side] for each in (first, second)]
-    masks = [inside(each, patch.shape[:2]) for each, patch in zip((first, second), patches)]
-    if follows:
-        place = patch_at(first, patches[0].shape, across, down)
-        cosines = patches[1] @ patches[0][place]
-        best, worst = cosines[masks[1]].max(), cosines[masks[1]].min()
-        said = f"The best match of the outlined patch has cosine {best:.3f}, the worst {worst:.3f}."
-        return said, outlined(first, place, patches[0].shape), heat(second, cosines, masks[1])
-    cosines = np.einsum("abd,xyd->abxy", *patches, optimize=True)
-    said = "The brighter a patch, the better its best match in the other picture."
-    return (
-        said,
-        heat(first, cosines[:, :, masks[1]].max(-1), masks[0]),
-        heat(second, cosines[masks[0]].max(0), masks[1]),
+    (first, pixels), (second, other_pixels) = (
+        sight.look(entry, num_crops)["parts"][side] for entry in (chosen, other)
+    )
+    shape, other_shape = first.shape[:2], second.shape[:2]
+    try:
+        at = tuple(min(max(int(float(share) * count), 0), count - 1) for share, count in zip(place[::-1], shape))
+        row, column = at
+    except (TypeError, ValueError, OverflowError, LookupError):  # none, or a made-up one
+        cosines = np.einsum("abd,xyd->abxy", first, second, optimize=True)
+        said = "The more golden a part, the better its best match in the other image."
+        best = map_html(pixels, shape, cosines=cosines.max((2, 3)))
+        return said, gr.update(image=best), map_html(other_pixels, other_shape, cosines=cosines.max((0, 1)))
+    cosines = second @ first[at]
+    said = (
+        f"The part in row {row + 1}, column {column + 1}: its best match has similarity **{cosines.max():.2f}**, "
+        f"its worst {cosines.min():.2f}."
+    )
+    return said, gr.update(image=map_html(pixels, shape, at)), map_html(other_pixels, other_shape, cosines=cosines)
+
+
+def search(words, uploads, progress=gr.Progress()):  # noqa: B008
+    """The images nearest to words."""
+    if not words.strip():
+        return gr.skip()
+    entries = uploads + collection
+    vectors = [sight.vector_for_words(entry) for entry in progress.tqdm(entries, desc="Looking", unit="images")]
+    return ranked(entries, vectors, sight.vector_of_words(words[:MAX_CHARACTERS]), NUM_FOUND)
+
+
+def ask(question, key, uploads, num_crops):
+    """What the model answers about the chosen image, as far as it has come."""
+    if question.strip():
+        yield from sight.answer(question[:MAX_CHARACTERS], find(uploads, key), num_crops)
+
+
+# The page
+
+
+def image_list(items, value=None, follow=False, **kwargs):
+    """
+    Images to choose from, in one Tab stop. Arrow keys go through them; they choose too where `follow` is set, else
+    Enter does. The value is the key of the chosen one; `items` are options of entries.
+    """
+    # In JavaScript, not in Handlebars: what that puts in is taken for JavaScript afterwards, names of files too.
+    option = (
+        '<div role="option" id="${id}-${place}" aria-selected="${item.key === value}" class="${place === active}">'
+        '<img src="${item.image}" alt=""><span>${item.name}</span><b>${item.note}</b></div>'
+    )
+    listbox = 'role="listbox" tabindex="0" aria-label="${label}" aria-activedescendant="${id}-${active}" class="list"'
+    return gr.HTML(
+        value,
+        items=items,
+        active=0,
+        follow=follow,
+        id=kwargs["elem_id"],
+        html_template=f"<div {listbox}>${{items.map((item, place) => `{option}`).join('')}}</div>",
+        js_on_load="imageList(element, props, trigger, watch)",
+        apply_default_css=False,
+        **kwargs,
     )
 
 
-def patch_at(seen, shape, across, down):
-    """Row and column of the patch at these percentages of the picture's width and height."""
-    (left, upper, right, lower), (height, width) = seen["box"], seen["crops"].shape[:2]
-    # At 100 % the last pixel: the edge behind it belongs to the next patch, of padding or of none.
-    x = min(left + (right - left) * across / 100, right - 1)
-    y = min(upper + (lower - upper) * down / 100, lower - 1)
-    return int(y * shape[0] / height), int(x * shape[1] / width)
+def image_map(**kwargs):
+    """An image of which a part can be chosen, by mouse or arrow keys: the value is its place, shares of the sides."""
+    return gr.HTML(
+        image="",
+        html_template='<div role="group" tabindex="0" aria-label="${label}" class="choose">${image}</div>',
+        js_on_load="imageMap(element, props)",
+        apply_default_css=False,
+        **kwargs,
+    )
 
 
-def clicked(chosen, uploads, num_crops, click: gr.SelectData):
-    """A click on the first picture -> that a patch is followed, and at which percentages of the sides it lies."""
-    left, upper, right, lower = look((collection + uploads)[chosen], num_crops)["box"]
-    x, y = click.index
-    return True, round(100 * (x + 0.5) / (right - left), 1), round(100 * (y + 0.5) / (lower - upper), 1)
+def tab_list(titles, **kwargs):
+    """
+    Tabs whose value is the title of the open one. Those of gradio render a tab when it is first opened, and lose the
+    properties of an image list that is updated before.
+    """
+    tab = """<button role="tab" class="{0}" aria-selected="${{value === '{0}'}}">{0}</button>"""
+    return gr.HTML(
+        titles[0],
+        html_template=f'<div role="tablist">{"".join(map(tab.format, titles))}</div>',
+        js_on_load="tabList(element, props)",
+        apply_default_css=False,
+        **kwargs,
+    )
+
+
+def panel(title):
+    """What a tab holds: what to look for, and buttons to try -> its context, and each button with what it sets."""
+    with gr.Column(elem_classes=["panel", title]) as context:
+        gr.Markdown(LOOK_FOR[title])
+        with gr.Row(elem_classes="try"):
+            gr.Markdown("Try this:")
+            return context, [(gr.Button(label, size="sm", min_width=0), sets) for label, sets in TRY[title].items()]
 
 
 def build(name):
     """The page."""
-    about = f"of `{name}`"
-    if Path(name) == TINY:
-        about = "of `tiny/`, a **test checkpoint that knows handwritten digits and nothing else**"
-    crops = {"choices": [1, 4, 16], "label": "Crops of a picture, at most"}
-    picture = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
-    gallery = {"interactive": False, "object_fit": "contain", "buttons": [], "show_label": False}
-    pick = {"value": show_collection([]), "allow_preview": False, **gallery}
-    with gr.Blocks(title="Phi-3 and CLIP embeddings", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        uploads, chosen, other = gr.State([], delete_callback=forget), gr.State(FIRST), gr.State(FIRST + 1)
-        gr.Markdown(
-            "# Phi-3's image embeddings beside CLIP's\n"
-            f"The image embedding {about}. *Phi-3* is the mean of a picture's image tokens; *CLIP's tower* is the "
-            "vision tower in the same checkpoint: the mean of its patches of the global view."
-        )
+    about = f"This page runs `{Path(name).name if Path(name).is_absolute() else name}`."
+    start, other_start, most_crops, _ = next(iter(TRY["Similar"].values()))
+    with gr.Blocks(title="What Phi-3-vision sees", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        uploads = gr.State([])
+        gr.Markdown(f"{INTRODUCTION} {ABOUT_SMALL if Path(name) == ROOT else about}")
         with gr.Row(equal_height=False):
-            with gr.Column(scale=1, min_width=350):
-                gr.Markdown("### Pick a picture, or upload your own")
-                pictures = gr.Gallery(columns=3, height=420, selected_index=FIRST, elem_id="pictures", **pick)
-                kinds = {"file_count": "multiple", "file_types": ["image"]}
-                sent = gr.UploadButton("Upload pictures", variant="primary", elem_id="upload", **kinds)
-                gr.Markdown(f"Up to {MAX_FILE_MB} MB and {MAX_MEGAPIXELS} megapixels each. They stay in this session.")
-            with gr.Column(scale=3, min_width=320), gr.Tabs():
-                with gr.Tab("Neighbours"):
-                    with gr.Row():
-                        query = gr.Image(
-                            label="Your picture", alt_text="Your picture", height=200, elem_id="query", **picture
-                        )
-                        few = gr.Radio(value=1, **crops)
-                    with gr.Row():
-                        nearest = []
-                        for side, each in ((CLIP, "clip"), (PHI3, "phi3")):
-                            with gr.Column():
-                                gr.Markdown(f"### {side}")
-                                nearest.append(gr.Gallery(columns=3, height=300, elem_id=each, **gallery))
-                with gr.Tab("Crops"):
-                    many = gr.Radio(value=16, **crops)
+            with gr.Column(scale=1, min_width=300):
+                with gr.Row():
+                    kinds = {"file_count": "multiple", "file_types": ["image", ".heic", ".heif"]}
+                    sent = gr.UploadButton("Upload images", variant="primary", min_width=120, scale=2, **kinds)
+                    removed = gr.Button("Remove", interactive=False, elem_id="remove", min_width=80)
+                chosen = image_list(options([]), start, follow=True, elem_id="images", label="Images to choose from")
+                gr.Markdown(UPLOADS)
+                crops = [1, 4, 16]
+                info = "An image smaller than a crop is not cut."
+                detail = gr.Radio(crops, value=most_crops, label="Crops of an image, at most", info=info)
+            with gr.Column(scale=3, min_width=320):
+                facts = gr.HTML(elem_id="chosen")
+                opened = tab_list(list(LOOK_FOR)[: 5 if sight.speaks else 3], elem_id="tabs")
+                context, tries = panel("Similar")
+                with context:
+                    similar = []
+                    for name, elem_id in ((CLIP, "clip"), (PHI3, "phi3")):
+                        gr.Markdown(f"### As {name} sees it")
+                        similar.append(image_list([], elem_id=elem_id, label=f"Similar images, by {name}"))
+                context, buttons = panel("Crops")
+                tries += buttons
+                with context:
                     said = gr.Markdown(elem_id="tokens-said")
-                    with gr.Row():
-                        sheets = []
-                        for title, each in (
-                            ("Crops, global view below", "crops"),
-                            ("Tokens, like ones alike", "tokens"),
-                        ):
-                            with gr.Column():
-                                gr.Markdown(f"### {title}")
-                                sheets.append(gr.Image(show_label=False, alt_text=title, elem_id=each, **picture))
-                with gr.Tab("Patches"):
-                    with gr.Row():
-                        side = gr.Radio([CLIP, PHI3], value=PHI3, label="Patches of")
-                        some = gr.Radio(value=4, **crops)
-                    with gr.Row(equal_height=True):
-                        follows = gr.Checkbox(
-                            label="Follow one patch", info="Or click it in your picture.", elem_id="follows"
-                        )
-                        percent = {"minimum": 0, "maximum": 100, "step": 0.5, "value": 50, "buttons": []}
-                        across = gr.Slider(label="Across, %", elem_id="across", **percent)
-                        down = gr.Slider(label="Down, %", elem_id="down", **percent)
+                    with gr.Row(elem_classes="pair"):
+                        sheets = [gr.HTML(elem_id=elem_id) for elem_id in ("crops", "tokens")]
+                context, buttons = panel("Matches")
+                tries += buttons
+                with context:
+                    side = gr.Radio([CLIP, PHI3], value=PHI3, label="As seen by")
                     match_said = gr.Markdown(elem_id="match-said")
-                    with gr.Row():
-                        maps = []
-                        for title, each in (("Your picture", "first"), ("The other picture", "second")):
-                            with gr.Column():
-                                gr.Markdown(f"### {title}")
-                                maps.append(gr.Image(show_label=False, alt_text=title, elem_id=each, **picture))
-                    gr.Markdown("### Pick the other picture")
-                    others = gr.Gallery(columns=6, height=240, selected_index=FIRST + 1, elem_id="others", **pick)
+                    with gr.Row(elem_classes="pair"):
+                        part = image_map(elem_id="first", label="Parts of your image")
+                        match = gr.HTML(elem_id="second")
+                    names = {"elem_id": "others", "label": "The other image"}
+                    other = image_list(options([]), other_start, follow=True, **names)
+                if sight.speaks:
+                    words_panels(chosen, uploads, detail)
 
-        def picked(event: gr.SelectData):
-            return event.index
+        def show(opened, key, other_key, uploads, num_crops, side, place, progress=gr.Progress()):  # noqa: B008
+            """What the open tab shows; others wait until they are opened."""
+            entry = find(uploads, key)
+            if opened == "Similar":
+                return dict(zip(similar, show_similar(entry, uploads, progress)))
+            if opened == "Crops":
+                return dict(zip((said, *sheets), show_crops(entry, num_crops)))
+            if opened == "Matches":
+                shown = show_matches(entry, find(uploads, other_key), num_crops, side, place)
+                return dict(zip((match_said, part, match), shown))
+            return {said: gr.skip()}
 
-        # What is chosen while an earlier choice is worked on counts, and not only what is chosen when all is done:
-        # every pick is taken, and of what follows from picks the last.
-        every, latest = {"trigger_mode": "multiple"}, {"trigger_mode": "always_last"}
-        shown = {"show_progress": "minimal", **latest}
-        sent.upload(upload, [sent, uploads], [uploads, pictures, others, chosen])
-        pictures.select(picked, None, chosen, show_progress="hidden", **every)
-        others.select(picked, None, other, show_progress="hidden", **every)
+        quiet = {"show_progress": "hidden"}
+        sent.upload(upload, [sent, uploads], [uploads, chosen, other], show_progress_on=chosen)
+        removed.click(remove, [chosen, other, uploads], [uploads, chosen, other], **quiet)
+        gr.on([page.load, chosen.change], show_chosen, [chosen, uploads], [facts, removed], **quiet)
+        settings = [opened, chosen, other, detail, side, part]
         gr.on(
-            [page.load, chosen.change, few.change],
-            show_neighbours,
-            [chosen, uploads, few],
-            [query, *nearest],
-            show_progress_on=nearest,
-            **latest,
+            [page.load, *(setting.change for setting in settings)],
+            show,
+            [opened, chosen, other, uploads, detail, side, part],
+            [*similar, said, *sheets, match_said, part, match],
+            trigger_mode="always_last",  # of events that follow each other quickly
+            show_progress_on=similar,
         )
-        gr.on([page.load, chosen.change, many.change], show_crops, [chosen, uploads, many], [said, *sheets], **shown)
-        of_both = [chosen, other, uploads, some, side, follows, across, down]
-        changes = [page.load, *(each.change for each in of_both if each is not uploads)]
-        gr.on(changes, show_matches, of_both, [match_said, *maps], **shown)
-        maps[0].select(clicked, [chosen, uploads, some], [follows, across, down], show_progress="hidden", **every)
+        for shown in similar:
+            shown.select(lambda key: key, shown, chosen, **quiet)
+        for button, sets in tries:
+            button.click(lambda sets=sets: sets, None, [chosen, other, detail, part], **quiet)
     return page
 
 
-name = os.environ.get("MODEL") or str(TINY)
-if __name__ == "__main__":
+def words_panels(chosen, uploads, detail):
+    """What takes a language model: search by words, and questions about the chosen image."""
+    context, searches = panel("Search")
+    with context:
+        words = gr.Textbox(label="What should the image show?", submit_btn="Search", elem_id="words")
+        found = image_list([], elem_id="found", label="Images that fit")
+    found.select(lambda key: key, found, chosen, show_progress="hidden")
+    context, questions = panel("Ask")
+    with context:
+        question = gr.Textbox(label="Your question", submit_btn="Ask", elem_id="question")
+        answer = gr.Textbox(label="Answer", lines=5, interactive=False, elem_id="answer")
+        stop = gr.Button("Stop", size="sm")
+    runs = []
+    for box, event, inputs, output, buttons in (
+        (words, search, [words, uploads], found, searches),
+        (question, ask, [question, chosen, uploads, detail], answer, questions),
+    ):
+        runs.append(box.submit(event, inputs, output))
+        for button, (text,) in buttons:
+            asked = button.click(lambda text=text: text, None, box, show_progress="hidden")
+            runs.append(asked.then(event, inputs, output))
+    stop.click(None, cancels=runs)
+
+
+def main():
+    """Loads what MODEL and REVISION name, and opens the page."""
+    global sight, collection
+    name, revision = os.environ.get("MODEL") or str(ROOT), os.environ.get("REVISION")
     try:
-        if not os.environ.get("MODEL") and not TINY.is_dir():
+        if not os.environ.get("MODEL") and not (ROOT / "config.json").is_file():
             raise ValueError("set the variable MODEL to a Hub id or folder of a phi3-embed model.")
-        model, image_processor = load(name, os.environ.get("REVISION"))
-        collection = first_pictures()
-        for item in tqdm(collection, desc="Embedding", unit="picture"):
-            if not all(np.isfinite(vector).all() for vector in vectors_of(item, 1).values()):
+        sight = Sight(name, revision)
+        collection = [Entry(image, name) for name, image in sight.first_images().items()]
+        for entry in tqdm(collection, desc="Looking", unit="image"):
+            if not all(np.isfinite(vector).all() for vector in sight.vectors_of(entry).values()):
                 raise ValueError(f"{name} gives vectors that are not finite. Are its weights whole?")
     except (OSError, ValueError) as error:
         sys.exit(f"app: {error}")
-    build(name).launch(theme=THEME, max_file_size=f"{MAX_FILE_MB}mb", footer_links=[], show_error=True)
+    build(name).launch(
+        theme=gr.themes.Soft(primary_hue="teal", neutral_hue="slate", **FONTS),
+        css_paths=HERE / "page.css",
+        head=f"<script>const MAX_FILE_MB = {MAX_FILE_MB};\n{(HERE / 'page.js').read_text()}</script>",
+        max_file_size=f"{MAX_FILE_MB}mb",
+        footer_links=[],
+        show_error=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hub_server import HubServer  # noqa: E402
 from phi3_embed.configuration_phi3_embed import Phi3EmbedConfig  # noqa: E402
-from phi3_embed.modeling_phi3_embed import Phi3EmbedModel  # noqa: E402
+from phi3_embed.modeling_phi3_embed import Phi3EmbedModel, Phi3VisionForConditionalGeneration  # noqa: E402
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor, Phi3EmbedProcessor  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers  # noqa: E402
@@ -29,6 +29,28 @@ SMALL_TOWER = {
     "intermediate_size": 64,
     "image_size": 56,
     "patch_size": 14,
+}
+
+
+# A language model of 4 heads of 12, whose rotary factors change at 64 tokens.
+SMALL_TEXT = {
+    "model_type": "phi3",
+    "hidden_size": 48,
+    "vocab_size": 100,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "original_max_position_embeddings": 64,
+    "rope_scaling": {
+        "type": "su",
+        "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+        "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+    },
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
 }
 
 
@@ -49,6 +71,21 @@ def small_model(tower=(), **kwargs):
     model = Phi3EmbedModel(small_config(tower, **kwargs)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def whole_config(text=(), tower=(), **kwargs):
+    """A small config with a language model."""
+    defaults = {"hidden_size": None, "vocab_size": None, "text_config": SMALL_TEXT | dict(text)}
+    return small_config(tower, **(defaults | kwargs))
+
+
+def whole_model(text=(), tower=(), **kwargs):
+    """A small whole model with fixed random weights, none of them zero, that says no word twice in a row for long."""
+    torch.manual_seed(0)
+    model = Phi3VisionForConditionalGeneration(whole_config(text, tower, **kwargs)).eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
     return model
 
 
@@ -125,11 +162,28 @@ def repository(tmp_path_factory, tokenizer):
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def whole_checkpoint(tmp_path_factory):
+    """A whole small Phi-3-vision with the recipe of VLM2Vec, so that it embeds texts too -> its folder."""
+    import published
+
+    from phi3_tools.checkpoint.convert import convert
+
+    folder = tmp_path_factory.mktemp("whole")
+    # The published limit: one row beyond it would change the rotary factors of all rows of a batch.
+    config = published.SMALL_CONFIG | {"original_max_position_embeddings": 4096}
+    source = published.save(folder / "source", published.weights(dtype=torch.float32), config)
+    convert(str(source), folder / "model", whole=True, recipe="vlm2vec")
+    return str(folder / "model")
+
+
 # What makes the repository's root a checkpoint: the files that loading it takes.
 CHECKPOINT_FILES = (
-    *("config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("config.json", "generation_config.json", "model.safetensors"),
+    *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("chat_template.jinja", "additional_chat_templates/embedding.jinja"),
     *("checks_phi3_embed.py", "configuration_phi3_embed.py", "modeling_phi3_embed.py", "processing_phi3_embed.py"),
-    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"),
 )
 
 
@@ -137,7 +191,8 @@ def copy_checkpoint(folder):
     """A copy of the small checkpoint alone -> its folder."""
     folder.mkdir(parents=True)
     for name in CHECKPOINT_FILES:
-        shutil.copy(ROOT / name, folder)
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
     return folder
 
 

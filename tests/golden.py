@@ -24,8 +24,20 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
         return normal
     if owner == "position_embedding":
         return normal * np.float32(0.5)
-    gain = {"q_proj": 2.0, "k_proj": 2.0, "out_proj": 0.5, "fc2": 0.5}.get(owner, 1.0)
+    gains = {"q_proj": 2.0, "k_proj": 2.0, "out_proj": 0.5, "fc2": 0.5, "qkv_proj": 1.2, "lm_head": 4.0}
+    gain = gains.get(owner, 1.0)
     return normal * np.float32(gain / math.sqrt(math.prod(shape[1:])))
+
+
+def published(name: str) -> str:
+    """A weight of the whole model -> its name in the published checkpoint."""
+    for ours, theirs in (
+        ("vision_embed_tokens.img_processor.", "vision_embed_tokens.img_processor.vision_model."),
+        ("vision_embed_tokens.projector.", "vision_embed_tokens."),
+        ("model.language_model.", "model."),
+    ):
+        name = name.replace(ours, theirs)
+    return name
 
 
 def image(seed: int, height: int, width: int) -> np.ndarray:
@@ -36,6 +48,11 @@ def image(seed: int, height: int, width: int) -> np.ndarray:
     y, x, c = np.arange(height)[:, None, None], np.arange(width)[None, :, None], np.arange(3)
     ramp = (x * (160 - 40 * c) // width + y * (40 + 30 * c) // height) % 256
     return np.clip((blocks[y // 32, x // 32, c] + ramp) // 2 + grain + 20, 0, 255).astype(np.uint8)
+
+
+def case(arrays: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    """The arrays of one case of a golden file, without the case's name."""
+    return {key.removeprefix(f"{name}."): arrays[key] for key in arrays if key.startswith(f"{name}.")}
 
 
 def load(name: str) -> tuple[dict[str, np.ndarray], dict]:

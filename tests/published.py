@@ -7,20 +7,26 @@ import golden
 import torch
 from huggingface_hub import save_torch_state_dict
 from phi3_embed.configuration_phi3_embed import CLIP_VIT_LARGE_PATCH14_336
-from phi3_embed.convert_phi3_vision import safetensors_header
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+from phi3_tools.checkpoint.source import safetensors_header
 
 DATA = Path(__file__).resolve().parent / "data"
 CONFIG = json.loads((DATA / "phi-3-vision-128k-instruct.config.json").read_text())
 INDEX = json.loads((DATA / "phi-3-vision-128k-instruct.index.json").read_text())
 WTE, EMBED_TOKENS = "model.vision_embed_tokens.wte.weight", "model.embed_tokens.weight"
 
-# The widths of the golden data's reduced cases, with Phi-3's vocabulary.
+# The widths of the golden data's small cases, with Phi-3's vocabulary.
 SMALL_TOWER = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 128}
 SMALL_CONFIG = CONFIG | {
     "hidden_size": 96,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 8192,
+    "original_max_position_embeddings": 1024,
+    "rope_scaling": golden.load("lm_small")[1]["cases"]["images"]["config"]["rope_scaling"],
     "img_processor": CONFIG["img_processor"] | {"image_dim_out": 64},
     "vision_config": CLIP_VIT_LARGE_PATCH14_336 | SMALL_TOWER,
 }
@@ -67,16 +73,16 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
 
 
 def weights(config: dict = SMALL_CONFIG, dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
-    """Weights by the golden data's rule; of the word embeddings the first 500 rows."""
+    """Weights by the golden data's rule; of the word embeddings and the head the first 512 rows."""
     made = {
         name: torch.from_numpy(golden.weight(name, shape)).to(dtype)
         for name, shape in shapes(config).items()
         if name not in (EMBED_TOKENS, "lm_head.weight")
     }
-    rows = torch.from_numpy(golden.weight(WTE, (500, config["hidden_size"]))).to(dtype)
-    for name, sign in ((EMBED_TOKENS, 1), ("lm_head.weight", -1)):
+    for name, rule in ((EMBED_TOKENS, WTE), ("lm_head.weight", "lm_head.weight")):
+        rows = torch.from_numpy(golden.weight(rule, (512, config["hidden_size"]))).to(dtype)
         made[name] = torch.zeros(config["vocab_size"], config["hidden_size"], dtype=dtype)
-        made[name][: len(rows)] = sign * rows
+        made[name][: len(rows)] = rows
     return made
 
 

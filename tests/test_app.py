@@ -1,5 +1,6 @@
 """The page, as a Space runs it, in a real browser."""
 
+import json
 import os
 import re
 import shutil
@@ -8,18 +9,18 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, copy_checkpoint, run_python
 from PIL import Image
 from playwright.sync_api import expect
 from sklearn.datasets import load_digits
-from transformers import AutoImageProcessor, AutoModel
 
-SECONDS = 120
+pytestmark = pytest.mark.browser
+SECONDS = 60
+sys.path.insert(0, str(ROOT / "space"))
 
 
 @contextmanager
@@ -56,16 +57,14 @@ def temporary(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(tmp_path_factory, temporary):
     log = tmp_path_factory.mktemp("app") / "log"
-    # By the second variable what a session holds is deleted a second after its end, rather than an hour.
-    environment = {"TMPDIR": str(temporary), "GRADIO_IS_E2E_TEST": "1"}
-    with started(ROOT / "space" / "app.py", log, **environment) as address:
+    with started(ROOT / "space" / "app.py", log, TMPDIR=str(temporary)) as address:
         yield address
     assert "Traceback" not in log.read_text()
 
 
-@pytest.fixture
-def page(browser, address):
-    """The page in a new session, with its neighbours shown. Errors on its console fail the test."""
+@contextmanager
+def opened(browser, address):
+    """The page in a new session, with similar images shown. Errors on its console fail the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     context.set_default_timeout(SECONDS * 1000)
     expect.set_options(timeout=SECONDS * 1000)
@@ -74,10 +73,16 @@ def page(browser, address):
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda request: elsewhere.append(request.url) if is_elsewhere(request.url, address) else None)
     page.goto(address)
-    expect(page.locator("#phi3 button img")).to_have_count(6)
+    expect(page.locator("#phi3 [role=option]")).to_have_count(6)
     yield page
     context.close()
     assert errors == [] and elsewhere == []
+
+
+@pytest.fixture
+def page(browser, address):
+    with opened(browser, address) as page:
+        yield page
 
 
 def is_elsewhere(url, address):
@@ -85,164 +90,229 @@ def is_elsewhere(url, address):
 
 
 def upload(page, *paths):
-    page.locator("#upload input[type=file], input[type=file]").first.set_input_files(paths)
+    page.locator("input[type=file]").set_input_files(paths)
 
 
-def size(page, image):
-    return page.locator(image).evaluate("image => [image.naturalWidth, image.naturalHeight]")
+def choose(page, name, within="#images"):
+    page.locator(within).get_by_text(name, exact=True).click()
 
 
-def test_an_uploaded_picture_finds_its_neighbours_under_both(page, tmp_path):
+def chosen(page, within="#images"):
+    return page.locator(f"{within} [aria-selected=true]")
+
+
+def write_digit(path, label=7):
     digits, labels = load_digits(return_X_y=True)
-    seven = (digits[labels == 7][0].reshape(8, 8) * (255 / 16)).round().astype("uint8")
-    Image.fromarray(seven).save(tmp_path / "mine.png")
+    digit = (digits[labels == label][0].reshape(8, 8) * (255 / 16)).round().astype("uint8")
+    Image.fromarray(digit).save(path)
+
+
+def test_an_upload_is_chosen_in_view_and_finds_similar_images_under_both(page, tmp_path):
+    write_digit(tmp_path / "mine.png")
     upload(page, tmp_path / "mine.png")
-    expect(page.locator("#pictures")).to_contain_text("mine.png")
+    expect(chosen(page)).to_have_text("mine.png")
+    expect(chosen(page)).to_be_in_viewport(ratio=1)
+    expect(page.locator("#chosen")).to_contain_text("8 × 8 pixels")
     for side in ("#clip", "#phi3"):
-        expect(page.locator(f"{side} button").first).to_contain_text("1.00 · 7")
-        found = [float(text.split(" · ")[0]) for text in page.locator(f"{side} .caption-label").all_inner_texts()]
-        assert len(found) == 6 and found == sorted(found, reverse=True)
+        expect(page.locator(f"{side} [role=option]").first).to_have_text("a 71.00")
+        cosines = [float(text) for text in page.locator(f"{side} [role=option] b").all_inner_texts()]
+        assert len(cosines) == 6 and cosines == sorted(cosines, reverse=True)
     assert page.locator("#clip").inner_text() != page.locator("#phi3").inner_text()
+    choose(page, "a 7", within="#phi3")
+    expect(chosen(page)).to_have_text("a 7")
+
+
+def test_of_several_files_the_good_are_taken_and_the_others_named(page, tmp_path):
+    write_digit(tmp_path / "good.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    (tmp_path / "broken.heic").write_bytes(b"no image")
+    (tmp_path / "heavy.png").write_bytes(bytes(33 * 2**20))
+    Image.new("1", (9000, 8000)).save(tmp_path / "wide.png")
+    upload(page, *(tmp_path / name for name in ("broken.png", "heavy.png", "good.png", "wide.png", "broken.heic")))
+    said = page.locator(".toast-body")
+    for text in (
+        "broken.png cannot be read as an image",
+        "heavy.png is empty, or larger than 32 MB.",
+        "wide.png has more than 64 megapixels.",
+        "broken.heic cannot be read as an image",
+    ):
+        expect(said).to_contain_text(text)
+    expect(said).not_to_contain_text(re.compile("/|good.png"))
+    page.locator(".toast-close").click()
+    expect(chosen(page)).to_have_text("good.png")
+    upload(page, tmp_path / "broken.png")  # alone it changes nothing
+    expect(said).to_contain_text("broken.png")
+    expect(chosen(page)).to_have_text("good.png")
+    expect(page.locator("#phi3 [role=option]")).to_have_count(6)
+    expect(page.locator("body")).not_to_contain_text(re.compile("^Error$"))
+
+
+def test_what_is_dropped_is_taken_and_can_be_removed(page, temporary):
+    page.evaluate(
+        """async () => {
+            const canvas = Object.assign(document.createElement("canvas"), { width: 700, height: 40 });
+            const blob = await new Promise((done) => canvas.toBlob(done)), files = new DataTransfer();
+            files.items.add(new File([blob], "dropped.png", { type: "image/png" }));
+            document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: files, bubbles: true }));
+        }"""
+    )
+    expect(chosen(page)).to_have_text("dropped.png")
+    assert list(temporary.rglob("dropped.png")) == []  # read, and kept in memory for the session
+    remove = page.get_by_role("button", name="Remove")
+    remove.click()
+    expect(chosen(page)).to_have_text("motorcycle, left")
+    expect(page.get_by_text("dropped.png")).to_have_count(0)
+    expect(remove).to_be_disabled()
+
+
+def test_the_page_is_used_by_keyboard_in_few_tab_stops(page):
+    page.get_by_role("button", name="Upload images").focus()
+    page.keyboard.press("Tab")
+    for key, name in (("ArrowRight", "motorcycle, right"), ("End", "another 9"), ("ArrowUp", "another 6")):
+        page.keyboard.press(key)
+        expect(chosen(page)).to_have_text(name)
+        expect(chosen(page)).to_be_in_viewport(ratio=1)
+    expect(page.locator("#chosen")).to_contain_text("another 6")
+    stops = 0
+    while not page.evaluate("document.activeElement.closest('#phi3') !== null"):
+        page.keyboard.press("Tab")
+        stops += 1
+    assert stops < 12
+    expect(page.locator("#phi3 [role=option]").first).not_to_have_text(re.compile("motorcycle"))
+    page.keyboard.press("ArrowRight")
+    second = page.locator("#phi3 [role=option] span").nth(1).inner_text()
+    page.keyboard.press("Enter")
+    expect(chosen(page)).to_have_text(second)
 
 
 def test_crops_and_their_tokens_are_shown_in_one_layout(page):
-    for number in (9, 5, 0):  # each while the one before is worked on: the last is shown
-        page.locator("#pictures button img").nth(number).click()
+    for name in ("coins", "galaxies", "temple"):  # each while the one before is worked on: the last is shown
+        choose(page, name)
     page.get_by_role("tab", name="Crops").click()
-    expect(page.locator("#tokens-said")).to_contain_text("640 x 427 pixels become 3 x 4 crops")
+    expect(page.locator("#tokens-said")).to_contain_text("3 × 4 crops of 336 × 336 pixels")
     expect(page.locator("#tokens-said")).to_contain_text("1,921 tokens")
-    for sheet in ("#crops img", "#tokens img"):
-        expect(page.locator(sheet)).to_be_visible()
-        assert size(page, sheet) == [4 * 344 - 8, 4 * 344 + 8]  # a row for the global view
-    page.get_by_label("4", exact=True).locator("visible=true").check()
+    for sheet in ("#crops i", "#tokens i"):
+        expect(page.locator(sheet)).to_have_count(3 * 4 + 1)
+    page.get_by_label("4", exact=True).check()
     expect(page.locator("#tokens-said")).to_contain_text("757 tokens")
+    page.get_by_role("button", name="The blackboard in 1 crop").click()
+    expect(page.locator("#tokens-said")).to_contain_text("1 × 1 crops")
+    expect(page.get_by_label("1", exact=True)).to_be_checked()
 
 
-@pytest.mark.parametrize("side", ["CLIP's tower", "Phi-3"], ids=["clip", "phi3"])
-def test_a_patch_matches_itself(page, side):
-    page.locator("#pictures button img").first.click()
-    page.get_by_role("tab", name="Patches").click()
-    page.get_by_label(side).check()
-    page.locator("#others button img").first.click()
-    expect(page.locator("#match-said")).to_contain_text("The brighter a patch")
-    # The temple is there, and laid out.
-    page.wait_for_function(
-        "(() => { const image = document.querySelector('#first img');"
-        " return image?.naturalHeight < 672 && image.clientHeight < 0.7 * image.clientWidth })()"
-    )
-    shown = page.locator("#first img").bounding_box()
-    page.locator("#first img").click(position={"x": shown["width"] / 4, "y": shown["height"] / 3})
-    expect(page.get_by_label("Follow one patch")).to_be_checked()
-    for slider, percent in (("#across", 25), ("#down", 33.3)):
-        number = page.locator(f"{slider} input[type=number]")
-        expect(number).not_to_have_value("50")
-        assert float(number.input_value()) == pytest.approx(percent, abs=0.6)  # the browser clicks whole pixels
-    expect(page.locator("#match-said")).to_contain_text("outlined patch has cosine 1.000")
-    assert size(page, "#second img") == [672, 448]
-
-
-def test_a_patch_is_followed_by_keyboard(page):
-    page.get_by_role("tab", name="Patches").click()
-    page.get_by_label("Follow one patch").focus()
-    page.keyboard.press("Space")
+@pytest.mark.parametrize("side", ["CLIP", "Phi-3"])
+def test_a_part_matches_itself_by_mouse_and_by_keys(page, side):
+    page.get_by_role("tab", name="Matches").click()
+    page.get_by_label("4", exact=True).check()
+    page.get_by_label(side, exact=True).check()
+    choose(page, "motorcycle, left", within="#others")
     said = page.locator("#match-said")
-    expect(said).to_contain_text("The best match of the outlined patch")
-    before = said.inner_text()
-    page.get_by_role("slider", name=re.compile("Across")).focus()
-    for _ in range(20):
-        page.keyboard.press("ArrowLeft")
-    expect(said).not_to_contain_text(before)
-    expect(said).to_contain_text("The best match of the outlined patch")
+    expect(said).to_contain_text("The more golden a part")
+    expect(page.locator("#first .heat")).to_be_visible()
+    shown = page.locator("#first .map").bounding_box()
+    page.locator("#first .map").click(position={"x": 0.3 * shown["width"], "y": 0.4 * shown["height"]})
+    rows, cols = (int(page.locator("#first .map").get_attribute(f"data-{name}")) for name in ("rows", "cols"))
+    row, column = int(0.4 * rows) + 1, int(0.3 * cols) + 1
+    expect(said).to_contain_text(f"row {row}, column {column}: its best match has similarity 1.00")
+    outline = page.locator("#first .map i").bounding_box()
+    assert outline["x"] - shown["x"] == pytest.approx((column - 1) / cols * shown["width"], abs=1)
+    page.locator("#first [role=group]").focus()
+    page.keyboard.press("ArrowDown")
+    expect(said).to_contain_text(f"row {row + 1}, column {column}: its best match has similarity 1.00")
+    page.keyboard.press("Escape")
+    expect(said).to_contain_text("The more golden a part")
+
+
+def call(address, name, *data):
+    """What the page answers to an event of anyone's making: the kind of the last message, and its data."""
+    event = httpx.post(f"{address}/gradio_api/call/{name}", json={"data": data}, timeout=SECONDS).json()["event_id"]
+    lines = httpx.get(f"{address}/gradio_api/call/{name}/{event}", timeout=SECONDS).text.split("\n")
+    return lines[-4].removeprefix("event: "), json.loads(lines[-3].removeprefix("data: "))
+
+
+@pytest.mark.parametrize("key", [43, -1, None, "no such image", ["cat"], {"cat": 1}])
+def test_a_made_up_image_is_refused_in_words(address, key):
+    for name, data in (("show_chosen", [key]), ("remove", [key, "cat"])):
+        kind, said = call(address, name, *data)
+        assert kind == "error" and "This image is no longer here" in said["error"]
+
+
+@pytest.mark.parametrize("place", [[None, {}], ["nan", "inf"], "far", {"x": 1}, [-1e9, 1e9], [1], 7])
+def test_a_made_up_part_is_no_error(address, place):
+    kind, shown = call(address, "show", "Matches", "a 3", "a 7", 1, "Phi-3", place)
+    assert kind == "complete" and 'class="map"' in shown[-1]
+
+
+def test_many_large_uploads_take_little_memory(tmp_path):
+    pixels = np.tile(np.arange(5000, dtype=np.uint8), (5000, 1))
+    Image.fromarray(pixels).save(tmp_path / "0.png")
+    for number in range(1, 31):
+        shutil.copy(tmp_path / "0.png", tmp_path / f"{number}.png")
+    Image.effect_noise((1008, 756), 90).resize((8064, 6048)).save(tmp_path / "phone.jpg", exif=turned())
+    code = """
+import sys, resource, app
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+app.sight, app.collection, app.MAX_UPLOADS = app.Sight(sys.argv[1]), [], 6
+(photograph,), *_ = app.upload([sys.argv[2] + "/phone.jpg"], [])
+before = peak()
+uploads, *_ = app.upload([f"{sys.argv[2]}/{number}.png" for number in range(31)], [photograph])
+print(photograph.image.size, len(uploads), peak() - before)
+"""
+    size, taken, megabytes = run_python(code, ROOT, tmp_path, PYTHONPATH=str(ROOT / "space")).rsplit(maxsplit=2)
+    assert size == "(1224, 1632)"  # 48 megapixels on their side
+    assert int(taken) == 6 and int(megabytes) < 200  # 8 of each are kept; of all 31 it would be 3 GB
+    assert list(tmp_path.iterdir()) == []
+
+
+def turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
 
 
 @pytest.mark.parametrize("order", ["sub_glb", "glb_sub"])
-def test_patches_lie_where_the_picture_shows_them(order, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "space"))
-    import app
+def test_parts_lie_where_the_image_shows_them(order, tmp_path):
+    from app import Entry, Sight
 
-    where = {"pretrained_model_name_or_path": ROOT, "trust_remote_code": True}
     # Features before the first layer are of one patch alone: attention would spread what differs.
-    app.model = AutoModel.from_pretrained(**where, layer_idx=0, hd_transform_order=order).eval()
-    app.image_processor = AutoImageProcessor.from_pretrained(**where)
+    config = json.loads((copy_checkpoint(tmp_path / "model") / "config.json").read_text())
+    config |= {"layer_idx": 0, "hd_transform_order": order}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    sight = Sight(str(tmp_path / "model"))
     plain, marked = Image.new("RGB", (672, 500)), Image.new("RGB", (672, 500))
     marked.paste("red", (504, 198, 532, 226))  # one token, of the upper right crop: 86 pixels of padding are above
-    without, seen = (app.look(app.Entry(picture, ""), 4) for picture in (plain, marked))
-    assert seen["grid"] == (2, 2) and seen["box"] == (0, 86, 672, 585) and seen["num_tokens"] == 757
-    assert not without["crops"][86:585].any() and (without["crops"][585:] == 255).all()
-    for side, place in ((app.PHI3, (10, 18)), (app.CLIP, (10, 18))):  # both have 24 x 24 here
-        moved = np.linalg.norm(seen["patches"][side] - without["patches"][side], axis=-1)
-        assert moved.shape == (24, 24) and np.unravel_index(moved.argmax(), moved.shape) == place
-    moved = np.linalg.norm(seen["overview_tokens"] - without["overview_tokens"], axis=-1)
+    without, seen = (sight.look(Entry(image, ""), 4) for image in (plain, marked))
+    assert seen["grid"] == (2, 2) and seen["crops"].shape == (672, 672, 3) and seen["num_tokens"] == 757
+    for side in ("CLIP", "Phi-3"):  # both have 24 x 24 here, of which 3 are above and below the image
+        (parts, pixels), (plain_parts, _) = (look["parts"][side] for look in (seen, without))
+        moved = np.linalg.norm(parts - plain_parts, axis=-1)
+        assert moved.shape == (18, 24) and np.unravel_index(moved.argmax(), moved.shape) == (7, 18)
+        assert pixels.shape == (504, 672, 3) and pixels[7 * 28 + 14, 18 * 28 + 14].tolist() == [255, 0, 0]
+    moved = np.linalg.norm(seen["global_tokens"] - without["global_tokens"], axis=-1)
     assert moved.shape == (12, 12) and np.unravel_index(moved.argmax(), moved.shape) == (5, 9)
-    assert app.inside(seen, (24, 24)).sum(0).tolist() == [18] * 24
-    assert app.patch_at(seen, (24, 24), 100 * 518 / 672, 100 * 212 / 500) == (10, 18)  # the centre of the mark
-    assert app.patch_at(seen, (24, 24), 0, 0) == (3, 0)
-    edge = app.look(app.Entry(Image.new("RGB", (672, 504)), ""), 4)  # its lower edge lies between two patches
-    assert edge["box"] == (0, 84, 672, 588)
-    assert app.patch_at(edge, (24, 24), 100, 100) == (20, 23)
-
-
-def test_16_bit_pictures_keep_their_greys_and_numbers_of_an_unknown_range_are_refused(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "space"))
-    import app
-
-    Image.fromarray(np.full((4, 4), 128 * 257, np.uint16)).save(tmp_path / "grey.png")
-    picture = app.read_picture(tmp_path / "grey.png")
-    assert picture.mode == "RGB" and picture.getpixel((0, 0)) == (128, 128, 128)
-    for number in (300, 0.5):
-        Image.new("F", (4, 4), number).save(tmp_path / "numbers.tiff")
-        with pytest.raises(ValueError, match="numbers.tiff cannot be read: its values .* must be in 0..255"):
-            app.read_picture(tmp_path / "numbers.tiff")
-
-
-def test_uploads_that_are_too_many_leave_no_thumbnails(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "space"))
-    import app
-
-    Image.new("L", (8, 8), 77).save(tmp_path / "mine.png")
-    before = set(Path(app.THUMBNAILS.name).iterdir())
-    with pytest.raises(app.gr.Error, match="30 uploads at most"):
-        app.upload([tmp_path / "mine.png"] * 31, [])
-    assert set(Path(app.THUMBNAILS.name).iterdir()) == before
-
-
-def test_uploads_leave_the_disk_with_their_session(page, temporary, tmp_path):
-    before = set(temporary.glob("tmp*/*.png"))
-    Image.new("L", (8, 8), 77).save(tmp_path / "mine.png")
-    upload(page, tmp_path / "mine.png")
-    expect(page.locator("#pictures")).to_contain_text("mine.png")
-    (thumbnail,) = set(temporary.glob("tmp*/*.png")) - before
-    page.context.close()
-    until = time.monotonic() + SECONDS
-    while thumbnail.exists():
-        assert time.monotonic() < until
-        time.sleep(0.2)
-
-
-def test_what_cannot_be_shown_is_told_in_a_message(page, address, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    (tmp_path / "heavy.png").write_bytes(bytes(50 * 2**20))
-    Image.new("1", (6000, 5000)).save(tmp_path / "wide.png")
-    for name, message in {
-        "broken.png": "broken.png is no picture, or of an unknown format.",
-        "heavy.png": "exceed the maximum allowed size of 20.0 Mb",
-        "wide.png": "wide.png cannot be read: it has 6000 x 5000 pixels. Scale it down first.",
-    }.items():
-        upload(page, tmp_path / name)
-        expect(page.locator(".toast-body")).to_contain_text(message)
-        page.locator(".toast-close").click()
-        expect(page.locator(".toast-body")).to_have_count(0)
-    expect(page.locator("#phi3 button img")).to_have_count(6)
-    with (tmp_path / "heavy.png").open("rb") as file:  # past the browser's own check
-        answer = httpx.post(f"{address}/gradio_api/upload", files={"files": file}, timeout=SECONDS)
-    assert answer.status_code == 413
+    (parts, pixels) = sight.look(Entry(Image.new("RGB", (1000, 2)), ""), 16)["parts"]["CLIP"]
+    assert parts.shape[:2] == (1, 24) and pixels.size  # an image thinner than a part
 
 
 def test_the_folder_is_a_space_of_its_own(tmp_path):
     space = shutil.copytree(ROOT / "space", tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
     card = dict(re.findall(r"^(\w+): (.*)$", (space / "README.md").read_text().split("---")[1], re.MULTILINE))
-    assert (
-        card["sdk"] == "gradio" and f"gradio=={card['sdk_version']}\n" in (ROOT / "requirements-dev.txt").read_text()
-    )
+    pinned = (ROOT / "requirements-dev.txt").read_text()
+    assert card["sdk"] == "gradio" and f"gradio=={card['sdk_version']}\n" in pinned
+    for requirement in re.findall(r"^[\w-]+", (space / "requirements.txt").read_text(), re.MULTILINE):
+        assert f"\n{requirement}==" in pinned
     with started(space / card["app_file"], tmp_path / "log", MODEL=str(ROOT)) as address:
-        assert f"{ROOT}/tiny" in httpx.get(f"{address}/config", timeout=SECONDS).text
+        text = httpx.get(f"{address}/config", timeout=SECONDS).text
+        assert ROOT.name in text and str(ROOT.parent) not in text
+
+
+def test_a_model_that_is_not_there_is_told_in_a_line():
+    from app import Sight
+
+    for name, text in (
+        ("nowhere", "nowhere is no folder with a model, nor a model on a Hub"),
+        ("/nowhere", "There is no"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            Sight(name)

@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing
 
+import lancedb
 import numpy as np
 import pytest
 import torch
@@ -39,12 +38,13 @@ from transformers import (
 
 from phi3_tools.cli import main
 from phi3_tools.compare import command as compare
-from phi3_tools.compare.vectors import KeyedImage as Picture
-from phi3_tools.compare.vectors import embed
+from phi3_tools.compare.report import measured_tasks, verdict
+from phi3_tools.compare.vectors import Key, embed
 from phi3_tools.cookbook import load_phi3_model, process_for_phi3_model
 from phi3_tools.images import DIGIT_NAMES as NAMES
 from phi3_tools.images import digits_split
-from phi3_tools.measures import linear_cka, recall, retrieval, text_to_image, unit
+from phi3_tools.measures import Figure, ari, gram, linear_cka, recall, retrieval, same_class_retrieval, summarise, unit
+from phi3_tools.models import find_model
 
 TINY = str(ROOT)
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -64,7 +64,7 @@ def run(*arguments, **environment):
 def compare_here(monkeypatch, folder, *arguments):
     """As from the command line, in this process, which spares the imports -> results.json."""
     rest = ["--resamples", "100"] * ("--resamples" not in arguments)
-    rest += ["--output", folder / "out", "--cache", folder / "cache.sqlite"]
+    rest += ["--output", folder / "out", "--cache", folder / "vectors"]
     main(["compare", *map(str, [*arguments, *rest])])
     assert "Image embeddings compared" in (folder / "out" / "report.html").read_text()
     return json.loads((folder / "out" / "results.json").read_text())
@@ -78,8 +78,12 @@ def noise(seed=0, size=(40, 40)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8))
 
 
-def as_pictures(images):
-    return [Picture(f"{number}", image.copy) for number, image in enumerate(images)]
+def embed_here(folder, specs, images, texts=(), **settings):
+    """[`embed`], with its cache in `folder` -> for each model the images' vectors in order, and what else is known."""
+    models, keys = [find_model(spec) for spec in specs], [Key(str(number)) for number in range(len(images))]
+    opened = {key: lambda opener, image=image: image.copy() for key, image in zip(keys, images)}
+    found = embed(models, opened, texts, cache=folder / "vectors", **settings)
+    return [(np.stack([made.images[key] for key in keys if key in made.images]), made) for made in found.values()]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +105,7 @@ def report(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     arguments = ["--model", f"{TINY}:mean", "--model", f"{TINY}:tower", "--model", "pixels", digits, "--num-crops", 1]
     arguments += ["--probe", 5, "--resamples", 200]
-    done = run(*arguments, "--output", folder / "out", "--cache", folder / "cache.sqlite")
+    done = run(*arguments, "--output", folder / "out", "--cache", folder / "vectors")
     assert done.returncode == 0, done.stderr
     return folder / "out", arguments, done
 
@@ -121,8 +125,8 @@ def test_figures_have_intervals_and_paired_tests(report):
         assert name in page
     vectors = load_file(folder / "embeddings.safetensors")
     assert {name: each.shape for name, each in vectors.items()} == {
-        "tiny (mean)": (30, 128),
-        "tiny (tower)": (30, 64),
+        f"{ROOT.name} (mean)": (30, 128),
+        f"{ROOT.name} (tower)": (30, 64),
         "pixels": (30, 3072),
     }
     labels = np.repeat(np.arange(3), 10)[np.argsort(np.repeat(["one", "two", "zero"], 10), kind="stable")]
@@ -133,9 +137,9 @@ def test_figures_have_intervals_and_paired_tests(report):
 
 def test_an_unreadable_file_is_named_counted_and_left_out_of_all(report):
     folder, _, done = report
-    assert "Left out 1 of 31 pictures" in done.stdout and "one/broken.png" in done.stdout
+    assert "Left out 1 of 31 images" in done.stdout and "one/broken.png" in done.stdout
     about = json.loads((folder / "results.json").read_text())["about"]
-    assert about["left_out"]["unreadable"] == 1 and about["pictures"] == 30 and about["arguments"]["seed"] == 0
+    assert about["left_out"]["unreadable"] == 1 and about["images"] == 30 and about["arguments"]["seed"] == 0
 
 
 def test_a_second_run_embeds_nothing_and_gives_the_same(report, monkeypatch, capsys):
@@ -147,74 +151,163 @@ def test_a_second_run_embeds_nothing_and_gives_the_same(report, monkeypatch, cap
 
 
 def test_a_killed_run_goes_on_where_it_stopped(digits, tmp_path, monkeypatch, capsys):
-    cache = tmp_path / "cache.sqlite"
+    cache = tmp_path / "vectors"
     arguments = ["--model", f"{TINY}:global", digits, "--num-crops", 0, "--probe", 1]
     arguments += ["--batch-size", 1, "--resamples", 100]
     there = ["--output", tmp_path / "out", "--cache", cache]
 
     def count():
-        with closing(sqlite3.connect(cache)) as database:
-            return database.execute("SELECT count(*) FROM vectors").fetchone()[0]
+        return sum(lancedb.connect(cache).open_table(path.stem).count_rows() for path in cache.glob("*.lance"))
 
     process = subprocess.Popen(command(*arguments, *there), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not cache.exists() or cache.stat().st_size < 8192 or count() < 3:
+    while len(list(cache.glob("*.lance/data/*"))) < 3:
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = count()
-    assert 3 <= kept < 39 and not (tmp_path / "out" / "report.html").exists()
+    assert 2 <= kept < 39 and not (tmp_path / "out" / "report.html").exists()
     compare_here(monkeypatch, tmp_path, *arguments)
     assert f"/{39 - kept} " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("scheme, width", [("light", 1200), ("dark", 390)])
-def test_the_report_links_its_maps_by_mouse_list_and_keyboard(report, browser, scheme, width):
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    complaints, requests = [], []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto((report[0] / "report.html").as_uri())
-    maps, chosen = page.locator(".map"), page.locator(".map .chosen")
-    assert maps.count() == 3 and maps.nth(0).locator("circle").count() == 30 and chosen.count() == 0
+@pytest.fixture
+def open_report(report, browser):
+    """Opens the report at a width in pixels -> the page. It must neither complain nor ask for anything but itself."""
+    pages, complaints, requests = [], [], []
 
-    maps.nth(0).locator("circle").nth(7).click()
-    numbers = {chosen.nth(each).get_attribute("data-number") for each in range(3)}
-    assert chosen.count() == 3 and len(numbers) == 1
-    assert page.locator(".map .near").count() == 15 and page.locator("#nearest .found img").count() == 15
+    def open_page(width, scheme="light", **context):
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme, **context)
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto((report[0] / "report.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        assert page.evaluate("[...document.images].every(image => image.hasAttribute('alt') && image.src)")
+        pages.append(page)
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert not complaints and all(url.startswith(("file:", "data:", "blob:")) for url in requests)
+
+
+def chosen_numbers(page):
+    return page.locator(".mark.chosen").evaluate_all("marks => marks.map(mark => mark.dataset.number)")
+
+
+def test_an_image_is_chosen_by_mouse_by_keyboard_and_by_name_in_both_maps(open_report):
+    page = open_report(1400, "dark")
+    first, second = page.locator(".map").all()
+    assert first.locator(".mark").count() == second.locator(".mark").count() == 30 and not chosen_numbers(page)
+    first.locator(".mark").nth(7).click()
+    assert chosen_numbers(page) == ["7", "7"]
+    assert page.locator(".mark.near").count() == 10 and page.locator("#nearest .found img").count() == 15
     status = page.locator("#chosen").inner_text()
-    maps.nth(1).focus()
-    way = next(
-        way
-        for way in ("ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown")
-        if page.keyboard.press(way) or page.locator("#chosen").inner_text() != status
-    )
-    assert way and chosen.count() == 3
+    second.focus()
+    ways = ("ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown")
+    assert any(page.keyboard.press(way) or page.locator("#chosen").inner_text() != status for way in ways)
+    assert len(set(chosen_numbers(page))) == 1 != ["7", "7"]
     page.keyboard.press("Escape")
-    assert chosen.count() == 0 and page.locator("#pick").input_value() == ""
-    page.select_option("#pick", "4")
-    assert [chosen.nth(each).get_attribute("data-number") for each in range(3)] == ["4"] * 3
-
-    page.locator(".map").nth(2).hover()
-    assert page.locator("article").count() == 12 and page.locator("article img").first.get_attribute("src")
-    assert page.evaluate("[...document.images].every(image => image.hasAttribute('alt'))")
-    assert page.evaluate("document.documentElement.scrollWidth") == width
-    assert not complaints and all(url.startswith(("file:", "data:")) for url in requests)
-    page.close()
+    assert not chosen_numbers(page)
+    page.fill("#find", "two/")
+    page.press("#find", "Enter")
+    assert "two/" in page.locator("#chosen").inner_text() and page.locator("#count").inner_text().startswith(
+        "10 of 30"
+    )
 
 
-def test_the_summary_says_what_is_within_noise(report):
-    summary = (report[0] / "report.html").read_text().split('id="figures"')[0]
-    assert "Telling classes by a linear probe" in summary and "within noise" in summary
-    results = json.loads((report[0] / "results.json").read_text())
-    for name, words in (("recall@1", "Nearest picture"), ("mAP", "All pictures"), ("NMI", "Clusters")):
-        found = figure(results, name)
-        sentence = next(line for line in summary.splitlines() if f"<strong>{words}" in line)
-        is_noise = not any(each["beyond_noise"] for each in found["differences"])
-        assert ("the differences are within noise" in sentence) or not is_noise
-        best = max(found["values"], key=lambda label: found["values"][label]["value"])
-        assert sentence.split("</strong>")[1].split(best)[0].count("(") == 0  # the best comes first
+def test_a_map_zooms_shows_images_and_changes_its_model(open_report):
+    page = open_report(800)
+    first = page.locator(".map").first
+    page.locator("[data-zoom=in]").first.click()
+    assert float(first.get_attribute("viewBox").split()[2]) == pytest.approx(1000 / 1.5)
+    first.focus()
+    page.keyboard.press("0")
+    assert first.get_attribute("viewBox") == "0 0 1000 1000"
+    page.click("#images")
+    assert first.locator("image").count() == 30
+    before = first.locator(".mark[data-number='3']").get_attribute("transform")
+    page.locator(".pane select").first.select_option("pixels")
+    assert first.locator(".mark[data-number='3']").get_attribute("transform") != before
+
+
+def test_classes_are_filtered_and_the_selection_is_saved_as_csv(open_report):
+    page = open_report(1400, accept_downloads=True)
+    page.locator("#legend button", has_text="zero").click()
+    assert page.locator(".map").first.locator(".mark:not(.dim)").count() == 10
+    page.click("#select-shown")
+    page.locator("#legend button", has_text="zero").click()
+    page.locator(".map").first.locator(".mark[data-number='0']").click()
+    page.click("text=Add to the selection")
+    with page.expect_download() as download:
+        page.click("#export")
+    header, *rows = download.value.path().read_text().splitlines()
+    assert header == "name,class" and len(rows) == 11 and sum(row.endswith('"zero"') for row in rows) == 10
+    page.click("#unselect")
+    assert page.locator("#export").is_disabled()
+
+
+def test_on_a_phone_the_report_is_short_and_answers_beside_the_finger(open_report):
+    page = open_report(390, has_touch=True)
+    assert page.locator(".map:visible").count() == 1 and page.locator("details[open]").count() == 0
+    assert page.evaluate("document.documentElement.scrollHeight") < 6000
+    mark = page.locator(".map").first.locator(".mark").nth(4)
+    mark.scroll_into_view_if_needed()
+    box = mark.bounding_box()
+    page.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    bubble = page.locator(".bubble:visible").bounding_box()
+    assert bubble["x"] >= 0 and bubble["x"] + bubble["width"] <= 390
+    assert bubble["y"] - 40 < box["y"] + box["height"] and box["y"] - 40 < bubble["y"] + bubble["height"]
+
+
+def test_the_report_begins_with_a_verdict_and_tells_which_model_is_which(report, digits):
+    page = (report[0] / "report.html").read_text()
+    opening = page.split('id="tasks"')[0]
+    assert "On 30 images of 3 classes" in opening and "noise" in opening.split('id="verdict"')[1].split("</p>")[0]
+    assert "CLIP’s side of the comparison" in opening and "32 × 32 pixels" in opening and "linear probe" in opening
+    assert str(digits.parent) not in page and str(ROOT.parent) not in page and "phi3-embed compare" in page
+
+
+def made_up(values, differences):
+    """Results with one task: {model: (value, low, high)}, {(model, model): (difference, low, high, beyond noise)}."""
+    names = ("difference", "low", "high", "beyond_noise")
+    recall = {
+        "group": "Same-class retrieval",
+        "name": "recall@1",
+        "higher_is_better": True,
+        "values": {model: dict(zip(("value", "low", "high"), numbers)) for model, numbers in values.items()},
+        "differences": [{"models": list(pair)} | dict(zip(names, numbers)) for pair, numbers in differences.items()],
+    }
+    models = [{"label": model, "undefined": None} for model in values]
+    return {"about": {"images": 250, "classes": 10}, "models": models, "figures": [recall]}
+
+
+def test_a_verdict_names_the_best_model_or_says_that_none_is():
+    values = {"<A>": (0.469, 0.41, 0.53), "B": (0.410, 0.35, 0.47), "C": (0.411, 0.37, 0.45)}
+    noise = {("<A>", "B"): (0.059, -0.01, 0.13, False), ("<A>", "C"): (0.058, -0.01, 0.11, False)}
+    results = made_up(values, noise)
+    assert "no model is better than another beyond noise" in verdict(results, measured_tasks(results))
+    ahead = {pair: (*numbers[:1], 0.01, *numbers[2:3], True) for pair, numbers in noise.items()}
+    results = made_up(values, ahead)
+    words = verdict(results, measured_tasks(results))
+    assert "<strong>&lt;A&gt;</strong> is the best of 3 models: ahead of every other beyond noise at 1 of 1" in words
+    results = made_up({"B": values["B"]}, {})
+    assert "<strong>B</strong> alone was measured" in verdict(results, measured_tasks(results))
+
+
+def test_where_tests_and_intervals_seem_to_contradict_the_report_says_why():
+    values = {"A": (0.469, 0.41, 0.53), "B": (0.410, 0.35, 0.47), "C": (0.411, 0.37, 0.45)}
+    tests = {("A", "B"): (0.059, -0.01, 0.13, False), ("C", "A"): (-0.058, -0.1, -0.02, True)}
+    task = measured_tasks(made_up(values, tests))[0]
+    assert task["line"] == "A 46.9%; within noise: B 41.0%; behind: C 41.1%" and task["level"] == ["A", "B"]
+    assert (
+        "B is within noise and C, whose value is no lower, is not" in task["note"] and "image by image" in task["note"]
+    )
+    assert [row["against"] and row["against"]["difference"] for row in task["rows"]] == [None, -0.058, -0.059]
+    task = measured_tasks(made_up({"A": values["A"], "C": values["C"]}, dict([list(tests.items())[1]])))[0]
+    assert "The interval of C overlaps that of A, and yet it is behind" in task["note"]
 
 
 @pytest.fixture
@@ -232,10 +325,10 @@ def save_all(folder, classes):
 
 
 FEW = {
-    "one picture": ({"a": [noise()]}, "there is one picture only"),
+    "one picture": ({"a": [noise()]}, "there is one image only"),
     "one class": ({"a": [noise(0), noise(1), noise(2)]}, "there are no two classes"),
-    "one picture a class": ({f"c{n}": [noise(n)] for n in range(12)}, "no class has two pictures"),
-    "equal pictures": ({"a": [noise()] * 3, "b": [noise()] * 2}, "there is one picture only"),
+    "one picture a class": ({f"c{n}": [noise(n)] for n in range(12)}, "no class has two images"),
+    "equal pictures": ({"a": [noise()] * 3, "b": [noise()] * 2}, "there is one image only"),
 }
 
 
@@ -261,13 +354,29 @@ def save_vit(path, image_processor=None, pooler=True, scale=1.0):
     return str(path)
 
 
-def test_clusters_of_too_few_pictures_have_no_figure_rather_than_an_interval_beside_it(tmp_path, monkeypatch):
+def test_clusters_of_too_few_images_have_a_value_without_an_interval(tmp_path, monkeypatch):
     arguments = ["--model", f"{TINY}:tower", "--model", "pixels", "small-text", "--limit", 12, "--probe", 3]
     results = compare_here(monkeypatch, tmp_path, *arguments, "--num-crops", 0)
-    assert all("too few pictures" in each["undefined"] for each in figure(results, "ARI")["values"].values())
-    for each in results["figures"]:
-        for value in each["values"].values():
-            assert "undefined" in value or value["low"] <= value["value"] <= value["high"]
+    for name in ("NMI", "ARI"):
+        assert not figure(results, name)["differences"]
+        for value in figure(results, name)["values"].values():
+            assert -1 <= value["value"] <= 1 and value["low"] is None and "too few images" in value["no_interval"]
+
+
+def test_intervals_of_clusters_lie_around_their_value_and_hold_the_true_one():
+    rng = np.random.default_rng(0)
+
+    def draw(number):  # classes, and clusters that match them at 60%
+        classes = rng.integers(0, 5, number)
+        return np.stack((classes, np.where(rng.random(number) < 0.5, classes, rng.integers(0, 5, number))), axis=1)
+
+    true, held = ari(draw(100_000)), 0
+    for _ in range(20):
+        made = summarise([Figure("", "ARI", {"A": draw(100), "B": draw(100)}, {}, ari)], 100, 0)[0]
+        for value in made["values"].values():
+            assert value["value"] - value["low"] == pytest.approx(value["high"] - value["value"])
+            held += value["low"] <= true <= value["high"]
+    assert held >= 34
 
 
 def test_a_model_that_gives_nan_has_no_figures_and_the_others_have(folder, monkeypatch):
@@ -282,13 +391,14 @@ def test_a_picture_that_one_model_refuses_is_left_out_of_all(folder, monkeypatch
     strict = save_vit(folder / "strict", CLIPImageProcessorPil(do_resize=False, do_center_crop=False))
     images = [noise(n, (32, 32)) for n in range(4)]
     save_all(folder, {"a": [*images[:2], noise(9, (32, 48))], "b": images[2:]})
-    embedded = embed([strict, "pixels"], as_pictures([*images, noise(9, (32, 48))]), cache=folder / "other.sqlite")
-    assert list(embedded[0].refused) == ["4"] and np.isnan(embedded[0].vectors[4]).all()
-    assert np.isfinite(embedded[0].vectors[:4]).all() and not embedded[1].refused
-    monkeypatch.setattr(compare, "all_changes", lambda: compare.CHANGES | {"crop": lambda image: image.rotate(90)})
+    (vectors, made), (_, pixels) = embed_here(folder, [strict, "pixels"], [*images, noise(9, (32, 48))])
+    assert list(made.refused) == [Key("4")] and len(vectors) == 4 and np.isfinite(vectors).all()
+    assert not pixels.refused and len(pixels.images) == 5
+    monkeypatch.setattr(compare, "SHRINKS", {})
+    monkeypatch.setitem(compare.CHANGES, "crop", lambda image: image.rotate(90))
     results = compare_here(monkeypatch, folder, "--model", strict, "--model", "pixels", folder / "pictures")
-    assert results["about"]["pictures"] == 4 and list(results["about"]["left_out"]["refused"]) == ["a/2.png"]
-    assert "Left out of all models: a/2.png" in capsys.readouterr().out
+    assert results["about"]["images"] == 4 and list(results["about"]["left_out"]["refused"]) == ["a/2.png"]
+    assert "Left out 1 of 5 images:\na/2.png: strict does not take it" in capsys.readouterr().out
 
 
 def test_a_dataset_on_the_hub_is_compared_as_its_parquet_file_is(hub, folder, monkeypatch):
@@ -309,7 +419,7 @@ def test_a_dataset_on_the_hub_is_compared_as_its_parquet_file_is(hub, folder, mo
     assert done.returncode == 0, done.stderr
     here = compare_here(monkeypatch, folder, *arguments, parquet)
     assert json.loads((folder / "hub" / "results.json").read_text())["figures"] == here["figures"]
-    assert here["about"]["classes"] == 2 and here["about"]["pictures"] == 6
+    assert here["about"]["classes"] == 2 and here["about"]["images"] == 6
 
 
 BAD = {
@@ -319,7 +429,7 @@ BAD = {
     "no such split": (["--model", "pixels", "--split", "val"], "no split 'val', but 'train', 'test'"),
     "not on the hub": (["--model", "nobody/nothing"], "no model of that name to be had"),
     "output is a file": (["--model", "pixels", "--output", str(ROOT / "LICENSE")], "cannot be written to"),
-    "cache is no cache": (["--model", "pixels", "--cache", str(ROOT / "LICENSE")], "LICENSE cannot be used"),
+    "cache is no cache": (["--model", "pixels", "--cache", str(ROOT / "LICENSE")], "LICENSE cannot be written to"),
 }
 
 
@@ -336,19 +446,19 @@ def test_bad_input_is_told_in_a_line_before_the_work(case, folder, monkeypatch, 
 def test_poolings_of_one_pass_are_those_of_the_model(tmp_path):
     images = [Image.radial_gradient("L").resize(size).convert("RGB") for size in ((90, 30), (30, 90), (50, 50))]
     specs = [TINY, f"{TINY}:mean", f"{TINY}:global", f"{TINY}:tower"]
-    together = embed(specs, as_pictures(images), num_crops=4, cache=tmp_path / "a")
-    alone = [embed([spec], as_pictures(images), num_crops=4, cache=tmp_path / "b")[0] for spec in specs]
-    for left, right in zip(together, alone):
-        np.testing.assert_allclose(left.vectors, right.vectors, atol=1e-4)
+    together = embed_here(tmp_path, specs, images, num_crops=4)
+    for spec, (vectors, _) in zip(specs, together):
+        alone = embed_here(tmp_path / spec[-6:], [spec], images, num_crops=4)
+        np.testing.assert_allclose(vectors, alone[0][0], atol=1e-4)
     image_processor = AutoImageProcessor.from_pretrained(TINY, trust_remote_code=True)
     inputs = image_processor(images, num_crops=4, return_tensors="pt")
     for pooling, found in zip(("mean", "global"), together[1:]):
         model = AutoModel.from_pretrained(TINY, trust_remote_code=True, pooling_mode=pooling).eval()
         with torch.no_grad():
             output = model(**inputs)
-        np.testing.assert_allclose(found.vectors, output.pooler_output.numpy(), atol=1e-4)
-    assert together[1].cost["tokens"] == np.mean(inputs.num_img_tokens.numpy())
-    assert together[3].vectors.shape == (3, 64) and together[0].cost["parameters"] == model.num_parameters()
+        np.testing.assert_allclose(found[0], output.pooler_output.numpy(), atol=1e-4)
+    assert together[1][1].cost["tokens"] == np.mean(inputs.num_img_tokens.numpy())
+    assert together[3][0].shape == (3, 64) and together[0][1].cost["parameters"] == model.num_parameters()
 
 
 def save_clip(path):
@@ -377,39 +487,39 @@ def test_models_of_transformers_embed_by_their_own_processor(name, tmp_path):
             model_class, config_class = TOWERS[name]
             model_class(config_class(**SMALL_VISION)).save_pretrained(path)
     images = [noise(0), noise(1, (50, 30))]
-    found = embed([path], as_pictures(images), cache=tmp_path / "cache")[0]
+    vectors, made = embed_here(tmp_path, [path], images)[0]
     model = AutoModel.from_pretrained(path).eval()
     inputs = AutoImageProcessor.from_pretrained(path)(images, return_tensors="pt")
     with torch.no_grad():
         output = model.get_image_features(**inputs) if name == "clip" else model(**inputs)
-    np.testing.assert_allclose(found.vectors, output.pooler_output.numpy(), atol=1e-5)
-    assert found.cost["tokens"] == output.last_hidden_state.shape[1]
+    np.testing.assert_allclose(vectors, output.pooler_output.numpy(), atol=1e-5)
+    assert made.cost["tokens"] == output.last_hidden_state.shape[1]
 
 
 def test_without_pooler_and_class_token_a_vector_is_the_mean_of_the_tokens(tmp_path):
     path = save_vit(tmp_path / "ijepa")
     IJepaModel(IJepaConfig(**SMALL_VISION), add_pooling_layer=False).save_pretrained(path)
-    found = embed([path], as_pictures([noise()]), cache=tmp_path / "cache")[0]
+    vectors, _ = embed_here(tmp_path, [path], [noise()])[0]
     inputs = AutoImageProcessor.from_pretrained(path)([noise()], return_tensors="pt")
     with torch.no_grad():
         tokens = AutoModel.from_pretrained(path).eval()(**inputs).last_hidden_state
-    np.testing.assert_allclose(found.vectors, tokens.mean(1).numpy(), atol=1e-5)
+    np.testing.assert_allclose(vectors, tokens.mean(1).numpy(), atol=1e-5)
 
 
 def test_a_model_that_hides_patches_at_random_is_refused(tmp_path):
     path = save_vit(tmp_path / "mae")
     ViTMAEModel(ViTMAEConfig(**SMALL_VISION)).save_pretrained(path)
     with pytest.raises(ValueError, match="mae cannot be loaded: ViTMAEModel hides patches at random"):
-        embed([path], as_pictures([noise()]), cache=tmp_path / "cache")
+        embed_here(tmp_path, [path], [noise()])
 
 
 def test_a_pooler_that_the_checkpoint_lacks_is_not_made_up(tmp_path):
     path = save_vit(tmp_path / "vit", pooler=False)
-    found = embed([path], as_pictures([noise()]), cache=tmp_path / "cache")[0]
+    vectors, _ = embed_here(tmp_path, [path], [noise()])[0]
     inputs = AutoImageProcessor.from_pretrained(path)([noise()], return_tensors="pt")
     with torch.no_grad():
         tokens = ViTModel.from_pretrained(path, add_pooling_layer=False)(**inputs).last_hidden_state
-    np.testing.assert_allclose(found.vectors, tokens[:, 0].numpy(), atol=1e-5)
+    np.testing.assert_allclose(vectors, tokens[:, 0].numpy(), atol=1e-5)
 
 
 def test_captions_add_text_to_image_retrieval_for_models_with_a_text_side(folder, monkeypatch):
@@ -421,16 +531,15 @@ def test_captions_add_text_to_image_retrieval_for_models_with_a_text_side(folder
     values = [each for each in results["figures"] if each["group"] == "Text to image"][1]["values"]
     assert values["clip"]["value"] == 1 and values["pixels"]["undefined"] == "it has no text side"
     assert figure(results, "recall@1")["values"]["pixels"]["undefined"] == "there are no two classes"
-    texts = np.eye(3, dtype=np.float32)
-    assert text_to_image(texts, texts[[0, 2, 1]], ["a", "b", "c"])["recall@1"].tolist() == [1, 0, 0]
-    assert text_to_image(texts, texts[[0, 2, 1]], ["a", "", ""])["recall@1"].tolist() == [1]  # no caption, no query
+    values = [each for each in results["figures"] if each["group"] == "Image to text"][0]["values"]
+    assert 0 <= values["clip"]["value"] <= 1 and values["clip"]["n"] == 3
 
 
 def test_several_captions_a_picture_are_refused(folder, monkeypatch):
     save_all(folder, {"a": [noise(n) for n in range(2)]})
     rows = "".join(json.dumps({"file_name": f"a/{n}.png", "caption": ["one", "other"]}) + "\n" for n in range(2))
     (folder / "pictures" / "metadata.jsonl").write_text(rows)
-    with pytest.raises(SystemExit, match=r"(?s)captions are List.*but must be a text a picture. Name .*--text-column"):
+    with pytest.raises(SystemExit, match=r"(?s)captions are List.*but must be a text an image. Name .*--text-column"):
         compare_here(monkeypatch, folder, "--model", "pixels", folder / "pictures")
 
 
@@ -440,18 +549,23 @@ def test_a_sentence_transformers_model(tmp_path):
 
     SentenceTransformer(modules=[Transformer(save_clip(tmp_path / "clip"))]).save(str(tmp_path / "st"))
     images = [noise(0), noise(1)]
-    found = embed([str(tmp_path / "st")], as_pictures(images), ["a red square"], cache=tmp_path / "cache")[0]
+    vectors, made = embed_here(tmp_path, [str(tmp_path / "st")], images, ["a red square"])[0]
     model = SentenceTransformer(str(tmp_path / "st"))
-    np.testing.assert_allclose(found.vectors, model.encode(images), atol=1e-5)
-    np.testing.assert_allclose(found.texts, model.encode(["a red square"]), atol=1e-5)
+    np.testing.assert_allclose(vectors, model.encode(images), atol=1e-5)
+    np.testing.assert_allclose(made.texts["a red square"], model.encode("a red square"), atol=1e-5)
 
 
 def test_arithmetic_on_spaces_whose_answer_is_known():
-    vectors = unit(np.array([[1, 0], [0.9, 0.1], [0, 1], [0.1, 0.9]])).astype(np.float32)
-    assert retrieval(vectors, np.array([0, 0, 1, 1]))["mAP"].tolist() == [1] * 4
-    assert retrieval(vectors, np.array([0, 1, 0, -1]))["mAP"].tolist() == pytest.approx([1 / 3, 1 / 3])
+    vectors = unit(np.array([[1, 0], [0.9, 0.1], [0, 1], [0.1, 0.9]]))
+    assert same_class_retrieval(vectors, np.array([0, 0, 1, 1]))["mAP"].tolist() == [1] * 4
+    assert same_class_retrieval(vectors, np.array([0, 1, 0, -1]))["mAP"].tolist() == pytest.approx([1 / 3, 1 / 3])
     turn = np.array([[0, -1], [1, 0]], np.float32)
-    assert linear_cka(vectors, vectors @ turn) == pytest.approx(1)
+    assert linear_cka(gram(vectors), gram(vectors @ turn)) == pytest.approx(1)
+    words = np.eye(3, dtype=np.float32)
+    found = retrieval(words, np.arange(3), words[[0, 2, 1, 2]], np.array([0, 1, 2, 2]))
+    assert found["recall@1"].tolist() == [1, 0, 0] and found["mAP"].tolist() == pytest.approx([1, 1 / 3, 0.5], abs=0.2)
+    unanswered = retrieval(words, np.arange(3), words[[0, 2, 1]], np.array([0, -1, -1]))
+    assert unanswered["recall@1"].tolist() == [1]  # no caption, no query
 
 
 # The cookbook's comparison as its page has it, but for the images.
@@ -488,7 +602,7 @@ def test_the_cookbooks_comparison_runs_as_written(tmp_path, monkeypatch):
     names = {"images": images, "load_phi3_model": load_phi3_model, "process_for_phi3_model": process_for_phi3_model}
     exec(COOKBOOK, names)
     assert names["clip_embeddings"].pooler_output.shape == (2, 8)
-    expected = embed([TINY], as_pictures(images), cache=tmp_path / "cache")[0].vectors
+    expected, _ = embed_here(tmp_path, [TINY], images)[0]
     np.testing.assert_allclose(names["phi3_embeddings"].numpy(), expected, atol=1e-4)
     with pytest.raises(ValueError, match="no folder phi3-vision-embed. Make it by"):
         load_phi3_model()

@@ -1,12 +1,14 @@
 """The configuration: defaults, names, round trips, Microsoft's config.json, and wrong values."""
 
 import json
+import math
 
 import pytest
-from conftest import ROOT, small_config
+from conftest import ROOT, SMALL_TEXT, SMALL_TOWER, small_config
 from phi3_embed.configuration_phi3_embed import Phi3EmbedConfig, hd_num_tokens
-from transformers import AutoModel, SiglipVisionConfig
+from transformers import AutoModel, LlamaConfig, SiglipVisionConfig
 
+FACTORS = {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6, "original_max_position_embeddings": 64}
 MICROSOFT = ROOT / "tests" / "data" / "phi-3-vision-128k-instruct.config.json"
 
 
@@ -33,14 +35,80 @@ def test_the_default_is_phi_3_visions_geometry_and_the_root_has_it_with_narrow_l
     assert root.hidden_size < default.hidden_size
 
 
-def test_microsofts_config_is_read_as_it_stands():
-    config = Phi3EmbedConfig.from_pretrained(MICROSOFT)
+def test_microsofts_config_is_read_as_it_stands_for_the_image_embedding_alone():
+    config = Phi3EmbedConfig.from_pretrained(MICROSOFT, text_config=None)
     said = settings(config)
     token_ids = {name: said.pop(name) for name in ("bos_token_id", "eos_token_id")}
     assert token_ids == {"bos_token_id": 1, "eos_token_id": 2}
     assert said == settings(Phi3EmbedConfig())
     assert config._attn_implementation is None
     assert not hasattr(config, "rope_scaling") and not hasattr(config, "img_processor")
+
+
+def test_microsofts_config_is_read_whole():
+    microsoft = json.loads(MICROSOFT.read_text())
+    config = Phi3EmbedConfig.from_pretrained(MICROSOFT)
+    text, rope = config.text_config, config.text_config.rope_parameters
+    assert text.model_type == "phi3" and text.sliding_window is None and not config.tie_word_embeddings
+    for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings", "rms_norm_eps"):
+        assert getattr(text, name) == microsoft[name]
+    assert (rope["rope_type"], rope["original_max_position_embeddings"], rope["rope_theta"]) == ("longrope", 4096, 1e4)
+    for name in ("short_factor", "long_factor"):
+        assert rope[name] == microsoft["rope_scaling"][name]
+    alone = settings(Phi3EmbedConfig.from_pretrained(MICROSOFT, text_config=None))
+    assert settings(config) == alone | {"text_config": settings(config)["text_config"], "tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize(
+    "settings_, said",
+    [
+        ({"sliding_window": 64}, {"sliding_window": 64}),  # shorter than the longest text
+        ({"rope_scaling": FACTORS | {"type": "yarn"}}, {"attention_factor": 0.1 * math.log(4) + 1}),
+        ({"rope_scaling": FACTORS | {"type": "longrope"}}, {"short_factor": [1.0] * 6}),
+        ({"rope_scaling": None, "rope_theta": 5e5}, {"rope_theta": 5e5, "rope_type": "default"}),
+    ],
+)
+def test_microsofts_words_for_a_language_model(settings_, said):
+    text = small_config(text_config=SMALL_TEXT | settings_).text_config
+    assert {name: text.rope_parameters.get(name, getattr(text, name, None)) for name in said} == said
+
+
+def test_width_vocabulary_and_ties_follow_from_the_language_model(tmp_path):
+    config = Phi3EmbedConfig(
+        vision_config=SMALL_TOWER, text_config=SMALL_TEXT | {"tie_word_embeddings": True}, image_token_id=5
+    )
+    assert (config.hidden_size, config.vocab_size, config.tie_word_embeddings) == (48, 100, True)
+    assert config.get_text_config() is config.text_config
+    config.save_pretrained(tmp_path)
+    assert settings(Phi3EmbedConfig.from_pretrained(tmp_path)) == settings(config)
+    wider = Phi3EmbedConfig.from_pretrained(tmp_path, text_config={"vocab_size": 120})
+    assert wider.vocab_size == 120 and wider.text_config.num_hidden_layers == config.text_config.num_hidden_layers
+    alone = Phi3EmbedConfig.from_pretrained(tmp_path, text_config=None)
+    assert alone.text_config is None and alone.get_text_config() is alone
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"text_config": {"model_type": "llama"}}, r"`text_config\['model_type'\]` is 'llama', but must be 'phi3'"),
+        (
+            {"text_config": LlamaConfig()},
+            "`text_config` is LlamaConfig .* but must be a dict, or a PreTrainedConfig of type",
+        ),
+        ({"text_config": "phi3"}, "`text_config` is 'phi3', but must be a dict"),
+        (
+            {"text_config": SMALL_TEXT, "hidden_size": 64},
+            "`hidden_size` is 64, but must be 48, the one of `text_config`",
+        ),
+        ({"text_config": SMALL_TEXT, "vocab_size": 99}, "`vocab_size` is 99, but must be 100"),
+        ({"text_config": SMALL_TEXT | {"num_hidden_layers": "2"}}, "`text_config` is no config of a 'phi3': "),
+        ({"text_config": SMALL_TEXT | {"rope_scaling": {"type": "su"}}}, "`text_config` is no config of a 'phi3': "),
+        ({"text_config": SMALL_TEXT | {"rope_scaling": {"type": "linear", "factor": 2.0}}}, "no config of a 'phi3': "),
+    ],
+)
+def test_language_models_that_do_not_fit(wrong, message):
+    with pytest.raises(ValueError, match="(?s)" + message):
+        Phi3EmbedConfig(**{"vision_config": SMALL_TOWER, "image_token_id": 5} | wrong)
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ import onnxruntime
 import pytest
 import torch
 from phi3_embed.configuration_phi3_embed import CLIP_VIT_LARGE_PATCH14_336, Phi3EmbedConfig
-from phi3_embed.convert_phi3_vision import published_names
 from phi3_embed.modeling_phi3_embed import Phi3EmbedModel
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor
 from PIL import Image
 from transformers import pipeline
 
 from phi3_tools import export  # noqa: E402
+from phi3_tools.checkpoint.layout import published_names
 
 close = {"atol": 6e-5, "rtol": 1e-5}
 close_small = {"atol": 3e-5, "rtol": 0}

@@ -13,8 +13,10 @@ import published
 import pytest
 import torch
 from conftest import ROOT, run_python
-from phi3_embed.convert_phi3_vision import ConversionError, convert, put_back
 from safetensors.torch import load_file, save_file
+
+from phi3_tools.checkpoint.convert import convert
+from phi3_tools.checkpoint.put_back import put_back
 
 CODE = "someone/other--code.Class"
 OURS = re.compile(r"(configuration|modeling|processing)_phi3_embed\.\w+")
@@ -113,12 +115,11 @@ def folder_instead(name):
 @pytest.mark.parametrize(
     "change, said",
     [
-        (link("LICENSE"), "LICENSE of .* is a symbolic link to what lies elsewhere"),
-        (link("README.md"), "README.md of .* is a symbolic link to what lies elsewhere"),
+        (link("LICENSE"), "LICENSE of .* is a symbolic link to a folder, or to what lies elsewhere"),
+        (link("README.md"), "README.md of .* is a symbolic link to a folder, or to what lies elsewhere"),
         (lambda folder: (folder / "LICENSE.old").symlink_to("/nowhere"), "LICENSE.old of .* is a symbolic link to"),
         (pipe("LICENSE"), "LICENSE of .* is a pipe, a socket or a device"),
         (folder_instead("LICENSES"), "LICENSES of .* is a folder"),
-        (lambda folder: (folder / "README.md").write_bytes(b"---\nlicense: *x\n---\n"), "README.md cannot be read"),
     ],
 )
 def test_texts_that_are_no_files_are_left_out_and_said(change, said, source, tmp_path, capsys):
@@ -133,7 +134,7 @@ def test_texts_that_are_no_files_are_left_out_and_said(change, said, source, tmp
 @pytest.mark.parametrize("change", [link, pipe, folder_instead])
 def test_a_file_that_is_none_is_refused(change, name, source, tmp_path):
     change(name)(source)
-    with pytest.raises(ConversionError, match=rf"{name} is a (symbolic link|pipe|folder).*Put the file itself there"):
+    with pytest.raises(ValueError, match=rf"{name} is a (symbolic link|pipe|folder).*Put the file itself there"):
         convert(str(source), tmp_path / "output")
 
 
@@ -208,11 +209,11 @@ TOWER = published.SMALL_CONFIG["vision_config"]
         (offsets(lambda start, stop, other: [-16, stop - start - 16]), "has the dtype .* and the offsets"),
         (offsets(lambda start, stop, other: [float(start), float(stop)]), "has the dtype .* and the offsets"),
         (offsets(lambda start, stop, other: [stop, start]), "overlap|is no safetensors file"),
-        (offsets(lambda start, stop, other: [10**15, 10**15 + stop - start]), "is cut short"),
+        (offsets(lambda start, stop, other: [10**15, 10**15 + stop - start]), "no safetensors file"),
         (offsets(lambda start, stop, other: [True, 2]), "no safetensors file"),
         (offsets(lambda start, stop, other: [0, 1, 2]), "no safetensors file"),
-        (shape(10**9, 10**9), "no safetensors file .*of shape"),
-        (shape(*[1] * 1000), "no safetensors file .*too long"),
+        (shape(10**9, 10**9), "the shape"),
+        (shape(*[1] * 1000), "the shape"),
         (shape(-1, -1), "no safetensors file"),
         (header(lambda about: b"[" * 100_000), "no safetensors file"),
         (header(lambda about: b"[1]"), "no safetensors file"),
@@ -233,34 +234,33 @@ TOWER = published.SMALL_CONFIG["vision_config"]
         ),
         (
             lambda folder: add(folder / "config.json", vision_config=TOWER | {"model_type": "timm_wrapper"}),
-            "`vision_config` is of type 'timm_wrapper', but must be",
+            "a part of it is of type 'timm_wrapper', but must be",
         ),
         (lambda folder: add(folder / "config.json", vision_config=TOWER | {"model_type": [1]}), "is of type"),
         (
             lambda folder: add(folder / "tokenizer_config.json", chat_template=[{"name": "../../x", "template": ""}]),
-            r"a chat template is called '\.\./\.\./x'",
+            "`chat_template` must be one text",
         ),
-        (lambda folder: add(folder / "tokenizer_config.json", pad_token=7), "a token is '7', but must be a text"),
-        (lambda folder: add(folder / "tokenizer_config.json", added_tokens_decoder={"x": "y"}), "tokenizer cannot be"),
+        (lambda folder: add(folder / "tokenizer_config.json", pad_token=7), "`pad_token` is '7', but must be a text"),
     ],
 )
 def test_what_would_overlap_overflow_or_never_end_is_told_in_a_line(change, said, source, tmp_path):
     change(source)
     start = time.monotonic()
-    with pytest.raises(ConversionError, match=said) as raised:
+    with pytest.raises(ValueError, match=said) as raised:
         convert(str(source), tmp_path / "output")
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 2000
     assert time.monotonic() - start < 10
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-@pytest.mark.parametrize("text", ["bomb", "---\n" + "[" * 60_000 + "\n---\n", "---\nx: " + "y" * 70_000 + "\n---\n"])
-def test_a_card_that_is_a_trap_costs_no_more_than_the_licence(text, source, tmp_path, capsys):
-    bomb(source) if text == "bomb" else (source / "README.md").write_text(text)
+@pytest.mark.parametrize("trap", ["bomb", "[" * 60_000, "y: " + "y" * 2**20, "license_name: " + '"' * 10**6])
+def test_a_card_that_is_a_trap_costs_nothing(trap, source, tmp_path):
+    bomb(source) if trap == "bomb" else (source / "README.md").write_text(f"---\nlicense: mit\n{trap}\n---\n")
     start = time.monotonic()
     convert(str(source), tmp_path / "output")
     assert time.monotonic() - start < 10
-    assert "README.md cannot be read, so the licence is not taken over" in capsys.readouterr().out
+    assert "license: mit\n" in (tmp_path / "output" / "README.md").read_text()
 
 
 # Adapters
@@ -294,10 +294,10 @@ def test_an_adapters_settings_act_on_nothing(adapter, source, tmp_path):
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({"rank_pattern": {"(a+)+$": 2}}, "`rank_pattern` has .* but must have names of layers"),
-        ({"alpha_pattern": {"x": -1}}, "must be a dict of positive numbers"),
-        ({"r": 10**12}, "`r` is 1000000000000"),
-        ({"init_lora_weights": "pissa_niter_4"}, "LoRA with `init_lora_weights` pissa_niter_4"),
+        ({"rank_pattern": {"(a+)+$": 2}}, "`rank_pattern` is .* but must be positive numbers by names of layers"),
+        ({"alpha_pattern": {"x": -1}}, "must be positive numbers by names"),
+        ({"r": 10**12}, "`r` is '1000000000000'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "LoRA with `init_lora_weights` 'pissa_niter_4'"),
         ({"layer_replication": [[0, 9], [0, 9]]}, "LoRA with `layer_replication`"),
         ({"target_parameters": ["x"]}, "LoRA with `target_parameters`"),
         ({"use_dora": "yes"}, "`use_dora` is 'yes', but must be true or false"),
@@ -305,7 +305,7 @@ def test_an_adapters_settings_act_on_nothing(adapter, source, tmp_path):
 )
 def test_an_adapter_of_another_kind_is_refused(settings, said, adapter, source, tmp_path):
     add(adapter / "adapter_config.json", **settings)
-    with pytest.raises(ConversionError, match=said) as raised:
+    with pytest.raises(ValueError, match=said) as raised:
         convert(str(adapter), tmp_path / "output", base=str(source))
     assert "\n" not in str(raised.value)
 
@@ -317,14 +317,14 @@ def test_the_base_that_an_adapter_names_is_no_path(named, adapter, source, tmp_p
     shutil.copytree(source, tmp_path / "someone" / "model")
     named = named.format(source=source) if isinstance(named, str) else named
     add(adapter / "adapter_config.json", base_model_name_or_path=named)
-    with pytest.raises(ConversionError, match="which is no Hub id. Give the base by|no Hub id|cannot be reached"):
+    with pytest.raises(ValueError, match="which is no Hub id. Give the base by|no Hub id|cannot be reached"):
         convert(str(adapter), tmp_path / "output")
 
 
 def test_weights_with_an_adapter_beside_them_are_a_question(adapter, source, tmp_path):
     for path in adapter.iterdir():
         shutil.copy(path, source)
-    with pytest.raises(ConversionError, match=f"has weights, and an adapter beside them.*--base {source}"):
+    with pytest.raises(ValueError, match=f"has weights, and an adapter beside them.*--base {source}"):
         convert(str(source), tmp_path / "output")
     convert(str(source), tmp_path / "output", base=str(source))
     convert(str(adapter), tmp_path / "other", base=str(source))
@@ -334,20 +334,19 @@ def test_weights_with_an_adapter_beside_them_are_a_question(adapter, source, tmp
 
 FULL = """
 import resource, sys
-sys.path.insert(0, sys.argv.pop(1))
-import convert_phi3_vision
+from phi3_tools.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)), resource.RLIM_INFINITY))
-convert_phi3_vision.main()
+main(["convert", *sys.argv[1:]])
 """
 
 
-@pytest.mark.parametrize("limit", [300_000, 3_000_000])
-def test_a_full_disk_is_told_in_a_line_by_whatever_library_meets_it(limit, source, tmp_path):
-    """At 300 kB the tokenizer does, which raises a plain `Exception`."""
-    arguments = [sys.executable, "-c", FULL, ROOT, str(limit), source, tmp_path / "output"]
+def test_a_full_disk_is_told_in_a_line_where_the_tokenizers_library_meets_it(source, tmp_path):
+    """It raises a plain `Exception`."""
+    arguments = [sys.executable, "-c", FULL, "300000", source, tmp_path / "output"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert re.fullmatch(
-        r"error: .*Free some space: the same command goes on from here\.", done.stderr.splitlines()[-1]
+        r"phi3-embed convert: The disk is full: .*Free some space\. .*goes on from there\.",
+        done.stderr.splitlines()[-1],
     )
     assert "Traceback" not in done.stderr

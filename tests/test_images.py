@@ -208,7 +208,8 @@ def test_data_does_not_decide_which_files_are_opened(path, tmp_path):
     write_image_column(tmp_path / "data" / "x.parquet", *rows)
     table = tmp_path / "data" / "x.parquet"
     (shard,) = make_shards(table, 64)
-    for secret, own in (load_images(table)["train"]["image"][:], list(read_shard(shard))):
+    rows = [row["image"] for row in read_shard(shard)]
+    for secret, own in (load_images(table)["train"]["image"][:], rows):
         with pytest.raises(ValueError, match="names a file outside of the data's own folder"):
             image_bytes(secret)
         assert read_image(own).size == (20, 10)
@@ -230,7 +231,7 @@ def test_a_webdataset_with_captions_and_classes(tmp_path):
     assert split["name"] == ["a.png", "b.png"] and split["text"] == ["a caption", None]
     assert split.features["label"].names == ["1", "3"] and split["label"] == [1, 0]
     assert image_bytes(split[1]["image"]) == png(2)
-    assert [image_bytes(image) for shard in make_shards(tmp_path, 1) for image in read_shard(shard)] == [
+    assert [image_bytes(row["image"]) for shard in make_shards(tmp_path, 1) for row in read_shard(shard)] == [
         png(1),
         png(2),
     ]

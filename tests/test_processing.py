@@ -12,6 +12,7 @@ import golden
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor, Phi3EmbedProcessor, hd_target_size
 from PIL import Image, ImageCms
 from transformers import AutoProcessor, PreTrainedTokenizerFast
@@ -471,25 +472,26 @@ def test_float_arrays_are_not_left_unscaled(image_processor):
 
 # Texts with images
 
-WIDE, TALL = Image.new("RGB", (56, 28)), Image.new("RGB", (28, 56))
+WIDE, TALL = Image.new("RGB", (56, 28)), Image.new("RGB", (28, 56), "red")
+COUNTS = [Phi3EmbedImageProcessor(num_crops=4, **SMALL).num_image_tokens(*image.size) for image in (WIDE, TALL)]
 
 
 def test_tags_become_as_many_tokens_as_their_image_has(processor):
     out = processor(images=[WIDE, TALL], text="what is <|image_1|> and <|image_2|> ?")
     ids = torch.tensor(out["input_ids"][0])
-    assert (ids == processor.image_token_id).sum() == sum(out["num_img_tokens"])
+    assert (ids == processor.image_token_id).sum() == sum(COUNTS)
     placeholders = (ids == processor.image_token_id).int()
     starts = (placeholders.diff() == 1).nonzero().flatten() + 1
     ends = (placeholders.diff() == -1).nonzero().flatten() + 1
-    assert (ends - starts).tolist() == list(out["num_img_tokens"])
-    assert list(out["num_img_tokens"]) == [processor.image_processor.num_image_tokens(*im.size) for im in (WIDE, TALL)]
+    assert (ends - starts).tolist() == COUNTS
+    assert set(out) == {"input_ids", "attention_mask", "pixel_values", "image_sizes"}
 
 
 def test_token_ids_are_those_of_the_pieces_one_by_one_as_in_the_original(processor, tokenizer):
     text = "<|user|>\n<|image_1|>\nwhat is this ?<|end|>\nthe cat <|image_2|>"
     out = processor(images=[WIDE, TALL], text=text)
     wanted = []
-    for piece, count in zip(re.split(r"<\|image_\d+\|>", text), [*out["num_img_tokens"], 0]):
+    for piece, count in zip(re.split(r"<\|image_\d+\|>", text), [*COUNTS, 0]):
         wanted += tokenizer(piece)["input_ids"] + [processor.image_token_id] * count
     assert out["input_ids"][0] == wanted
 
@@ -499,7 +501,7 @@ def test_without_special_tokens_no_piece_has_a_start(processor, tokenizer, argum
     text = "what is <|image_1|> and <|image_2|> ?"
     out = processor(images=[WIDE, TALL], text=text, **arguments)
     wanted = []
-    for piece, count in zip(re.split(r"<\|image_\d+\|>", text), [*out["num_img_tokens"], 0]):
+    for piece, count in zip(re.split(r"<\|image_\d+\|>", text), [*COUNTS, 0]):
         wanted += tokenizer(piece, add_special_tokens=False)["input_ids"] + [processor.image_token_id] * count
     assert out["input_ids"][0] == wanted and tokenizer.bos_token_id not in wanted
 
@@ -513,6 +515,14 @@ def test_batches_of_texts_with_none_one_and_two_images(processor, tokenizer, ima
     for row, mask, one in zip(out["input_ids"], out["attention_mask"], alone):
         assert row[mask.bool()].tolist() == one["input_ids"][0]
     assert (out["input_ids"][out["attention_mask"] == 0] == tokenizer.pad_token_id).all()
+
+
+def test_numbers_name_images_in_any_order_and_again(processor):
+    texts = ["<|image_2|> and <|image_1|> and <|image_2|>", "a <|image_1|>"]
+    out = processor(images=[WIDE, TALL, WIDE], text=texts, padding=True, return_tensors="pt")
+    plain = ["<|image|> and <|image|> and <|image|>", "a <|image|>"]
+    wanted = processor(images=[TALL, WIDE, TALL, WIDE], text=plain, padding=True, return_tensors="pt")
+    assert all(torch.equal(out[key], wanted[key]) for key in wanted)
 
 
 def test_plain_image_tokens_work_as_tags(processor):
@@ -530,8 +540,8 @@ def test_images_alone_and_texts_alone(processor, tokenizer):
 
 def test_num_crops_per_call(processor):
     few, many = (processor(images=WIDE, text="<|image_1|>", num_crops=number) for number in (0, 4))
-    assert few["num_img_tokens"][0] == 7 < many["num_img_tokens"][0]
-    assert few["input_ids"][0].count(processor.image_token_id) == 7
+    assert few["input_ids"][0].count(processor.image_token_id) == 7 < COUNTS[0]
+    assert many["input_ids"][0].count(processor.image_token_id) == COUNTS[0]
 
 
 def test_token_counts_without_pixels(processor):
@@ -547,15 +557,14 @@ def test_token_counts_without_pixels(processor):
     [
         (None, None, "Neither `images` nor `text`"),
         ([], None, "There are no images"),
-        (None, "<|image_1|>", "1 image tags, but there are 0 images"),
-        ([WIDE], "the cat", "0 image tags, but there are 1 images"),
-        ([WIDE], "<|image_1|> <|image_2|>", "2 image tags, but there are 1 images"),
-        ([WIDE, TALL], "<|image_2|> <|image_1|>", r"image tags \[2, 1\], but must number its images 1, 2, 3"),
-        ([WIDE, TALL], "<|image_1|> <|image_3|>", r"image tags \[1, 3\]"),
+        (None, "<|image_1|>", "tags of 1 images, but there are 0 images"),
+        ([WIDE], "the cat", "tags of 0 images, but there are 1 images"),
+        ([WIDE], "<|image_1|> <|image_2|>", "tags of 2 images, but there are 1 images"),
+        ([WIDE, TALL], "<|image_1|> <|image_3|>", r"image tags \[1, 3\], but must number its images 1, 2, 3, .* gap"),
         ([WIDE], "<|image_0|>", r"image tags \[0\]"),
-        ([WIDE, TALL], "<|image_1|> <|image_1|>", r"image tags \[1, 1\]"),
+        ([WIDE, TALL], "<|image_1|> <|image_1|>", "tags of 1 images, but there are 2 images"),
         ([WIDE, TALL], "<|image_1|> <|image|>", "both numbered tags and"),
-        ([[WIDE, TALL], []], ["<|image_1|>", "<|image_1|>"], "Text 0 has 1 image tags, but 2 images"),
+        ([[WIDE, TALL], []], ["<|image_1|>", "<|image_1|>"], "Text 0 has tags of 1 images, but there are 2 images"),
         ([[WIDE]], ["<|image_1|>", "a"], "2 texts, but 1 lists of images"),
         ([WIDE], [3], r"`text` is \[3\], but must be a string or a list of strings"),
         ([WIDE], [], r"`text` is \[\], but must be a string or a list of strings, and not empty"),
@@ -592,3 +601,85 @@ def test_a_tokenizer_whose_own_config_is_lost_is_an_error(tokenizer, tmp_path):
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match="begins a text with '<s>', .* tokenizer_config.json missing"):
         Phi3EmbedProcessor(Phi3EmbedImageProcessor(), PreTrainedTokenizerFast.from_pretrained(tmp_path))
+
+
+# Conversations
+
+
+@pytest.fixture(scope="module")
+def chat(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = "left"
+    template = (ROOT / "chat_template.jinja").read_text()
+    return Phi3EmbedProcessor(Phi3EmbedImageProcessor(num_crops=4, **SMALL), tokenizer, chat_template=template)
+
+
+def image_part(image):
+    return {"type": "image", "image": image}
+
+
+def text_part(text):
+    return {"type": "text", "text": text}
+
+
+TURNS = [
+    {"role": "system", "content": "lower"},
+    {"role": "user", "content": [image_part(WIDE), text_part("what is this ?")]},
+    {"role": "assistant", "content": [text_part("the cat")]},
+    {"role": "user", "content": [text_part("and "), image_part(TALL), text_part("that ?")]},
+    {"role": "assistant", "content": "the dog"},
+]
+
+
+def test_typed_images_are_numbered_over_the_whole_conversation(chat):
+    prompt = chat.apply_chat_template(TURNS[:4], add_generation_prompt=True)
+    assert prompt == (
+        "<|system|>\nlower<|end|>\n<|user|>\n<|image_1|>\nwhat is this ?<|end|>\n<|assistant|>\nthe cat<|end|>\n"
+        "<|user|>\nand <|image_2|>\nthat ?<|end|>\n<|assistant|>\n"
+    )
+    strings = [{"role": "user", "content": "<|image_1|>\nwhat ?"}, TURNS[3]]
+    assert "<|image_2|>\nthat" in chat.apply_chat_template(strings)
+    assert not chat.apply_chat_template(TURNS, add_generation_prompt=True).endswith("<|assistant|>\n")
+
+
+def test_a_conversation_becomes_all_inputs_of_the_model(chat, tmp_path):
+    WIDE.save(tmp_path / "wide.png")
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    out = chat.apply_chat_template(TURNS[:4], **options)
+    wanted = chat(images=[WIDE, TALL], text=chat.apply_chat_template(TURNS[:4], add_generation_prompt=True))
+    assert out["input_ids"][0].tolist() == wanted["input_ids"][0]
+    assert torch.equal(out["pixel_values"], views(chat.image_processor, [WIDE, TALL]))
+    turn = {"role": "user", "content": [{"type": "image", "path": str(tmp_path / "wide.png")}, text_part("what ?")]}
+    by_path = chat.apply_chat_template([turn], processor_kwargs={"num_crops": 0}, **options)
+    assert torch.equal(by_path["pixel_values"], views(chat.image_processor, WIDE, num_crops=0))
+
+
+def test_a_batch_of_conversations_with_two_one_and_no_images(chat):
+    conversations = [TURNS[:4], [TURNS[1]], [{"role": "user", "content": [text_part("what ?")]}]]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    out = chat.apply_chat_template(conversations, processor_kwargs={"padding": True}, **options)
+    assert torch.equal(out["pixel_values"], views(chat.image_processor, [WIDE, TALL, WIDE]))
+    for ids, mask, conversation in zip(out["input_ids"], out["attention_mask"], conversations):
+        assert torch.equal(ids[mask.bool()], chat.apply_chat_template(conversation, **options)["input_ids"][0])
+        assert mask[-1] == 1
+
+
+def test_assistant_masks_cover_the_answers_and_their_end(chat):
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    out = chat.apply_chat_template(TURNS, **options)
+    answers = [id for id, is_answer in zip(out["input_ids"][0], out["assistant_masks"][0]) if is_answer]
+    assert chat.tokenizer.decode(answers).replace(" ", "") == "thecat<|end|>thedog<|end|>"
+
+
+@pytest.mark.parametrize(
+    "message, error",
+    [
+        ({"role": "tool", "content": "a"}, "has the role 'tool', but must be of 'system', 'user' or 'assistant'"),
+        ({"role": "assistant", "content": [image_part(WIDE)]}, "An image is in a turn of 'assistant'"),
+        ({"role": "user", "content": [{"type": "video", "video": "a"}]}, "a part of type 'video'"),
+        ({"role": "user", "content": "<|image_1|>"}, "tags of 1 images, but there are 0 images"),
+    ],
+)
+def test_conversations_that_the_template_does_not_know_are_an_error(chat, message, error):
+    with pytest.raises(Exception, match=error):
+        chat.apply_chat_template([message], tokenize=True, return_dict=True)

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, copy_checkpoint
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import AutoModel
 
@@ -201,6 +203,34 @@ def test_what_cannot_be_is_told_in_a_line(arguments, message, folder, tmp_path, 
     with pytest.raises(SystemExit, match=message) as error:
         run(capsys, *given)
     assert str(error.value).startswith("phi3-embed search: ") and "\n" not in str(error.value)
+
+
+def test_two_commands_at_once_store_each_image_once(folder, tmp_path):
+    index = tmp_path / "index"
+    command = [*COMMAND, "index", str(folder), str(index), *FEW_CROPS]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=200) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted("Added 12." in out for out, _ in said) == [False, True]
+    assert len(rows(index)) == len({row["hash"] for row in rows(index)}) == 12
+
+
+def test_duplicates_of_an_earlier_version_are_removed(folder, tmp_path, capsys):
+    index = tmp_path / "index"
+    run(capsys, "index", folder, index, *FEW_CROPS)
+    lancedb.connect(index).open_table("images").add(rows(index)[:3])
+    assert len(rows(index)) == 15
+    assert "holds 12 images" in run(capsys, "index", folder, index)
+
+
+def test_rows_that_leave_a_parquet_file_leave_the_index(tmp_path, capsys):
+    index, data = tmp_path / "index", tmp_path / "data.parquet"
+    images = [Image.new("L", (8, 8), 40 * number) for number in range(4)]
+    for kept in (images, images[1:3]):
+        Dataset.from_dict({"image": kept}, Features({"image": ImageFeature()})).to_parquet(data)
+        said = run(capsys, "index", data, index, *FEW_CROPS)
+    assert "Added 0. Already there: 2." in said and "Removed 2 that" in said
+    assert sorted(row["path"] for row in rows(index)) == [f"{data}#row 0", f"{data}#row 1"]
 
 
 def test_a_kill_in_the_middle_loses_nothing_and_doubles_nothing(tmp_path):

@@ -1,5 +1,6 @@
 """What is done to an image, each of an everyday strength, to see how far its vector moves."""
 
+import functools
 import io
 
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
@@ -33,7 +34,8 @@ CHANGES = {
     "brightness": lambda image: ImageEnhance.Brightness(image).enhance(1.5),
     "downscaling": lambda image: shrink(image, 2).resize(image.size, Image.Resampling.BILINEAR),
 }
-# To be raised when a change becomes another one: kept vectors of changed pictures are then not taken.
-CHANGES_VERSION = 1
-# Pictures at a share of their resolution.
+# Images at a share of their width and height.
 SHRINKS = {"1/2 size": 2, "1/4 size": 4, "1/8 size": 8}
+SHRINKS = {name: functools.partial(shrink, factor=factor) for name, factor in SHRINKS.items()}
+# To be raised when a change becomes another one: kept vectors of changed images are then not taken.
+CHANGES_VERSION = 1

@@ -9,371 +9,361 @@ import functools
 import json
 import os
 import platform
-import sys
+import shlex
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
 from tqdm import tqdm
+from transformers import AutoConfig
 
-from phi3_tools.compare.changes import CHANGES, CHANGES_VERSION, SHRINKS, shrink
-from phi3_tools.compare.report import format_cost, format_value, write_report
-from phi3_tools.compare.vectors import KeyedImage, embed, open_cache
-from phi3_tools.images import IMAGE, LABEL, NAME, TEXT, image_hash, load_images, read_image, readable
-from phi3_tools.measures import (
-    FEW_RESAMPLES,
-    NUM_NEIGHBOURS,
-    UNLABELLED,
-    Figure,
-    after_change,
-    ari,
-    bootstrap,
-    clusters,
-    held_out_accuracy,
-    linear_cka,
-    nmi,
-    overlap,
-    retrieval,
-    summarise,
-    text_to_image,
-    unit,
-    why_undefined,
-)
-from phi3_tools.models import find_model
-from phi3_tools.results import MAX_NAMED, check_writable, write_beside, write_text
+from phi3_tools import measures
+from phi3_tools.compare.changes import CHANGES, CHANGES_VERSION, SHRINKS
+from phi3_tools.compare.report import data_uri, format_cost, format_value, write_report
+from phi3_tools.compare.vectors import VECTORS, Embedded, Key, embed
+from phi3_tools.images import IMAGE, LABEL, NAME, TEXT, image_bytes, image_hash, load_images, read_image
+from phi3_tools.measures import UNLABELLED, Figure, Undefined, unit
+from phi3_tools.models import BATCH_SIZE, PHI3_EMBED, TRANSFORMERS, Model, find_model
+from phi3_tools.results import check_writable, console, say_left_out, without_path, write_beside, write_text
 
 PACKAGES = ("torch", "transformers", "sentence-transformers", "scikit-learn", "scipy", "numpy", "pillow")
-RETRIEVAL, HELD_OUT, CLUSTERING = "Same-class retrieval", "Classification of held-out pictures", "Clustering"
-ROBUSTNESS, DETAIL, TEXTS = "Robustness", "Fine detail", "Text to image"
-CKA_PICTURES = 200
-ALL_CHANGES = "mean of all changes"
+RETRIEVAL, HELD_OUT, CLUSTERING = "Same-class retrieval", "Classification of held-out images", "Clustering"
+ROBUSTNESS, DETAIL, TO_IMAGE, TO_TEXT = "Robustness", "Fine detail", "Text to image", "Image to text"
+ALL, ALL_CHANGES = "all", "mean of all changes"
+CKA_IMAGES = 200
 LOWER_IS_BETTER = ("moved", "fall of recall@1")
-console = Console()
 
 
-@dataclass
-class Data:
-    """Pictures that differ; `labels` `(n,)` index `classes`, or are `UNLABELLED`; `captions` are texts, or None."""
+class Item(NamedTuple):
+    """
+    An image that can be read: `key` is its file's hash, `read(opener)` opens it, `thumbnail` is a data URI. `words`
+    are its caption, or its class where the data has no captions.
+    """
 
-    names: list[str]
-    pictures: list[KeyedImage]
-    labels: np.ndarray
-    classes: list[str]
-    captions: list[str] | None
-
-    def select(self, kept):
-        return Data(
-            [self.names[each] for each in kept],
-            [self.pictures[each] for each in kept],
-            self.labels[kept],
-            self.classes,
-            self.captions and [self.captions[each] for each in kept],
-        )
+    name: str
+    key: str
+    read: Callable
+    thumbnail: str
+    label: int = UNLABELLED
+    words: str = ""
 
 
-@dataclass
-class Arguments:
-    """What is compared, and how: see `phi3-embed compare --help`."""
+def run(
+    models: Sequence[str],
+    source: str,
+    output: Path = Path("report"),
+    split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    text_column: str | None = None,
+    limit: int | None = None,
+    probe: int = 100,
+    num_crops: int | None = None,
+    resamples: int = 1000,
+    batch_size: int = BATCH_SIZE,
+    seed: int = 0,
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """
+    Measures the embeddings of MODELs on the images of a SOURCE, and writes the report -> what `results.json` holds.
 
-    models: list[str]
-    source: str
-    output: Path
-    split: str | None
-    image_column: str | None
-    label_column: str | None
-    text_column: str | None
-    limit: int | None
-    probe: int
-    num_crops: int | None
-    resamples: int
-    batch_size: int
-    seed: int
-    cache: Path
+    Raises:
+        ValueError: a model, the data or the output cannot be used; said before the work.
+    """
+    arguments, started = dict(locals()), time.strftime("%Y-%m-%d %H:%M:%S %z")
+    cache = cache or VECTORS
+    for folder in (output, cache):
+        check_writable(folder)
+    found = [find_model(text) for text in dict.fromkeys(models)]
+    columns = {"image_column": image_column, "label_column": label_column, "text_column": text_column}
+    items, classes, facts = load_items(source, split, limit, seed, **columns)
 
+    probed = np.sort(np.random.default_rng(seed).permutation(len(items))[:probe])
+    texts = [item.words for item in items if item.words]
+    embedded = embed(found, versions_of(items, set(probed.tolist())), texts, num_crops, cache, batch_size)
+    items, probed = leave_out_refused(items, probed, embedded, facts["left_out"])
+    embedded = dict(zip(name_models(found), embedded.values()))
+    spaces = {label: space_of(of_model, items, probed) for label, of_model in embedded.items()}
 
-def run(arguments):
-    # All that can be wrong is looked for before the work.
-    check(arguments)
-    models = [find_model(text) for text in dict.fromkeys(arguments.models)]
-    data, left_out = load_data(arguments)
-    started = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    rng = np.random.default_rng(arguments.seed)
-    probe = np.sort(rng.permutation(len(data.names))[: arguments.probe])
-    embedded = embed(
-        models,
-        data.pictures + changed_pictures(data, probe),
-        [] if data.captions is None else data.captions,
-        arguments.num_crops,
-        arguments.cache,
-        arguments.batch_size,
-    )
-    data, probe, spaces = leave_out_refused(data, probe, embedded, left_out)
-    labels = name_models(models)
-    with console.status("Measuring"):
-        figures, undefined = measure(data, probe, embedded, spaces, labels, arguments.seed)
+    undefined = {label: reason for label, space in spaces.items() if (reason := measures.why_undefined(space[ALL]))}
+    units = {label: units_of(space) for label, space in spaces.items() if label not in undefined}
+    of_all = {label: space[ALL] for label, space in units.items()}
+    figures = measure(items, probed, units, {label: embedded[label].texts for label in units}, undefined, seed)
+    with console.status("Resampling"):
         results = {
-            "about": about(arguments, data, started, left_out),
+            "about": {"command": command_again(found, arguments)} | about(arguments, items, started) | facts,
             "models": [
-                {
-                    "label": label,
-                    "spec": each.model.text,
-                    "version": each.model.version,
-                    "undefined": undefined.get(label),
-                }
-                | {"cost": each.cost}
-                for label, each in zip(labels, embedded)
+                {"label": label, "spec": model.text, "version": model.version}
+                | what_it_is(model)
+                | {"undefined": undefined.get(label), "cost": embedded[label].cost}
+                for label, model in zip(embedded, found)
             ],
-            "figures": summarise(figures, arguments.resamples, arguments.seed),
-            "spaces": compare_spaces(spaces, labels, undefined, arguments),
+            "figures": measures.summarise(figures, resamples, seed),
+            "spaces": compare_spaces(of_all, resamples, seed),
         }
-    vectors = {label: np.ascontiguousarray(each["all"]) for label, each in zip(labels, spaces)}
-    write_beside(arguments.output / "embeddings.safetensors", lambda path: save_file(vectors, path, names_of(data)))
-    results_text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-    write_text(arguments.output / "results.json", results_text)
+    vectors = {label: np.ascontiguousarray(space[ALL]) for label, space in spaces.items()}
+    names = {"names": [item.name for item in items], "labels": [item.label for item in items]}
+    names = {name: json.dumps(values, ensure_ascii=False) for name, values in names.items()}
+    write_beside(output / "embeddings.safetensors", lambda path: save_file(vectors, path, names))
+    write_text(output / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     with console.status("Writing the report"):
-        good = {label: vectors for label, vectors in vectors.items() if label not in undefined}
-        write_beside(
-            arguments.output / "report.html", lambda path: write_report(path, results, data, good, arguments.seed)
-        )
+        write_report(output / "report.html", results, items, classes, of_all, seed)
     show(results)
-    console.print(f"Written: {arguments.output / 'report.html'}, results.json, embeddings.safetensors")
+    console.print(f"Written: {output / 'report.html'}, results.json, embeddings.safetensors")
+    return results
 
 
-def check(arguments):
-    for name, low in {"limit": 1, "probe": 1, "num_crops": 0, "resamples": 100, "batch_size": 1, "seed": 0}.items():
-        value = getattr(arguments, name)
-        if value is not None and value < low:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be {low} at least.")
-    check_writable(arguments.output)
-    open_cache(arguments.cache).close()
+# Data
 
 
-def load_data(arguments):
-    """The pictures that can be read, each once, and what was left out."""
+def load_items(source, split, limit, seed, **columns) -> tuple[list[Item], list[str], dict[str, Any]]:
+    """The images that can be read, each once, in order; the classes' names; and what results say about the data."""
     datasets.disable_progress_bars()
-    splits = load_images(arguments.source, arguments.image_column, arguments.label_column, arguments.text_column)
-    name = arguments.split or ("test" if "test" in splits else next(iter(splits)))
+    splits = load_images(source, **columns)
+    name = split or ("test" if "test" in splits else next(iter(splits)))
     if name not in splits:
         raise ValueError(f"The data has no split {name!r}, but {', '.join(map(repr, splits))}. Give one as --split.")
-    split = splits[name]
-    if TEXT in split.features and getattr(split.features[TEXT], "dtype", None) not in ("string", "large_string"):
+    rows: Any = splits[name]  # whose type says less than its documentation
+    features = rows.features
+    if TEXT in features and getattr(features[TEXT], "dtype", None) not in ("string", "large_string"):
         raise ValueError(
-            f"The captions are {split.features[TEXT]}, but must be a text a picture. Name a column of such by "
-            "--text-column."
+            f"The captions are {features[TEXT]}, but must be a text an image. Name a column of such by --text-column."
         )
-    if arguments.limit and arguments.limit < len(split):
-        kept = np.sort(np.random.default_rng(arguments.seed).permutation(len(split))[: arguments.limit])
-        split = split.select(kept.tolist())
-    given = len(split)
-    split = readable(split, skip_broken=True)
-    if not len(split):
-        raise ValueError(f"Not one of the {given} pictures of {arguments.source} can be read.")
-    is_classes = isinstance(split.features.get(LABEL), datasets.ClassLabel)
-    pictures = [KeyedImage(image_hash(image), functools.partial(read_image, image)) for image in split[IMAGE]]
-    labels = [UNLABELLED if each is None else each for each in split[LABEL]] if is_classes else None
-    data = Data(
-        list(split[NAME]),
-        pictures,
-        np.full(len(split), UNLABELLED) if labels is None else np.array(labels),
-        split.features[LABEL].names if is_classes else [],
-        [each or "" for each in split[TEXT]] if TEXT in split.features else None,
-    )
-    kept = list({picture.key: number for number, picture in reversed(list(enumerate(pictures)))}.values())[::-1]
-    if len(kept) < len(pictures):
-        console.print(f"Left out {len(pictures) - len(kept)} pictures that are copies of others.")
-    left_out = {"unreadable": given - len(split), "copies": len(pictures) - len(kept), "refused": {}}
-    return data.select(sorted(kept)), left_out
+    if limit and limit < len(rows):
+        rows = rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:limit]).tolist())
+    classes = features[LABEL].names if isinstance(features.get(LABEL), datasets.ClassLabel) else []
+
+    items, broken = {}, []
+    for number, row in enumerate(tqdm(rows, desc="Checking", unit="image")):
+        try:
+            image = {"bytes": image_bytes(row[IMAGE]), "path": None}
+            key = image_hash(image)
+            if key not in items:
+                label = row[LABEL] if classes and row[LABEL] is not None else UNLABELLED
+                read = functools.partial(_read, rows, number)
+                words = row[TEXT] if TEXT in row else classes[label] if label != UNLABELLED else ""
+                items[key] = Item(row[NAME], key, read, data_uri(read_image(image)), label, words or "")
+        except ValueError as error:
+            broken.append(f"{row[NAME]}: {error}")
+    say_left_out(broken, len(rows))
+    if not items:
+        raise ValueError(f"Not one of the {len(rows)} images of {source} can be read.")
+    copies = len(rows) - len(broken) - len(items)
+    if copies:
+        console.print(f"Left out {copies} images that are copies of others.")
+    left_out = {"unreadable": len(broken), "copies": copies, "refused": {}}
+    return list(items.values()), classes, {"captions": TEXT in features, "left_out": left_out}
 
 
-def changed_pictures(data, probe):
-    """The probe's pictures after every change, change by change."""
-
-    def changed(number, name, change):
-        picture = data.pictures[number]
-        return KeyedImage(f"{picture.key} {name} {CHANGES_VERSION}", lambda: change(picture.read()))
-
-    return [changed(number, name, change) for name, change in all_changes().items() for number in probe]
+def _read(rows, number, opener):
+    return read_image(rows[number][IMAGE], opener)
 
 
-def all_changes():
-    return CHANGES | {name: functools.partial(shrink, factor=factor) for name, factor in SHRINKS.items()}
+def versions_of(items: list[Item], probed: set[int]) -> dict[Key, Callable]:
+    """What opens each image, and each one of the probe after every change. Side by side, so that it is opened once."""
+    opened = functools.lru_cache(maxsize=1)(lambda number, opener: items[number].read(opener))
+    versions: dict[Key, Callable] = {}
+    for number, item in enumerate(items):
+        versions[Key(item.key)] = functools.partial(opened, number)
+        for name, change in (CHANGES | SHRINKS).items() if number in probed else ():
+            versions[changed_key(item, name)] = lambda opener, number=number, change=change: change(
+                opened(number, opener)
+            )
+    return versions
 
 
-def leave_out_refused(data, probe, embedded, left_out):
+def changed_key(item: Item, change: str) -> Key:
+    return Key(item.key, f"{change} {CHANGES_VERSION}")
+
+
+def leave_out_refused(items, probed, embedded: dict[Model, Embedded], left_out):
+    """Leaves out of all models alike what one refuses, changed or not -> the items and the probe's numbers in them."""
+    refused = {key.digest: reason for found in embedded.values() for key, reason in found.refused.items()}
+    left_out["refused"] = {item.name: refused[item.key] for item in items if item.key in refused}
+    say_left_out([f"{name}: {reason}" for name, reason in left_out["refused"].items()], len(items))
+    kept = [number for number, item in enumerate(items) if item.key not in refused]
+    if not kept:
+        raise ValueError("Every image is refused by one model or another, so that there is nothing to compare.")
+    return [items[number] for number in kept], np.searchsorted(kept, np.intersect1d(probed, kept))
+
+
+def space_of(embedded: Embedded, items, probed) -> dict[str, np.ndarray]:
+    """The vectors of a model: of all images `(n, d)`, and by each change of the probe's `(m, d)`."""
+    space = {ALL: np.stack([embedded.images[Key(item.key)] for item in items])}
+    for change in CHANGES | SHRINKS:
+        keys = [changed_key(items[number], change) for number in probed]
+        space[change] = np.stack([embedded.images[key] for key in keys]) if keys else space[ALL][:0]
+    return space
+
+
+def units_of(space):
+    return {name: unit(vectors) for name, vectors in space.items()}
+
+
+# Figures
+
+
+def measure(items, probed, units, texts, undefined, seed) -> list[Figure]:
     """
-    Pictures that a model refuses, changed or not, are left out of all models alike.
+    All figures.
 
-    Returns:
-        The data, the probe, and for each model {"all": vectors `(n, d)`, change: vectors of the probe `(m, d)`}.
+    Args:
+        probed: the numbers of the items that were changed.
+        units: {model: what [`space_of`] gives, as unit vectors}, of the models that can be measured.
+        texts: {model: {words: their vector}, or None without a text side}.
+        undefined: {model: why it cannot be measured}.
     """
-    refused = {key: reason for each in embedded for key, reason in each.refused.items()}
-    keys = {key.split(" ")[0] for key in refused}
-    kept = np.array([number for number, picture in enumerate(data.pictures) if picture.key not in keys])
-    left_out["refused"] = {
-        name: next(reason for key, reason in refused.items() if key.startswith(picture.key))
-        for name, picture in zip(data.names, data.pictures)
-        if picture.key in keys
-    }
-    for name, reason in list(left_out["refused"].items())[:MAX_NAMED]:
-        console.print(f"Left out of all models: {name}: {reason}", style="yellow")
-    if not len(kept):
-        raise ValueError("Every picture is refused by one model or another, so that there is nothing to compare.")
-    total, is_kept = len(data.pictures), np.isin(probe, kept)
+    labels = np.array([item.label for item in items])
+    figures = []
+
+    def add(group, names, samples_of, statistics=None):
+        """`samples_of(model)` gives {figure: a sample for each image}; `names` stand where no model has any."""
+        samples, reasons = {}, dict(undefined)
+        for label in units:
+            try:
+                with console.status(f"{group}: {label}"):
+                    samples[label] = samples_of(label)
+            except Undefined as reason:
+                reasons[label] = str(reason)
+        for name in dict.fromkeys(name for found in samples.values() for name in found) or names:
+            of_models = {label: found[name] for label, found in samples.items()}
+            statistic = (statistics or {}).get(name, np.mean)
+            figures.append(Figure(group, name, of_models, reasons, statistic, not name.endswith(LOWER_IS_BETTER)))
+        return samples
+
+    add(RETRIEVAL, measures.RANKED, lambda label: measures.same_class_retrieval(units[label][ALL], labels))
+    probes = ("k-NN accuracy", "linear-probe accuracy")
+    add(HELD_OUT, probes, lambda label: measures.held_out_accuracy(units[label][ALL], labels, seed))
+    agreement = {"NMI": measures.nmi, "ARI": measures.ari}
+    clustered = functools.partial(dict.fromkeys, agreement)
+    add(CLUSTERING, agreement, lambda label: clustered(measures.clusters(units[label][ALL], labels, seed)), agreement)
+
+    by_change = {}
+    for change in CHANGES | SHRINKS:
+
+        def samples_of(label, change=change):
+            found = measures.after_change(units[label][ALL], units[label][change], probed, labels)
+            return {f"{change}: {name}": sample for name, sample in found.items()}
+
+        group = ROBUSTNESS if change in CHANGES else DETAIL
+        by_change[change] = add(group, [f"{change}: finds itself"], samples_of)
+
+    def mean_samples(label):
+        if any(label not in by_change[change] for change in CHANGES):
+            raise Undefined("see above")
+        names = [name.removeprefix("blur: ") for name in by_change["blur"][label]]
+        return {
+            f"{ALL_CHANGES}: {name}": np.mean([by_change[c][label][f"{c}: {name}"] for c in CHANGES], axis=0)
+            for name in names
+        }
+
+    add(ROBUSTNESS, [f"{ALL_CHANGES}: finds itself"], mean_samples)
+
+    if any(vectors is not None for vectors in texts.values()):
+        words = {text: number for number, text in enumerate(dict.fromkeys(item.words for item in items if item.words))}
+        numbers, wanted = np.arange(len(words)), np.array([words.get(item.words, UNLABELLED) for item in items])
+
+        def of_words(label):
+            if texts[label] is None:
+                raise Undefined("it has no text side")
+            return unit(np.stack([texts[label][text] for text in words]))
+
+        searched = measures.retrieval
+        add(TO_IMAGE, measures.RANKED, lambda label: searched(of_words(label), numbers, units[label][ALL], wanted))
+        add(TO_TEXT, measures.RANKED, lambda label: searched(units[label][ALL], wanted, of_words(label), numbers))
+    return figures
+
+
+def compare_spaces(units: dict[str, np.ndarray], resamples: int, seed: int) -> list[dict]:
+    """How alike each two spaces are: linear CKA on a sample of the images, and shared neighbours among all."""
+    if len(units) < 2:
+        return []
+    total, rng = len(next(iter(units.values()))), np.random.default_rng(seed)
+    sample = rng.permutation(total)[:CKA_IMAGES]
+    everything, draws = np.arange(len(sample)), rng.choice(len(sample), (measures.FEW_RESAMPLES, len(sample)))
+    grams = {label: measures.gram(vectors[sample]) for label, vectors in units.items()}
     spaces = []
-    for each in embedded:
-        space = {"all": each.vectors[:total][kept]}
-        for number, name in enumerate(all_changes()):
-            start = total + number * len(probe)
-            space[name] = each.vectors[start : start + len(probe)][is_kept]
-        spaces.append(space)
-        if each.texts is not None:
-            each.texts = each.texts[kept]
-    return data.select(kept), np.searchsorted(kept, probe[is_kept]), spaces
+    for left, right in combinations(units, 2):
+        observed, resampled = measures.bootstrap(
+            [measures.overlap(units[left], units[right])], np.mean, resamples, seed
+        )
+        cka, *others = (
+            measures.linear_cka(grams[left][np.ix_(rows, rows)], grams[right][np.ix_(rows, rows)])
+            for rows in (everything, *draws)
+        )
+        spaces.append({"models": [left, right], "overlap": with_bounds(observed[0], resampled[0])})
+        # The basic bootstrap, as images drawn twice make spaces alike.
+        spaces[-1]["cka"] = with_bounds(cka, 2 * cka - np.array(others))
+    return spaces
 
 
-def name_models(models):
+def with_bounds(value, resampled):
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return {"value": float(value), "low": float(low), "high": float(high)}
+
+
+# What was compared
+
+
+def name_models(models: list[Model]) -> list[str]:
     labels = [model.label for model in models]
     return [model.text if labels.count(label) > 1 else label for model, label in zip(models, labels)]
 
 
-def measure(data, probe, embedded, spaces, labels, seed):
-    """All figures, and {model: why it has none}."""
-    undefined, units = {}, {}
-    for label, space in zip(labels, spaces):
-        reason = why_undefined(space["all"])
-        if reason:
-            undefined[label] = reason
-        else:
-            units[label] = {name: unit(vectors) for name, vectors in space.items()}
-    classes, counts = np.unique(data.labels[data.labels != UNLABELLED], return_counts=True)
-    without = undefined | dict.fromkeys(units, why_without_classes(classes))
-    figures = []
-
-    def add(group, found, without):
-        """`found`: {model: {figure: samples}}; `without`: {model: why it has none}."""
-        for name in dict.fromkeys(name for each in found.values() for name in each):
-            samples = {label: each[name] for label, each in found.items()}
-            figures.append(Figure(group, name, samples, without, higher_is_better=not name.endswith(LOWER_IS_BETTER)))
-
-    def add_undefined(group, names, without=without):
-        figures.extend(Figure(group, name, {}, without) for name in names)
-
-    if len(classes) > 1 and counts.max() > 1 and units:
-        all_of = {label: space["all"] for label, space in units.items()}
-        add(RETRIEVAL, {label: retrieval(each, data.labels) for label, each in all_of.items()}, undefined)
-        if (counts > 1).sum() > 1:
-            progress = tqdm(all_of.items(), desc="Classifying", unit="model")
-            add(HELD_OUT, {label: held_out_accuracy(each, data.labels, seed) for label, each in progress}, undefined)
-        else:
-            reason = undefined | dict.fromkeys(units, "fewer than two classes have two pictures")
-            add_undefined(HELD_OUT, ("k-NN accuracy", "linear-probe accuracy"), reason)
-        found = {label: clusters(each, data.labels, seed) for label, each in all_of.items()}
-        for name, statistic in (("NMI", nmi), ("ARI", ari)):
-            figures.append(Figure(CLUSTERING, name, found, undefined, statistic))
-    else:
-        add_undefined(RETRIEVAL, ("recall@1", "recall@5", "recall@10", "mAP"))
-        add_undefined(HELD_OUT, ("k-NN accuracy", "linear-probe accuracy"))
-        add_undefined(CLUSTERING, ("NMI", "ARI"))
-
-    changes = {label: {} for label in units}
-    for change in all_changes():
-        group, reasons = DETAIL if change in SHRINKS else ROBUSTNESS, dict(undefined)
-        for label, space in units.items():
-            if np.isfinite(space[change]).all():
-                changes[label][change] = after_change(space["all"], space[change], probe, data.labels)
-            else:
-                reasons[label] = "it gives NaN or infinite values after this change"
-        found = {label: each[change] for label, each in changes.items() if change in each}
-        add(group, {label: {f"{change}: {k}": v for k, v in each.items()} for label, each in found.items()}, reasons)
-        if not found:
-            add_undefined(group, [f"{change}: finds itself"], reasons)
-    whole = {label: each for label, each in changes.items() if CHANGES.keys() <= each.keys()}
-    names = next(iter(whole.values()))["blur"] if whole else {}
-    means = {
-        label: {
-            f"{ALL_CHANGES}: {name}": np.mean([each[change][name] for change in CHANGES], axis=0) for name in names
-        }
-        for label, each in whole.items()
-    }
-    add(ROBUSTNESS, means, undefined | dict.fromkeys(units.keys() - whole.keys(), "see above"))
-
-    if data.captions is not None and any(data.captions):
-        texts = {label: each.texts for label, each in zip(labels, embedded) if label in units}
-        found = {
-            label: text_to_image(unit(each), units[label]["all"], data.captions)
-            for label, each in texts.items()
-            if each is not None
-        }
-        textless = {label: "it has no text side" for label, each in texts.items() if each is None}
-        add(TEXTS, found, undefined | textless)
-    return figures, undefined
+def what_it_is(model: Model) -> dict[str, str | None]:
+    """What the report's words about a model follow from: its kind, its pooling, and the family of its tower."""
+    pooling = family = None
+    if model.kind in (PHI3_EMBED, TRANSFORMERS):
+        config = AutoConfig.from_pretrained(**model.pinned)
+        pooling = (model.pooling or config.pooling_mode) if model.kind == PHI3_EMBED else None
+        family = (config.vision_config if model.kind == PHI3_EMBED else config).model_type
+    return {"kind": model.kind, "pooling": pooling, "architecture": family}
 
 
-def why_without_classes(classes):
-    return "there are no two classes" if len(classes) < 2 else "no class has two pictures"
-
-
-def compare_spaces(spaces, labels, undefined, arguments):
-    """How alike each two spaces are: linear CKA on a sample of the pictures, and shared neighbours among all."""
-    units = {label: unit(space["all"]) for label, space in zip(labels, spaces) if label not in undefined}
-    rng = np.random.default_rng(arguments.seed)
-    sample = rng.permutation(len(spaces[0]["all"]))[:CKA_PICTURES]
-    numbers = rng.choice(sample, (FEW_RESAMPLES, len(sample)))
-    found = []
-    for left, right in combinations(units, 2):
-        a, b = units[left], units[right]
-        shared = overlap(a, b)
-        observed, resampled = bootstrap([shared], np.mean, arguments.resamples, arguments.seed)
-        low, high = np.quantile(resampled[0], (0.025, 0.975))
-        entry = {"models": [left, right], "overlap": {"value": float(observed[0]), "low": float(low)}}
-        entry["overlap"]["high"] = float(high)
-        cka = linear_cka(a[sample], b[sample])
-        # The basic bootstrap, as pictures drawn twice make spaces alike.
-        values = [2 * cka - linear_cka(a[each], b[each]) for each in numbers]
-        low, high = np.quantile(values, (0.025, 0.975))
-        entry["cka"] = {"value": cka, "low": float(low), "high": float(high)}
-        found.append(entry)
-    return found
-
-
-def about(arguments, data, started, left_out):
+def about(arguments, items, started) -> dict[str, Any]:
     return {
-        "command": " ".join(["phi3-embed", *sys.argv[1:]]),
-        "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in vars(arguments).items()},
+        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()},
         "started": started,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, threads: {torch.get_num_threads()}"
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
-        "pictures": len(data.names),
-        "classes": len(np.unique(data.labels[data.labels != UNLABELLED])),
-        "captions": data.captions is not None,
-        "left_out": left_out,
-        "neighbours": NUM_NEIGHBOURS,
+        "images": len(items),
+        "classes": len({item.label for item in items} - {UNLABELLED}),
+        "neighbours": measures.NUM_NEIGHBOURS,
     }
 
 
-def names_of(data):
-    return {"names": json.dumps(data.names, ensure_ascii=False), "labels": json.dumps(data.labels.tolist())}
+def command_again(models: list[Model], arguments) -> str:
+    """The command line, with what lies on this machine by its name alone: a report may be passed on."""
+    words = ["phi3-embed", "compare", without_path(arguments["source"])]
+    for model in models:
+        words += ["--model", model.pinned_text.replace(model.name, without_path(model.name))]
+    for name in ("split", "image_column", "label_column", "text_column", "limit", "probe", "num_crops", "seed"):
+        if arguments[name] is not None:
+            words += [f"--{name.replace('_', '-')}", str(arguments[name])]
+    return shlex.join(words)
 
 
-def show(results):
+def show(results) -> None:
+    """Prints the figures but for those of single changes."""
     labels = [model["label"] for model in results["models"]]
-    table = Table(title="Figures, with their 95% intervals. All of them are in report.html")
-    table.add_column("")
+    table = Table("", title="Figures, with their 95% intervals. All of them are in report.html")
     for label in labels:
         table.add_column(label, justify="right")
     for figure in results["figures"]:
-        if ":" in figure["name"] and not figure["name"].startswith(ALL_CHANGES):
-            continue
-        table.add_row(figure["name"], *(format_value(figure["values"].get(label), figure) for label in labels))
+        if ":" not in figure["name"] or figure["name"].startswith(ALL_CHANGES):
+            group = f"{figure['group']}: " if figure["group"] in (TO_IMAGE, TO_TEXT) else ""
+            table.add_row(
+                group + figure["name"], *(format_value(figure["values"].get(label), figure) for label in labels)
+            )
     for name in ("parameters", "dimensions", "tokens", "milliseconds", "bytes"):
         table.add_row(name, *(format_cost(model["cost"][name]) for model in results["models"]))
     console.print(table)

@@ -1,190 +1,197 @@
-"""Vectors of images by several models, kept on disk as they are made."""
+"""Vectors of images and texts by several models, kept on disk as they are made."""
 
 import functools
 import hashlib
 import json
-import sqlite3
 import time
-from collections.abc import Callable
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import lancedb
 import numpy as np
+import pyarrow as pa
 import transformers
 from PIL import Image
 
-from phi3_tools.models import BATCH_SIZE, CACHE, PHI3_EMBED, Model, find_model, in_batches, load_embedder
+from phi3_tools.models import BATCH_SIZE, CACHE, Model, encode_or_refuse, in_batches, load_embedder, recipe
 from phi3_tools.results import one_line
 
-VECTORS = CACHE / "vectors.sqlite"
+VECTORS = CACHE / "vectors"
 TIMED_IMAGES = 8
+Opener = Callable[[bytes], Image.Image]
 
 
-class KeyedImage(NamedTuple):
-    """What is embedded: `key` tells equal images, `read` gives a PIL image in RGB."""
+class Key(NamedTuple):
+    """Tells equal images: the hash of an image's file, and what was done to it since."""
 
-    key: str
-    read: Callable[[], Image.Image]
+    digest: str
+    change: str = ""
+
+    def __str__(self):
+        return f"{self.digest} {self.change}".rstrip()
 
 
 @dataclass
 class Embedded:
     """
-    Vectors of images by one model, `(n, d)` float32 in the images' order; NaN where the model gave such, or did not
-    take an image: `refused` has the keys of these and why.
-
-    `cost`: parameters, dimensions, tokens an image, milliseconds an image on the machine that embedded them, bytes a
-    vector. `texts`: the same of texts, where there were some and the model has a text side.
+    What one model makes of images and texts: vectors `(d,)` in float32, NaN where the model gave such. `texts` is None
+    for a model without a text side. `refused`: the images that the model does not take, and why. `cost`: parameters,
+    dimensions, tokens an image, milliseconds an image on the machine that first embedded, bytes a vector.
     """
 
-    model: Model
-    vectors: np.ndarray
-    cost: dict = field(default_factory=dict)
-    texts: np.ndarray | None = None
-    refused: dict = field(default_factory=dict)
+    images: dict[Key, np.ndarray]
+    texts: dict[str, np.ndarray] | None
+    refused: dict[Key, str]
+    cost: dict[str, Any]
 
 
-def embed(models, images, texts=(), num_crops=None, cache=VECTORS, batch_size=BATCH_SIZE) -> list[Embedded]:
+def embed(
+    models: Sequence[Model],
+    images: dict[Key, Callable[[Opener], Image.Image]],
+    texts: Sequence[str] = (),
+    num_crops: int | None = None,
+    cache: Path = VECTORS,
+    batch_size: int = BATCH_SIZE,
+) -> dict[Model, Embedded]:
     """
-    Images by each of the models, batch by batch, with progress. What `cache` holds is not computed again; it gets
-    every batch when it is done, so that an interrupted run goes on where it stopped.
+    Images and texts by each of the models, batch by batch, with progress. What `cache` holds is not computed again; it
+    gets every batch when it is done, so that an interrupted run goes on where it stopped.
 
     Args:
-        models: MODELs, found or as they are named.
-        images: a list of [`KeyedImage`].
+        images: for each what opens it, given how the model opens a file.
         texts: for models with a text side.
         num_crops: the most crops of an image for our model; by default its image processor's own.
-        cache: a file.
+        cache: a folder.
 
     Raises:
-        ValueError: a model cannot be loaded or takes none of the images, or the cache cannot be used.
+        ValueError: a model cannot be loaded or takes none of the images, or what is kept cannot be read.
     """
-    models = [find_model(model) if isinstance(model, str) else model for model in models]
-    groups, done = {}, {}
+    groups: dict[tuple, list[Model]] = {}
     for model in models:
-        groups.setdefault((model.name, model.revision), []).append(model)
-    with closing(open_cache(cache)) as database:
-        for group, members in groups.items():
-            poolings = list(dict.fromkeys(model.pooling for model in members))
-            found = _embed_group(database, members[0], poolings, images, texts, num_crops, batch_size)
-            done |= {(*group, pooling): vectors for pooling, vectors in found.items()}
-    return [Embedded(model, *done[model.name, model.revision, model.pooling]) for model in models]
+        groups.setdefault((model.name, model.revision, model.has_recipe), []).append(model)
+    embedded: dict[Model, Embedded] = {}
+    for members in groups.values():
+        embedded |= _embed_group(members, images, list(dict.fromkeys(texts)), num_crops, cache, batch_size)
+    return {model: embedded[model] for model in models}
 
 
-def _embed_group(database, model, poolings, images, texts, num_crops, batch_size):
-    """{pooling: (vectors, cost, vectors of texts or None, refused)}; the model is loaded only if something is new."""
-    crops = f"{num_crops} crops" if model.kind == PHI3_EMBED else ""
-    version = f"{model.kind} {model.version} {crops} transformers {transformers.__version__}"
-    keys = {pooling: f"{version} {pooling}" for pooling in poolings}
-    loaded = functools.cache(lambda: load_embedder(model, num_crops))
-    costs, refused = {}, {}
-    for pooling, key in keys.items():
-        costs[pooling] = _read_cost(database, key)
-        if costs[pooling] is None:
-            costs[pooling] = _measure_cost(loaded(), model, images, pooling)
-            database.execute("INSERT INTO costs VALUES (?, ?)", (key, json.dumps(costs[pooling])))
-            database.commit()
-
-    wanted = {image.key: image for image in images}
-    missing = set().union(*(wanted.keys() - _known(database, key) for key in keys.values()))
-    missing = [image for key, image in wanted.items() if key in missing]
-    for batch in in_batches(missing, batch_size, f"Embedding by {model.name}"):
-        accepted, found = _encode_accepted(loaded(), model, batch, poolings, refused)
-        for pooling, (vectors, _) in found.items():
-            _store(database, keys[pooling], [image.key for image in accepted], vectors)
-
-    text_keys = {text: hashlib.sha256(text.encode()).hexdigest() for text in texts}
-    if has_texts := texts and all(cost["has_texts"] for cost in costs.values()):
-        known = _known(database, f"{version} texts")
-        missing = [text for text, key in text_keys.items() if key not in known]
-        for batch in in_batches(missing, batch_size, f"Texts by {model.name}"):
-            _store(database, f"{version} texts", [text_keys[text] for text in batch], loaded().encode_texts(batch))
-    return {
-        pooling: (
-            _fetch(database, key, [image.key for image in images]),
-            costs[pooling],
-            _fetch(database, f"{version} texts", [text_keys[text] for text in texts]) if has_texts else None,
-            refused,
-        )
-        for pooling, key in keys.items()
+def _embed_group(members, images, texts, num_crops, cache, batch_size):
+    """[`embed`] for one model by several poolings, which come from one pass. It is loaded only if something is new."""
+    embedder = functools.cache(lambda: load_embedder(members[0], num_crops))
+    timed = [open_image for key, open_image in images.items() if not key.change][:TIMED_IMAGES]
+    tables = {
+        model: Kept(cache, model, num_crops, functools.partial(_measure_cost, embedder, model, timed))
+        for model in members
     }
+    # One pooling may be named twice: as it is, and as the model's own.
+    written = {kept.name: (model, kept) for model, kept in tables.items()}.values()
+
+    def encode(opened):  # -> for each image {model: vector}
+        found = _encode(embedder(), members, opened)
+        return [{model: found[model.pooling][0][number] for model in members} for number in range(len(opened))]
+
+    refused: dict[Key, str] = {}
+    held = set.intersection(*(kept.keys() for kept in tables.values()))
+    missing = [key for key in images if str(key) not in held]
+    for keys in in_batches(missing, batch_size, f"Embedding by {members[0].name}"):
+        made = {}
+        for key, found in zip(keys, encode_or_refuse(encode, [images[key](embedder().open_image) for key in keys])):
+            if isinstance(found, ValueError):
+                refused[key] = str(found)
+            else:
+                made[key] = found
+        for model, kept in written:
+            kept.add({str(key): vectors[model] for key, vectors in made.items()})
+    embedded = {}
+    for model, kept in tables.items():
+        vectors, of_texts = kept.read(), None
+        if kept.cost["has_texts"]:
+            of_texts = _embed_texts(model, texts, embedder, num_crops, cache, batch_size)
+        of_images = {key: vectors[str(key)] for key in images if str(key) in vectors}
+        embedded[model] = Embedded(of_images, of_texts, refused, kept.cost)
+    return embedded
 
 
-def _encode_accepted(loaded, model, batch, poolings, refused):
-    """The images of a batch that the model takes, and their vectors; `refused` gets the others' keys and why."""
+def _embed_texts(model, texts, embedder, num_crops, cache, batch_size):
+    if not texts:
+        return {}
+    kept = Kept(cache, model, num_crops, lambda: {"dimensions": embedder().encode_texts(texts[:1]).shape[1]}, "texts")
+    held = kept.keys()
+    for batch in in_batches([text for text in texts if text not in held], batch_size, f"Texts by {model.name}"):
+        kept.add(dict(zip(batch, embedder().encode_texts(batch))))
+    vectors = kept.read()
+    return {text: vectors[text] for text in texts}
+
+
+def _encode(embedder, members, opened):
     try:
-        return batch, _encode(loaded, model, batch, poolings)
-    except ValueError as error:
-        if len(batch) == 1:
-            refused[batch[0].key] = str(error)
-            return [], {}
-    accepted = [image for image in batch if _encode_accepted(loaded, model, [image], poolings, refused)[0]]
-    return accepted, _encode(loaded, model, accepted, poolings) if accepted else {}
-
-
-def _encode(loaded, model, images, poolings):
-    try:
-        return loaded.encode_poolings([image.read() for image in images], poolings)
+        return embedder.encode_poolings(opened, [model.pooling for model in members])
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{model.name} does not take it: {one_line(error)}") from error
+        raise ValueError(f"{members[0].label} does not take it: {one_line(error)}") from error
 
 
-def _measure_cost(loaded, model, images, pooling):
-    timed, _ = _encode_accepted(loaded, model, images[:TIMED_IMAGES], [pooling], refused := {})
-    if not timed:
-        raise ValueError(next(iter(refused.values())))
-    _encode(loaded, model, timed[:1], [pooling])  # the first time is slower
+def _measure_cost(embedder, model, readers):
+    embedder = embedder()
+    opened = [open_image(embedder.open_image) for open_image in readers]
+    found = encode_or_refuse(lambda images: _encode(embedder, [model], images)[model.pooling][0], opened)
+    taken = [image for image, vector in zip(opened, found) if not isinstance(vector, ValueError)]
+    if not taken:
+        raise ValueError(str(found[0]))
     start = time.perf_counter()
-    vectors, tokens = _encode(loaded, model, timed, [pooling])[pooling]
+    vectors, tokens = _encode(embedder, [model], taken)[model.pooling]
     seconds = time.perf_counter() - start
     return {
-        "parameters": loaded.parameters,
+        "parameters": embedder.parameters,
         "dimensions": vectors.shape[1],
         "tokens": None if tokens is None else float(np.mean(tokens)),
-        "milliseconds": 1000 * seconds / len(timed),
+        "milliseconds": 1000 * seconds / len(taken),
         "bytes": vectors.shape[1] * 4,
-        "has_texts": loaded.encode_texts is not None,
+        "has_texts": embedder.encode_texts is not None,
     }
 
 
-def open_cache(path):
+class Kept:
     """
-    Raises:
-        ValueError: the file cannot be written, or is no such cache.
+    Vectors by one model on disk: a LanceDB table of `key` and `vector`, whose schema says what made them and at what
+    `cost`. A table that is not there is made, at what `cost_of()` gives, which has the vectors' `dimensions`. Vectors
+    that are not finite are kept as nulls, as LanceDB takes no others.
     """
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        database = sqlite3.connect(path, timeout=60)
-        database.execute("CREATE TABLE IF NOT EXISTS costs (model TEXT PRIMARY KEY, cost TEXT)")
-        database.execute(
-            "CREATE TABLE IF NOT EXISTS vectors (model TEXT, key TEXT, vector BLOB, PRIMARY KEY (model, key))"
-        )
-        database.execute("PRAGMA user_version = 1")  # which writes
-        database.commit()
-    except (OSError, sqlite3.Error) as error:
-        raise ValueError(f"The cache {path} cannot be used: {error}. Give another file, or remove it.") from error
-    return database
 
+    def __init__(
+        self, folder: Path, model: Model, num_crops: int | None, cost_of: Callable[[], dict], of: str = "images"
+    ):
+        made_by = {"of": of, "recipe": recipe(model, num_crops), "transformers": transformers.__version__}
+        text = json.dumps({"kind": model.kind} | made_by, sort_keys=True)
+        self.name = hashlib.sha256(text.encode()).hexdigest()
+        database = lancedb.connect(folder)
+        if not (Path(folder) / f"{self.name}.lance").is_dir():
+            cost = cost_of()
+            fields = [("key", pa.string()), ("vector", pa.list_(pa.float32(), cost["dimensions"]))]
+            schema = pa.schema(fields, {"made_by": text, "cost": json.dumps(cost)})
+            with suppress(ValueError):  # another process may have made it meanwhile
+                database.create_table(self.name, schema=schema)
+        try:
+            self.table = database.open_table(self.name)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"The vectors kept in {folder} cannot be read: {one_line(error)}. Remove that folder, or give another "
+                "--cache."
+            ) from error
+        self.cost: dict[str, Any] = json.loads(self.table.schema.metadata[b"cost"])
 
-def _known(database, model):
-    return {key for (key,) in database.execute("SELECT key FROM vectors WHERE model = ?", (model,))}
+    def keys(self) -> set[str]:
+        return set(self.table.search().select(["key"]).to_arrow()["key"].to_pylist())
 
+    def add(self, vectors: dict[str, np.ndarray]) -> None:
+        if vectors:
+            rows = [vector.astype(np.float32) if np.isfinite(vector).all() else None for vector in vectors.values()]
+            self.table.add(pa.table({"key": list(vectors), "vector": rows}, schema=self.table.schema))
 
-def _read_cost(database, model):
-    row = database.execute("SELECT cost FROM costs WHERE model = ?", (model,)).fetchone()
-    return row and json.loads(row[0])
-
-
-def _store(database, model, keys, vectors):
-    rows = [(model, key, np.asarray(vector, np.float32).tobytes()) for key, vector in zip(keys, vectors)]
-    database.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows)
-    database.commit()
-
-
-def _fetch(database, model, keys):
-    """`(n, d)`, with NaN for keys that are not there."""
-    found = dict(database.execute("SELECT key, vector FROM vectors WHERE model = ?", (model,)))
-    nothing = np.full(len(next(iter(found.values()), b"")) // 4, np.nan, np.float32)
-    return np.stack([np.frombuffer(found[key], np.float32) if key in found else nothing for key in keys])
+    def read(self) -> dict[str, np.ndarray]:
+        rows = self.table.to_arrow()
+        width = rows["vector"].type.list_size
+        vectors = rows["vector"].combine_chunks().fill_null([np.nan] * width).flatten().to_numpy()
+        return dict(zip(rows["key"].to_pylist(), vectors.reshape(-1, width)))

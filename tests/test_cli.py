@@ -1,0 +1,121 @@
+"""The command line as a whole: help, options, and errors in a line. Commands have tests of their own."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run_python
+from importlinter.cli import lint_imports
+
+from phi3_tools.cli import error_line, main
+
+COMMANDS = ("finetune", "compare", "search", "embed", "serve", "export", "evaluate", "demo")
+
+
+def test_the_arrows_of_the_house_hold():
+    assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_logo=True) == 0
+
+
+def test_help_lists_the_commands_and_imports_none():
+    code = """
+import sys
+from phi3_tools.cli import main
+main(["--help"])
+main(["search", "index", "--help"])
+main(["embed", "--help"])
+print(sorted({"torch", "transformers", "datasets", "lancedb", "ray"} & set(sys.modules)))
+"""
+    said = run_python(code)
+    assert all(re.search(rf"^  {command} ", said, re.MULTILINE) for command in COMMANDS)
+    assert "NAME[@REVISION]" in said and said.endswith("[]\n")
+
+
+def test_options_are_spelt_in_one_way(capsys):
+    for command in (["compare"], ["search", "index"], ["embed"], ["serve"], ["export"], ["evaluate"], ["demo"]):
+        main([*command, "--help"])
+    options = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    assert "--num-crops" in options and not any("_" in option for option in options)
+
+
+MISSING = [
+    ("search query a b", "lancedb", "search"),
+    ("compare digits --model pixels", "scipy", "compare"),
+    ("compare digits --model pixels", "jinja2", "compare"),
+    ("embed a b", "ray", "embed"),
+    ("serve", "litserve", "serve"),
+    ("export a b", "onnxruntime", "onnx"),
+    ("evaluate a", "mteb", "evaluate"),
+    ("demo", "sklearn", "demo"),
+    ("demo", "datasets", "demo"),
+]
+NAMES = {"sklearn": "scikit-learn"}
+
+
+@pytest.mark.parametrize(("command", "package", "extra"), MISSING)
+def test_a_missing_package_is_told_in_a_line(command, package, extra, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("phi3_tools.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit) as error:
+        main(command.split())
+    assert error.value.code == (
+        f"phi3-embed {command.split()[0]}: the package {NAMES.get(package, package)} is missing. Install what this "
+        f'command needs: pip install "phi3-embed[{extra}]"'
+    )
+
+
+@pytest.mark.parametrize("command", ["serve --model", "evaluate", "export OUT", "embed digits OUT --model"])
+@pytest.mark.parametrize("model", ["no/such/folder", "nobody/nothing", "./tests"])
+def test_a_wrong_model_is_told_in_a_line(command, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = [str(tmp_path / "out") if word == "OUT" else word for word in command.split()]
+    words = [words[0], model, *words[1:]] if words[0] == "export" else [*words, model]
+    with pytest.raises(SystemExit) as error:
+        main(words)
+    said = error.value.code
+    assert said.startswith(f"phi3-embed {words[0]}: ") and "\n" not in said
+    assert "There is no folder" in said or "holds no model" in said
+
+
+def test_an_interrupted_command_says_that_it_goes_on(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("phi3_tools.search.make_index", interrupt)
+    with pytest.raises(SystemExit):
+        main(["search", "index", "a", "b"])
+    assert "phi3-embed search: interrupted. What is done is kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        Exception("No space left on device (os error 28)"),
+        OSError(122, "Quota"),
+    ],
+)
+def test_a_full_disk_is_told_in_a_line(error):
+    assert error_line(error, "search").startswith("The disk is full: ")
+
+
+def test_a_fault_of_ours_is_not_hidden():
+    assert error_line(ZeroDivisionError("x"), "search") is None
+    assert error_line(ModuleNotFoundError("No module named 'phi3_tools.x'", name="phi3_tools.x"), "search") is None
+    assert error_line(ImportError("cannot import name 'x'", name="phi3_tools.search"), "search") is None
+
+
+def test_it_is_a_module_too(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "phi3_tools", "search", "query", "none.png", "none"],
+        cwd=tmp_path,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 1 and done.stderr.startswith("phi3-embed search: There is no index none.")

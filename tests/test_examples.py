@@ -1,0 +1,54 @@
+"""The scripts of examples/, as a user runs them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Sixteen images, eight a class."""
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(16):
+        path = folder / ("dark" if number % 2 else "light") / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("L", (8 + number, 12), 30 + number if number % 2 else 220 + number).save(path)
+    return folder
+
+
+def run(script, *arguments, cwd):
+    command = [sys.executable, ROOT / "examples" / script, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_script_is_short_and_names_nothing_private():
+    for script in SCRIPTS:
+        text = script.read_text()
+        assert len(text.splitlines()) < 60 and "phi3_tools" not in text and "._" not in text
+
+
+def test_search_finds_an_image_itself_first(images, tmp_path):
+    query = images / "dark" / "1.png"
+    assert run("search_images.py", images, query, cwd=tmp_path).splitlines()[0] == f"1.000  {query}"
+
+
+@pytest.mark.train
+def test_a_classifier_is_trained_and_saved_with_its_code(images, tmp_path):
+    printed = run("train_classifier.py", images, tmp_path / "classifier", cwd=tmp_path)
+    assert "eval_accuracy" in printed and (tmp_path / "classifier" / "modeling_phi3_embed.py").exists()
+
+
+@pytest.mark.train
+def test_an_embedding_is_trained_and_loads(images, tmp_path):
+    run("train_embedding.py", images, tmp_path / "embedding", cwd=tmp_path)
+    assert (tmp_path / "embedding" / "modules.json").exists()
+    run("search_images.py", images, images / "dark" / "1.png", tmp_path / "embedding", cwd=tmp_path)
