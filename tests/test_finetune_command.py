@@ -35,14 +35,16 @@ import finetuning  # noqa: E402
 pytestmark = pytest.mark.train
 
 COLORS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
+# How far the colours of a class lie from each other: so that a linear probe does not tell all of them apart.
+TINT = 70
 # 3 classes of 10 images: 24 to train with, 6 held out; so 3 steps an epoch with batches of 8.
 PER_CLASS = 10
 ONE = (
-    "--num-train-epochs 3 --learning-rate 3e-3 --num-crops 1 --validation 0 --logging-steps 1 --save-strategy steps "
+    "--num-train-epochs 3 --learning-rate 1e-3 --num-crops 1 --validation 0 --logging-steps 1 --save-strategy steps "
     "--save-steps 2 --per-device-train-batch-size 8 --shift 0.1 --flip --color 0.1 --disable-tqdm true"
 )
 SHORT = "--max-steps 4 --per-device-train-batch-size 8 --learning-rate 1e-3 --num-crops 0 --disable-tqdm true"
-BY_STEP = f"{SHORT} --eval-strategy steps --eval-steps 2 --save-strategy steps --save-steps 2"
+BY_STEP = f"{SHORT} --validation 0.2 --eval-strategy steps --eval-steps 2 --save-strategy steps --save-steps 2"
 
 
 def make_images(folder, colors=COLORS, per_class=PER_CLASS, seed=0):
@@ -50,7 +52,7 @@ def make_images(folder, colors=COLORS, per_class=PER_CLASS, seed=0):
     for name, color in colors.items():
         (folder / name).mkdir(parents=True)
         for number in range(per_class):
-            pixels = np.clip(rng.normal(color, 40, (20 + number, 30, 3)), 0, 255).astype(np.uint8)
+            pixels = rng.normal(rng.normal(color, TINT), 40, (20 + number, 30, 3)).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{number}.png")
     return folder
 
@@ -115,13 +117,14 @@ def embedding(repository, images, tmp_path_factory):
 def test_a_folder_of_classes_becomes_a_classifier_with_figures_drawings_and_card(trained):
     metrics = read_metrics(trained)
     rows = metrics["held out"]
-    assert rows["fine-tuned"]["accuracy"] == 1 > rows["untrained"]["accuracy"] and metrics["verdict"] == []
+    assert rows["fine-tuned"]["accuracy"] == 1 and metrics["verdict"] == []
+    assert rows["untrained"]["accuracy"] == rows["untrained"]["linear probe"]
     assert [*rows["untrained"]] == ["accuracy", "macro F1", "recall@1", "recall@5", "mAP", "linear probe"]
     assert losses(trained)[9] < 0.5 * losses(trained)[1]
     for name in ("curves.png", "confusion.png"):
         Image.open(trained / name).load()
     card = (trained / "README.md").read_text()
-    assert "| fine-tuned | 100.0% |" in card and '"learning_rate": 0.003' in card and "24 in train, 6 in test" in card
+    assert "| fine-tuned | 100.0% |" in card and '"learning_rate": 0.001' in card and "24 in train, 6 in test" in card
     assert "6 images (2 a class; one image is 16.7%)" in card and "type: accuracy\n      value: 1.0" in card
     assert str(trained.parent) not in card
     assert not list(trained.glob("*.bin")) and (trained / "modeling_phi3_embed.py").exists()
@@ -177,7 +180,7 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(trained, repository, im
     process.wait()
     assert not (output / "metrics.json").exists()
     finetune(repository, images, output)
-    assert losses(output) == pytest.approx(losses(trained), abs=2e-4)
+    assert losses(output) == pytest.approx(losses(trained), abs=1e-5)
 
 
 @pytest.mark.parametrize("options", ["", "--task embedding --train lora", "--save-strategy epoch"])
@@ -236,7 +239,7 @@ def test_two_processes_train_as_one_does(options, trained, embedding, repository
     done = launch(" ".join(classifier), " ".join(embedder), launcher=launcher)
     assert done.returncode == 0, done.stderr
     for name, alone in (("classifier", trained), ("embedder", embedding)):
-        assert losses(tmp_path / name) == pytest.approx(losses(alone), abs=1e-3)
+        assert losses(tmp_path / name) == pytest.approx(losses(alone), abs=1e-4)
         whole, one = (load_file(folder / "model.safetensors") for folder in (tmp_path / name, alone))
         assert set(whole) == set(one)
         for key, weight in whole.items():
@@ -249,11 +252,11 @@ def test_two_processes_train_as_one_does(options, trained, embedding, repository
 def test_accumulated_and_checkpointed_gradients_train_as_whole_batches_do(trained, repository, images, tmp_path):
     options = ONE.replace("batch-size 8", "batch-size 4 --gradient-accumulation-steps 2 --gradient-checkpointing")
     finetune(repository, images, tmp_path / "out", options)
-    assert losses(tmp_path / "out") == pytest.approx(losses(trained), abs=1e-3)
+    assert losses(tmp_path / "out") == pytest.approx(losses(trained), abs=1e-4)
 
 
 def test_an_embeddings_accumulated_loss_is_the_mean_of_its_batches(repository, images, tmp_path):
-    options = ONE.replace("batch-size 8", "batch-size 4").replace("3e-3", "0") + " --task embedding"
+    options = ONE.replace("batch-size 8", "batch-size 4").replace("1e-3", "0") + " --task embedding"
     finetune(repository, images, tmp_path / "single", options)
     finetune(repository, images, tmp_path / "pairs", options + " --gradient-accumulation-steps 2")
     single = losses(tmp_path / "single")
@@ -271,7 +274,7 @@ def test_a_batch_in_parts_of_memory_is_compared_whole(more, repository, images, 
 
 def test_bfloat16_trains_nearly_as_float32_does(trained, repository, images, tmp_path):
     finetune(repository, images, tmp_path, f"{ONE} --bf16")
-    assert losses(tmp_path) == pytest.approx(losses(trained), abs=0.05)
+    assert losses(tmp_path) == pytest.approx(losses(trained), abs=0.02)
     assert losses(tmp_path) != pytest.approx(losses(trained), abs=1e-5)
     saved = AutoModelForImageClassification.from_pretrained(tmp_path, trust_remote_code=True)
     assert saved.dtype == torch.float32
@@ -315,7 +318,7 @@ def test_the_head_starts_fresh_where_the_classes_are_others(trained, repository,
 
     assert torch.equal(*heads([*COLORS]))
     old, new = heads(["cyan", "lime", "pink"])
-    assert not torch.isclose(old, new).any() and 0 < new.std() < 0.1
+    assert not torch.isclose(old, new).any()
 
 
 # Pushed
@@ -483,13 +486,6 @@ def test_kept_features_give_what_images_give(pad_views, repository, images, tmp_
         model(**collate([split[number] for number in (0, 9, 20)])).logits for split in (splits["train"], kept)
     )
     np.testing.assert_allclose(got.detach(), wanted.detach(), atol=1e-5)
-
-
-def test_weights_of_another_shape_are_no_fine_tuned_result(trained):
-    where = {"pretrained_model_name_or_path": trained}
-    train.load_model(where, "classification", [*COLORS], is_start=False)
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        train.load_model(where, "classification", [*COLORS, "white"], is_start=False)
 
 
 def test_an_embedding_serves_when_cut_where_it_was_trained_to(repository, images, tmp_path):

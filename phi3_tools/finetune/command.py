@@ -3,20 +3,15 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from transformers import AutoImageProcessor, AutoTokenizer, set_seed
 from transformers import logging as transformers_logging
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from phi3_tools.finetune import report
 from phi3_tools.finetune.conversations import load_conversations
-from phi3_tools.finetune.data import FEATURES, Collator, load_splits
+from phi3_tools.finetune.data import FEATURES, Collator, load_splits, sample
 from phi3_tools.finetune.settings import (
     ARGUMENTS,
     FIGURES,
@@ -28,13 +23,19 @@ from phi3_tools.finetune.settings import (
     record,
 )
 from phi3_tools.finetune.talk import OTHER, measure_answers
-from phi3_tools.finetune.train import embed, load_model, train, word_ids, word_vectors
-from phi3_tools.measures import unit
+from phi3_tools.finetune.train import (
+    embed,
+    fit_probe,
+    has_head,
+    load_model,
+    set_head,
+    train,
+    word_ids,
+    word_vectors,
+)
 from phi3_tools.models import PHI3_EMBED, find_model
 from phi3_tools.results import push, push_target, write_text
 
-# The probe is fitted on at most this many images of the training.
-PROBE = 5000
 MEMORY = (
     "A batch does not fit in memory. The same command goes on from the last checkpoint with --gradient-checkpointing, "
     "with half the --per-device-train-batch-size and twice the --gradient-accumulation-steps (a classifier), or with "
@@ -75,21 +76,18 @@ def measure(settings: Settings, start: dict, splits: dict, names: list[str], pro
     """Figures on the held-out images of the untrained and of the fine-tuned model, and what was taken for what."""
     _, data, _, options, arguments = settings
     collate = Collator(getattr(processor, "image_processor", processor), data.num_crops)
-    few = splits["train"]
-    if data.streaming:
-        few = few.take(PROBE)
-    elif len(few) > PROBE:
-        few = few.select(np.random.default_rng(arguments.seed).permutation(len(few))[:PROBE])
+    few = sample(splits["train"], arguments.seed)
     rows, named = {}, None
     for row, where in (("untrained", start), ("fine-tuned", {"pretrained_model_name_or_path": arguments.output_dir})):
-        set_seed(arguments.seed)  # the untrained classifier is the one that the training began with
-        model = load_model(where, options.task, names, is_start=where is start).eval().to(arguments.device)
-        (vectors, labels), (fitted, fitted_labels) = (
+        model = load_model(where, options.task, names).eval().to(arguments.device)
+        (vectors, labels), fitted = (
             embed(model.base_model, split, collate, arguments.eval_batch_size, f"{row}: {title}")
             for split, title in ((splits["test"], "held out"), (few, "for the probe"))
         )
-        rows[row] = {}
+        probe, rows[row] = fit_probe(*fitted, len(names)), {}
         if options.task == "classification":
+            if not has_head(where, names):
+                set_head(model, probe)
             with torch.inference_mode():
                 logits = model.classifier(torch.from_numpy(vectors).to(model.device))
             named = logits.argmax(-1).numpy(force=True)
@@ -102,8 +100,8 @@ def measure(settings: Settings, start: dict, splits: dict, names: list[str], pro
         for size in options.matryoshka:
             cut = report.figures_of_search(vectors[:, :size], labels)
             rows[row] |= {f"{name}, {size} dimensions": value for name, value in cut.items()}
-        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(unit(fitted), fitted_labels)
-        rows[row]["linear probe"] = accuracy_score(labels, probe.predict(unit(vectors)))
+        weight, bias = probe
+        rows[row]["linear probe"] = float(((vectors @ weight.T + bias).argmax(-1) == labels).mean())
     labels = labels.tolist()
     return {
         "held out": rows,

@@ -16,13 +16,14 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from transformers.dynamic_module_utils import init_hf_modules
 
-from phi3_tools.finetune.settings import Changes, DataOptions
+from phi3_tools.finetune.settings import MIN_VALIDATION, VALIDATION_SHARE, Changes, DataOptions
 from phi3_tools.images import IMAGE, LABEL, NAME, load_images, read_image, readable
 from phi3_tools.results import one_line
 
 FEATURES, SIZES, NUMBER = "features", "image_sizes", "number"
 VALIDATION, TEST = ("validation", "valid", "val", "dev"), ("test", "held_out")
 SHUFFLE_BUFFER = 1000
+PROBE = 5000
 
 # A worker that is not forked unpickles the image processor, whose module lies where this makes it found.
 init_hf_modules()
@@ -66,8 +67,11 @@ def load_splits(
     _check_labels(splits, feature.names, source, least)
     if "test" not in splits:
         splits["train"], splits["test"] = split_by_class(splits["train"], options.held_out, seed, least)
-    if "validation" not in splits and options.validation:
-        splits["train"], splits["validation"] = split_by_class(splits["train"], options.validation, seed, least)
+    share = options.validation
+    if share is None:
+        share = VALIDATION_SHARE if VALIDATION_SHARE * len(splits["train"]) >= MIN_VALIDATION else 0
+    if "validation" not in splits and share:
+        splits["train"], splits["validation"] = split_by_class(splits["train"], share, seed, least)
     splits["train"] = splits["train"].add_column(NUMBER, range(len(splits["train"])))
     return splits, feature.names
 
@@ -160,6 +164,13 @@ def endless(split: IterableDataset, seed: int) -> IterableDataset:
     features = datasets.Features({**split.features, NUMBER: datasets.Value("int64")})
     split = split.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     return IterableDataset.from_generator(_passes, features, gen_kwargs={"split": split})
+
+
+def sample(split: Dataset | IterableDataset, seed: int) -> Dataset | IterableDataset:
+    """As many rows of a split as a linear probe is fitted on at most."""
+    if isinstance(split, IterableDataset):
+        return split.take(PROBE)
+    return split.select(np.random.default_rng(seed).permutation(len(split))[:PROBE]) if len(split) > PROBE else split
 
 
 def _passes(split: IterableDataset) -> Iterator[dict]:

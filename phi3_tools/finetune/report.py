@@ -10,7 +10,7 @@ from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score, f1_score
 
 from phi3_tools.finetune.settings import METRICS, Settings
 from phi3_tools.images import DIGITS, SMALL_TEXT
-from phi3_tools.measures import retrieval, unit
+from phi3_tools.measures import Undefined, same_class_retrieval, unit
 from phi3_tools.results import new_figure, save_figure, without_path
 from phi3_tools.results import write_card as write_from_template
 
@@ -34,9 +34,10 @@ def figures_of_classes(labels: np.ndarray, predicted: np.ndarray) -> dict[str, f
 
 def figures_of_search(vectors: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Of the images with another of their label, each searched among all others; nothing where there are none such."""
-    if len({*labels}) == len(labels):
+    try:
+        found = same_class_retrieval(unit(vectors), np.asarray(labels))
+    except Undefined:
         return {}
-    found = retrieval(unit(vectors), np.asarray(labels))
     return {name: float(found[name].mean()) for name in METRICS["embedding"]}
 
 

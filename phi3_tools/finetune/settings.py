@@ -13,12 +13,13 @@ from transformers import HfArgumentParser, TrainerState, TrainingArguments
 
 from phi3_tools.images import ACCEPTED, LABEL, TEXT
 
+VALIDATION_SHARE, MIN_VALIDATION = 0.1, 100
 ARGUMENTS, FIGURES = "arguments.json", "metrics.json"
 TRANSFORMERS = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
 
 # Learning rate and epochs that learn where nobody chose others, see benchmarks/finetuning.md.
-RATES = {"all": 3e-4, "head": 3e-3, "lora": 3e-3}
-EPOCHS = {"all": 20, "head": 60, "lora": 20}
+RATES = {"all": 1e-4, "head": 1e-3, "lora": 1e-3}
+EPOCHS = {"all": 10, "head": 20, "lora": 10}
 # The figures of a validation; the first chooses the best checkpoint.
 METRICS = {
     "classification": ("accuracy", "macro F1", "loss"),
@@ -91,10 +92,11 @@ class DataOptions:
     image_column: str | None = _option(None, "The column of images. Default: the first one that holds images.")
     label_column: str | None = _option(None, "The column of classes. Default: label.")
     held_out: float = _option(0.2, "Share of the images to measure on, where the data has no test split.")
-    validation: float = _option(
-        0.1,
+    validation: float | None = _option(
+        None,
         "Share of the training images that choose the best checkpoint, where the data has no validation split; 0: the "
-        "last checkpoint is taken.",
+        f"last checkpoint is taken. Default: {VALIDATION_SHARE}, or 0 where that is fewer than {MIN_VALIDATION} "
+        "images, as these would choose by chance.",
     )
     num_crops: int | None = _option(None, "The most crops of an image. Default: the image processor's.")
     skip_broken: bool = _option(False, "Leave out images that cannot be read.")
@@ -106,7 +108,9 @@ class DataOptions:
 
     def __post_init__(self):
         _require(0 < self.held_out < 1, "held_out", self.held_out, "a share between 0 and 1")
-        _require(0 <= self.validation < 1, "validation", self.validation, "a share in [0, 1)")
+        _require(
+            self.validation is None or 0 <= self.validation < 1, "validation", self.validation, "a share in [0, 1)"
+        )
 
 
 @dataclass

@@ -15,6 +15,8 @@ from sentence_transformers.base.sampler import GroupByLabelBatchSampler
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from sentence_transformers.util import all_gather_with_grad
 from sentence_transformers.util.distributed import all_gather
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -31,7 +33,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from phi3_tools.finetune.data import FEATURES, Collator, endless, with_features
+from phi3_tools.finetune.data import FEATURES, Collator, endless, sample, with_features
 from phi3_tools.finetune.report import figures_of_classes, figures_of_search
 from phi3_tools.finetune.settings import TALK, Settings, TaskOptions, last_checkpoint, steps_done
 from phi3_tools.finetune.talk import load_talker, talk_trainer
@@ -41,23 +43,22 @@ from phi3_tools.results import without_path, write_text
 ADAPTER = "adapter"
 
 
-def load_model(where: dict, task: str, names: list[str], is_start: bool = True) -> PreTrainedModel:
-    """
-    A model for the task, in float32; `where` are arguments of `from_pretrained`. At the start of a training the head
-    of a classifier is fresh, unless the checkpoint's classes are the same.
-    """
+def has_head(where: dict, names: list[str]) -> bool:
+    """Whether a checkpoint classifies into these classes; otherwise the head of a training starts fresh."""
+    return AutoConfig.from_pretrained(**{**where, "trust_remote_code": True}).id2label == dict(enumerate(names))
+
+
+def load_model(where: dict, task: str, names: list[str]) -> PreTrainedModel:
+    """A model for the task, in float32; `where` are arguments of `from_pretrained`."""
     where = {"trust_remote_code": True, "dtype": "float32", **where}
     if task == "embedding":
         model = AutoModel.from_pretrained(**where)
     else:
         classes = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
-        had = AutoConfig.from_pretrained(**where).id2label
+        is_fresh = not has_head(where, names)
         model = AutoModelForImageClassification.from_pretrained(
-            **where, **classes, ignore_mismatched_sizes=is_start, problem_type="single_label_classification"
+            **where, **classes, ignore_mismatched_sizes=is_fresh, problem_type="single_label_classification"
         )
-        if is_start and had != classes["id2label"]:
-            model.classifier = nn.Linear(model.config.embed_dim, len(names))
-            model._init_weights(model.classifier)
     if not model.config.use_hd_transform:
         raise ValueError(f"{where['pretrained_model_name_or_path']} works without the HD transform, which this needs.")
     return model
@@ -82,6 +83,25 @@ def choose_trained(model: PreTrainedModel, options: TaskOptions) -> PreTrainedMo
     return get_peft_model(
         model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=saved)
     )
+
+
+def fit_probe(vectors: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights `(num_classes, d)` and biases `(num_classes,)` of a logistic regression."""
+    scaler = StandardScaler().fit(vectors)
+    regression = LogisticRegression(max_iter=1000).fit(scaler.transform(vectors), labels)
+    coefficients, intercepts = regression.coef_ / scaler.scale_, regression.intercept_
+    if len(regression.classes_) == 2:  # of which it has one row, for the second
+        coefficients, intercepts = np.vstack((-coefficients, coefficients)) / 2, np.tile(intercepts, 2) * (-0.5, 0.5)
+    weight, bias = np.zeros((num_classes, vectors.shape[1])), np.full(num_classes, min(intercepts.min(), 0) - 100)
+    weight[regression.classes_] = coefficients
+    bias[regression.classes_] = intercepts - coefficients @ scaler.mean_
+    return weight, bias
+
+
+def set_head(model: PreTrainedModel, probe: tuple[np.ndarray, np.ndarray]) -> None:
+    with torch.no_grad():
+        for parameter, values in zip((model.classifier.weight, model.classifier.bias), probe):
+            parameter.copy_(torch.from_numpy(values))
 
 
 def word_ids(tokenizer, names: list[str]) -> torch.LongTensor:
@@ -319,6 +339,11 @@ def _merge(model, output, base):
 def _classifier_trainer(options, arguments, start, splits, names, collate):
     model = load_model(start, options.task, names)
     splits = _frozen_features(model.base_model, splits, collate, options, arguments)
+    if not has_head(start, names) and not last_checkpoint(arguments.output_dir):
+        # From here it learns at any rate, and no random head distorts what the model knows (Kumar et al., 2022).
+        few, unchanged = sample(splits["train"], arguments.seed), Collator(collate.image_processor, collate.num_crops)
+        base = model.base_model.to(arguments.device).eval()
+        set_head(model, fit_probe(*embed(base, few, unchanged, arguments.eval_batch_size, "Linear probe"), len(names)))
     trainer = ClassifierTrainer(
         choose_trained(model, options),
         arguments,
