@@ -71,7 +71,7 @@ def embed(
     """
     groups: dict[tuple, list[Model]] = {}
     for model in models:
-        groups.setdefault((model.name, model.revision), []).append(model)
+        groups.setdefault((model.name, model.revision, model.has_recipe), []).append(model)
     embedded: dict[Model, Embedded] = {}
     for members in groups.values():
         embedded |= _embed_group(members, images, list(dict.fromkeys(texts)), num_crops, cache, batch_size)
