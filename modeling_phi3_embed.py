@@ -549,7 +549,7 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"The checkpoint lacks {len(missing)} of the model's weights: {', '.join(missing)}. {hint}"
             )
-        if model.config.untrained:
+        if model.config.untrained and pretrained_model_name_or_path is not None:
             logger.warning(
                 f"The projection of {pretrained_model_name_or_path} has never been trained: what the model gives of "
                 "images is noise. Train it, as by `phi3-embed finetune --task align`, and set `config.untrained` to "
@@ -991,16 +991,23 @@ class Phi3VisionForConditionalGeneration(Phi3EmbedPreTrainedModel, GenerationMix
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None and kwargs.get("inputs_embeds") is None:
             raise ValueError("There is no text: give `input_ids` or `inputs_embeds` too.")
+        check_padding(kwargs.get("attention_mask"))
         image_token_id = self.config.image_token_id
-        if image_token_id is not None:
+        if image_token_id is not None and input_ids is not None:
+            is_placeholder = self.model.vision_embed_tokens.is_placeholder(input_ids)
+            check_placeholder_order(is_placeholder, input_ids)
+            input_ids = input_ids.masked_fill(is_placeholder, image_token_id)
+        # What an assistant guesses is checked by the model that it assists.
+        if image_token_id is not None and not getattr(generation_config, "is_assistant", False):
             suppressed = kwargs.pop("suppress_tokens", None)
             for defaults in (generation_config, self.generation_config):
                 suppressed = suppressed or getattr(defaults, "suppress_tokens", None)
-            kwargs["suppress_tokens"] = sorted({*(suppressed or ()), image_token_id})
-            if input_ids is not None:
-                is_placeholder = self.model.vision_embed_tokens.is_placeholder(input_ids)
-                check_placeholder_order(is_placeholder, input_ids)
-                input_ids = input_ids.masked_fill(is_placeholder, image_token_id)
+            suppressed = sorted({*(suppressed or ()), image_token_id})
+            if generation_config is None:
+                kwargs["suppress_tokens"] = suppressed
+            else:
+                generation_config = copy.deepcopy(generation_config)
+                generation_config.suppress_tokens = suppressed
         if (encoded := kwargs.get("mm_encoder_outputs")) is not None:
             # Beams repeat the tokens in place.
             kwargs["mm_encoder_outputs"] = {name: copy.copy(outputs) for name, outputs in encoded.items()}
@@ -1008,29 +1015,37 @@ class Phi3VisionForConditionalGeneration(Phi3EmbedPreTrainedModel, GenerationMix
 
     def prepare_inputs_for_generation(
         self,
-        input_ids,
-        past_key_values=None,
-        cache=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        is_first_iteration=False,
+        input_ids: torch.LongTensor,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        tokenizer=None,  # of stop strings, which generate hands on to the model
         **kwargs,
-    ):
+    ) -> dict:
         # Both names of the cache, of which transformers' version gives one, and takes the same.
         caches = {"past_key_values": past_key_values, "cache": cache}
         caches = {name: value for name, value in caches.items() if value is not None}
-        past = next(iter(caches.values()), None)
-        if is_first_iteration:
-            check_padding(attention_mask)
-        length = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
-        if past is not None and self._crosses_rope_switch(past, length, attention_mask, kwargs.get("position_ids")):
+        past_length = int(next(iter(caches.values())).get_seq_length()) if caches else 0
+        length = input_ids.shape[1]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            length = attention_mask.shape[1]
+        elif inputs_embeds is not None and length <= past_length:  # `input_ids` are what was generated
+            length += inputs_embeds.shape[1]
+        num_old = max(input_ids.shape[1] - (length - past_length), 0)  # of `input_ids` those that the cache has
+        is_placeholder = self.model.vision_embed_tokens.is_placeholder
+        if caches and past_length == 0:
+            is_first_iteration = True  # also of an assistant, which needs the images too
+        elif caches and is_first_iteration and not (kwargs.get("mm_encoder_outputs") or {}).get("image"):
+            new = input_ids[:, num_old:]
+            check_placeholders(is_placeholder(new), is_placeholder(new).long(), [])
+        if past_length and self._crosses_rope_switch(past_length, length, attention_mask, kwargs.get("position_ids")):
             # The keys in the cache have the short rotary factors: compute the whole text again, with the long ones.
             if not is_first_iteration:
-                # Guesses of assisted decoding may copy placeholders out of the text: these are no images.
-                num_new = length - int(past.get_seq_length())
-                is_guess = torch.arange(input_ids.shape[1], device=input_ids.device) >= input_ids.shape[1] - num_new
-                is_placeholder = self.model.vision_embed_tokens.is_placeholder(input_ids)
-                input_ids = input_ids.masked_fill(is_guess & is_placeholder, 0)
+                # Guesses of assisted decoding may copy placeholders out of the text, which no image belongs to.
+                input_ids = input_ids.clone()
+                input_ids[:, num_old:].masked_fill_(is_placeholder(input_ids[:, num_old:]), 0)
             if inputs_embeds is not None and (num_generated := length - inputs_embeds.shape[1]):
                 generated = self.get_input_embeddings()(input_ids[:, -num_generated:])
                 inputs_embeds = torch.cat((inputs_embeds, generated.to(inputs_embeds.dtype)), dim=1)
@@ -1045,10 +1060,10 @@ class Phi3VisionForConditionalGeneration(Phi3EmbedPreTrainedModel, GenerationMix
             **kwargs,
         )
 
-    def _crosses_rope_switch(self, past, length, attention_mask, position_ids) -> bool:
+    def _crosses_rope_switch(self, past_length, length, attention_mask, position_ids) -> bool:
         """Whether the text gets the long rotary factors from here on, decided by positions: padding does not count."""
         limit = self.config.text_config.rope_parameters.get("original_max_position_embeddings")
-        if limit is None or length <= limit or (past_length := int(past.get_seq_length())) == 0:
+        if limit is None or length <= limit:
             return False
         if position_ids is None or position_ids.shape[-1] != length:
             position_ids = torch.arange(length, device=self.device)[None]

@@ -609,6 +609,10 @@ class Phi3EmbedProcessor(ProcessorMixin):
             inputs.pop("num_img_tokens", None)
         return inputs
 
+    @property
+    def model_input_names(self) -> list[str]:
+        return [name for name in super().model_input_names if name != "num_img_tokens"]
+
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         if text is not None:
             text = [text] if isinstance(text, str) else text

@@ -252,11 +252,12 @@ def serve(
     max_inputs: Annotated[int, typer.Option(min=1, help="most texts and images of a request")] = 64,
     max_bytes: Annotated[int, typer.Option(min=1, help="most bytes of a request's body")] = 32 * 2**20,
     max_pixels: Annotated[int, typer.Option(min=1, help="most pixels of a request's images together")] = 100_000_000,
+    max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer in a chat")] = 1024,
 ):
-    """Serve embeddings over HTTP, in OpenAI's format."""
+    """Serve embeddings and chats over HTTP, in OpenAI's format."""
     from phi3_tools.serve import Limits, run
 
-    run(model, host, port, num_crops, dtype, device, Limits(max_inputs, max_bytes, max_pixels))
+    run(model, host, port, num_crops, dtype, device, Limits(max_inputs, max_bytes, max_pixels, max_tokens))
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """Images embedded and searched: nearest neighbours, recall, and what the HD transform makes of photographs."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -9,9 +10,10 @@ from datasets import concatenate_datasets
 from PIL import Image
 from rich.table import Table
 from sklearn.datasets import load_sample_images
-from transformers import AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, TextStreamer
 
 from phi3_tools import ROOT
+from phi3_tools.digits import LARGER, NAME_IT, ask, true_answer
 from phi3_tools.images import (
     DIGIT_CROPS,
     DIGIT_NAMES,
@@ -24,14 +26,26 @@ from phi3_tools.images import (
     readable,
 )
 from phi3_tools.measures import nearest, pixel_vectors, recall, unit
-from phi3_tools.models import embed, embed_words, find_model, load_embedder, load_model
+from phi3_tools.models import (
+    embed,
+    embed_words,
+    find_model,
+    in_batches,
+    load_embedder,
+    load_model,
+    pick_device,
+)
 from phi3_tools.results import check_png, console, draw_rows, new_figure, save_figure
 
 NUM_QUERIES, NUM_NEIGHBOURS = 6, 5
+NUM_ASKED, NUM_SHOWN, MAX_ANSWER = 64, 3, 12
 
 
-def run(source=None, model=None, output=Path("demo/neighbours.png")):
-    """Prints what the embedding finds among the images of a SOURCE, and draws it."""
+def run(source=None, model=None, output=Path("demo/neighbours.png")) -> None:
+    """
+    Prints what the embedding finds among the images of a SOURCE, and draws it. Without one, of handwritten digits, it
+    also finds them by words and asks about them, as far as the model can.
+    """
     output = check_png(output)
     # Images first: what is wrong with them is said before weights are read.
     images, labels, names = _load_source(source) if source else _load_digits()
@@ -39,15 +53,21 @@ def run(source=None, model=None, output=Path("demo/neighbours.png")):
         os.environ["HF_HUB_OFFLINE"] = "1"
         console.print("Model: a small test checkpoint that was trained on digits and knows nothing else.")
     found = find_model(model or str(ROOT))
-    vectors = unit(embed(load_embedder(found, None if source else DIGIT_CROPS).encode_images, images))
+    loaded, image_processor = load_model(found)
+    embedder = load_embedder(found, None if source else DIGIT_CROPS, loaded=loaded)
+    vectors = unit(embed(embedder.encode_images, images))
     rows = nearest(vectors, vectors, NUM_NEIGHBOURS, own=np.arange(len(vectors)))
     _show_neighbours(rows, vectors, names)
     if labels is not None and len(np.unique(labels)) > 1:
         _show_recall(vectors, images, labels)
-    loaded, image_processor = load_model(found)
-    if not model and not source:
-        tokenizer = AutoTokenizer.from_pretrained(**found.pinned)
-        _show_text_search(vectors, embed_words(loaded, tokenizer, DIGIT_NAMES), labels)
+    if not source:
+        if embedder.encode_texts is not None:
+            _show_text_search(vectors, unit(embedder.encode_texts(list(DIGIT_NAMES))), labels)
+        elif not model:
+            tokenizer = AutoTokenizer.from_pretrained(**found.pinned)
+            _show_text_search(vectors, embed_words(loaded, tokenizer, DIGIT_NAMES), labels)
+        if loaded.config.text_config is not None:
+            _ask(found, images, labels)
     photographs = images[:3] if source else _load_photographs()
     _show_photographs(loaded, image_processor, photographs)
     _draw(images, names, rows, labels, photographs[0], image_processor, output)
@@ -102,6 +122,36 @@ def _show_text_search(vectors, words, labels):
     for name, rows in zip(DIGIT_NAMES, nearest(vectors, words, NUM_NEIGHBOURS)):
         table.add_row(name, " ".join(str(labels[row]) for row in rows))
     console.print(table)
+
+
+def _ask(model, images, labels):
+    """Questions about held-out digits, answered word by word, and how many of the answers are right."""
+    loaded = AutoModelForImageTextToText.from_pretrained(**model.pinned, device_map=pick_device()).eval()
+    processor = AutoProcessor.from_pretrained(**model.pinned)
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def answer(question, asked, **kwargs):
+        inputs = processor.apply_chat_template(
+            [ask(question, [images[number] for number in members]) for members in asked],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"num_crops": DIGIT_CROPS, "padding": True},
+        ).to(loaded.device)
+        ids = loaded.generate(**inputs, max_new_tokens=MAX_ANSWER, do_sample=False, **kwargs)
+        return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    single = [(number,) for number in range(min(NUM_ASKED, len(images)))]
+    for question, asked in ((NAME_IT, single), (LARGER, [(a, b) for (a,), (b,) in itertools.pairwise(single)])):
+        for members in asked[:NUM_SHOWN]:
+            shown = " and ".join(f"a {DIGIT_NAMES[labels[number]]}" for number in members)
+            console.print(f"{shown}: {question} ", end="")
+            answer(question, [members], streamer=streamer)
+        wanted = [true_answer(question, *(labels[number] for number in members)) for members in asked]
+        answers = [text for part in in_batches(asked, 16, "Asking") for text in answer(question, part)]
+        right = sum(text.strip() == truth for text, truth in zip(answers, wanted))
+        console.print(f"Right: {right} of {len(asked)} held-out ones.")
 
 
 @torch.inference_mode()

@@ -21,6 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 RANKS = (1, 5, 10)
+RANKED = (*(f"recall@{rank}" for rank in RANKS), "mAP")
 NUM_NEIGHBOURS = 10
 FOLDS = 5
 SIGNIFICANCE = 0.05
@@ -110,17 +111,19 @@ def retrieval(
     Raises:
         Undefined: none has.
     """
-    counts = (labels == wanted[:, None]).sum(1) - (own is not None)
-    if not (counts > 0).any():
+    answers, counts = np.unique(labels, return_counts=True)
+    kept = np.flatnonzero(np.isin(wanted, answers[counts > (own is not None)]))
+    if not len(kept):
         raise Undefined("no query has an answer")
-    kept, hits = np.flatnonzero(counts > 0), []
+    values = {name: [] for name in RANKED}
     for some in np.array_split(kept, max(len(kept) // 1000, 1)):
         rows = nearest(gallery, queries[some], len(gallery), own=None if own is None else own[some])
-        hits.append(labels[rows] == wanted[some, None])  # (queries, n)
-    is_hit = np.concatenate(hits)
-    precision = is_hit.cumsum(1) / np.arange(1, is_hit.shape[1] + 1)
-    values = {f"recall@{rank}": is_hit[:, :rank].any(1).astype(np.float64) for rank in RANKS}
-    return values | {"mAP": (precision * is_hit).sum(1) / is_hit.sum(1)}
+        is_hit = labels[rows] == wanted[some, None]  # (queries, n)
+        precision = is_hit.cumsum(1) / np.arange(1, is_hit.shape[1] + 1)
+        values["mAP"].append((precision * is_hit).sum(1) / is_hit.sum(1))
+        for rank in RANKS:
+            values[f"recall@{rank}"].append(is_hit[:, :rank].any(1))
+    return {name: np.concatenate(parts).astype(np.float64) for name, parts in values.items()}
 
 
 def classes_of_several(labels: np.ndarray) -> np.ndarray:
@@ -162,7 +165,7 @@ def held_out_accuracy(vectors: np.ndarray, labels: np.ndarray, seed: int) -> dic
         "linear-probe accuracy": make_pipeline(StandardScaler(), LogisticRegression(max_iter=300)),
     }
     return {
-        name: (cross_val_predict(classifier, vectors, labels, cv=folds) == labels).astype(np.float64)
+        name: np.equal(cross_val_predict(classifier, vectors, labels, cv=folds), labels).astype(np.float64)
         for name, classifier in classifiers.items()
     }
 
@@ -172,7 +175,8 @@ def clusters(vectors: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
     classes_of_several(labels)
     kept = labels != UNLABELLED
     vectors, labels = vectors[kept], labels[kept]
-    found = KMeans(len(np.unique(labels)), n_init=4, random_state=seed).fit_predict(vectors)
+    settings: dict = {"n_init": 4, "random_state": seed}
+    found = KMeans(len(np.unique(labels)), **settings).fit_predict(vectors)
     return np.stack((labels, found), axis=1)
 
 
@@ -216,7 +220,7 @@ def after_change(
     spread = 1 - (np.square(gallery.sum(0, dtype=np.float64)).sum() - len(gallery)) / num_pairs
     values = {
         "moved": (1 - (gallery[own] * changed).sum(1).astype(np.float64)) / max(spread, 1e-12),
-        "finds itself": (nearest(gallery, changed, 1)[:, 0] == own).astype(np.float64),
+        "finds itself": np.equal(nearest(gallery, changed, 1)[:, 0], own).astype(np.float64),
     }
     with suppress(Undefined):
         kept = np.isin(labels[own], classes_of_several(labels))

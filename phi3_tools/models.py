@@ -280,6 +280,8 @@ def recipe(model: Model, num_crops: int | None = None) -> dict[str, Any]:
         settings["recipe"] = {
             str(path.relative_to(folder)): path.read_text("utf-8") for path in paths if path.exists()
         }
+        its_own = json.loads((folder / RECIPE_FILES[1]).read_text("utf-8")).get("processing_kwargs", {})
+        processing |= its_own.get("image", {})
     num_crops = processing["num_crops"] if num_crops is None else num_crops
     return {"weights": digest.hexdigest(), "settings": settings, "num_crops": num_crops}
 
@@ -293,7 +295,11 @@ def pick_device(device: str | None = None) -> torch.device:
 
 
 def load_embedder(
-    model: Model | str, num_crops: int | None = None, dtype: str = "float32", device: str | None = None
+    model: Model | str,
+    num_crops: int | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    loaded: torch.nn.Module | None = None,
 ) -> Embedder:
     """
     Args:
@@ -301,6 +307,7 @@ def load_embedder(
         num_crops: the most crops of an image for our model; by default its image processor's own.
         dtype: of weights and computation.
         device: by default the machine's accelerator.
+        loaded: our model of this checkpoint where it is in memory already, so that its weights are not there twice.
 
     Raises:
         ValueError: it cannot be loaded, or lacks weights.
@@ -310,7 +317,7 @@ def load_embedder(
         raise ValueError(f"--dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}.")
     try:
         loader = _load_sentence_transformers if model.has_recipe else LOADERS[model.kind]
-        return loader(model, num_crops, getattr(torch, dtype), pick_device(device))
+        return loader(model, num_crops, getattr(torch, dtype), pick_device(device), loaded)
     except ModuleNotFoundError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -341,7 +348,7 @@ def embed_words(model, tokenizer, words: Sequence[str]) -> np.ndarray:
     return torch.nn.functional.normalize(vectors, dim=-1).numpy(force=True)
 
 
-def _load_pixels(model, num_crops, dtype, device):
+def _load_pixels(model, num_crops, dtype, device, loaded):
     def encode(images, poolings):
         small = [image.convert("RGB").resize((PIXELS_SIDE,) * 2, Image.Resampling.BILINEAR) for image in images]
         return {None: (np.stack([np.asarray(image, np.float32).ravel() / 255 for image in small]), None)}
@@ -349,11 +356,12 @@ def _load_pixels(model, num_crops, dtype, device):
     return Embedder(model, encode, parameters=0)
 
 
-def _load_phi3_embed(model, num_crops, dtype, device):
+def _load_phi3_embed(model, num_crops, dtype, device, loaded):
     image_processor = AutoImageProcessor.from_pretrained(**model.pinned)
     if num_crops is not None:
         image_processor(Image.new("L", (8, 8)), num_crops=num_crops)  # raises unless it is a number of crops
-    loaded = AutoModel.from_pretrained(**model.pinned, dtype=dtype, device_map=device).eval()
+    if loaded is None:
+        loaded = AutoModel.from_pretrained(**model.pinned, dtype=dtype, device_map=device).eval()
     encode = functools.partial(_encode_phi3_embed, loaded, image_processor, num_crops)
     dimensions = tuple(getattr(loaded.config, "matryoshka_dimensions", None) or ())
     return Embedder(
@@ -383,7 +391,7 @@ def _encode_phi3_embed(model, image_processor, num_crops, images, poolings):
     return vectors
 
 
-def _load_transformers(model, num_crops, dtype, device):
+def _load_transformers(model, num_crops, dtype, device, loaded):
     loaded, report = AutoModel.from_pretrained(
         **model.pinned, dtype=dtype, device_map=device, output_loading_info=True
     )
@@ -425,24 +433,31 @@ def _load_transformers(model, num_crops, dtype, device):
     return Embedder(model, encode, loaded.num_parameters(), encode_texts)
 
 
-def load_sentence_transformer(model: Model, num_crops: int | None = None, dtype=torch.float32, device=None):
-    """The `SentenceTransformer` of a model, weights and code pinned to one commit."""
+def load_sentence_transformer(
+    model: Model, num_crops: int | None = None, dtype=torch.float32, device=None, loaded: torch.nn.Module | None = None
+):
+    """The `SentenceTransformer` of a model, weights and code pinned to one commit; around `loaded`, if it is given."""
     from sentence_transformers import SentenceTransformer  # here, as it is slow to import
 
     code = {"code_revision": model.revision} if model.revision else {}
-    return SentenceTransformer(
+    made = SentenceTransformer(
         model.name,
         revision=model.revision,
         trust_remote_code=model.kind == PHI3_EMBED,
-        device=str(pick_device(device)),
-        model_kwargs={"dtype": dtype} | code,
+        device=None if loaded else str(pick_device(device)),
+        model_kwargs={"dtype": dtype} | ({"device_map": "meta"} if loaded else {}) | code,
         config_kwargs=code,
         processor_kwargs=({} if num_crops is None else {"num_crops": num_crops}) | code,
     )
+    if loaded is not None:  # in place of weights that were not read
+        made[0].model = loaded
+    if num_crops is not None and model.has_recipe:
+        made[0].processing_kwargs.setdefault("image", {})["num_crops"] = num_crops
+    return made
 
 
-def _load_sentence_transformers(model, num_crops, dtype, device):
-    loaded = load_sentence_transformer(model, num_crops if model.kind == PHI3_EMBED else None, dtype, device)
+def _load_sentence_transformers(model, num_crops, dtype, device, loaded):
+    loaded = load_sentence_transformer(model, num_crops if model.kind == PHI3_EMBED else None, dtype, device, loaded)
     if not loaded.supports("image"):
         raise ValueError(f"it takes {', '.join(map(str, loaded.modalities))}, not images")
 
@@ -454,6 +469,8 @@ def _load_sentence_transformers(model, num_crops, dtype, device):
         return {None: (encode_together(loaded.encode_document, images), None)}
 
     def encode_texts(texts, is_query=True):
+        if not all(text.strip() for text in texts):
+            raise ValueError("A text is empty, so it has no vector. Give words.")
         if len(texts) > 1 and any(len(text.encode()) > MAX_BYTES_TOGETHER for text in texts):
             return np.concatenate([encode_texts([text], is_query) for text in texts])
         return encode_together(loaded.encode_query if is_query else loaded.encode_document, texts)
@@ -467,8 +484,8 @@ def _load_sentence_transformers(model, num_crops, dtype, device):
         model,
         encode_images,
         sum(parameter.numel() for parameter in loaded.parameters()),
-        encode_texts if loaded.supports("text") or loaded.supports("message") else None,
-        encode_pairs if loaded.supports("message") else None,
+        encode_texts if "text" in loaded.modalities else None,
+        encode_pairs if ("image", "text") in loaded.modalities else None,
         dimensions=tuple(getattr(loaded[0].auto_model.config, "matryoshka_dimensions", None) or ()),
         **({"open_image": loaded[0].processor.image_processor.open_image} if model.has_recipe else {}),
     )

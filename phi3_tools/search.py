@@ -29,7 +29,7 @@ from tqdm import tqdm
 from phi3_tools import ROOT
 from phi3_tools.images import IMAGE, NAME, image_hash, is_image_name, load_rows, read_image
 from phi3_tools.measures import unit
-from phi3_tools.models import BATCH_SIZE, Embedder, encode_or_refuse, find_model, load_embedder, recipe
+from phi3_tools.models import BATCH_SIZE, Embedder, Model, encode_or_refuse, find_model, load_embedder, recipe
 from phi3_tools.results import (
     THUMBNAIL,
     check_png,
@@ -55,19 +55,20 @@ def make_index(source, index, model=None, num_crops=None, image_column=None, dty
     index = Path(index)
     made_by = _read_made_by(index, required=False)
     rows = load_rows(source, image_column=image_column)
+    found, made_by = _agree(index, made_by, model, num_crops, dtype)
     check_writable(index)
-    embedder, made_by = _load_embedder(index, made_by, model, num_crops, dtype, device)
+    embedder = load_embedder(found, made_by["num_crops"], made_by["dtype"], device)
     with _written(index, made_by, embedder) as table:
-        held = _embed_rows(table, rows, _place(source), embedder)
-        _follow(table, held, _place(source))
+        read = _embed_rows(table, rows, _place(source), embedder)
+        _follow(table, read, _place(source))
 
 
 def add_images(sources, index, image_column=None, device=None) -> None:
     """Adds the images of several SOURCEs to an index."""
     index = Path(index)
-    made_by = _read_made_by(index)
+    found, made_by = _agree(index, _read_made_by(index))
     rows = {_place(source): load_rows(source, image_column=image_column) for source in sources}
-    embedder, made_by = _load_embedder(index, made_by, device=device)
+    embedder = load_embedder(found, made_by["num_crops"], made_by["dtype"], device)
     with _written(index, made_by, embedder) as table:
         for place, images in rows.items():
             _embed_rows(table, images, place, embedder)
@@ -105,7 +106,8 @@ def query_index(
     table = _open_table(Path(index))
     if not table.count_rows():
         raise ValueError(f"{index} holds no images. Add some: phi3-embed search add SOURCE {index}")
-    embedder, _ = _load_embedder(Path(index), made_by, device=device)
+    found, made_by = _agree(Path(index), made_by)
+    embedder = load_embedder(found, made_by["num_crops"], made_by["dtype"], device)
     opened = image and read_image(image, embedder.open_image)
     rows = _nearest(
         table, _embed_query(embedder, opened, text), count, image_hash(image) if image and exclude_self else None
@@ -151,15 +153,14 @@ def _embed_query(embedder, image, text):
 # By what an index is made
 
 
-def _load_embedder(index, made_by, model=None, num_crops=None, dtype=None, device=None) -> tuple[Embedder, dict]:
+def _agree(index, made_by, model=None, num_crops=None, dtype=None) -> tuple[Model, dict[str, Any]]:
     """
-    The model asked for, by default that of the index, and by what the index is made.
+    The model asked for, by default that of the index, and by what the index is made, or will be.
 
     Raises:
         ValueError: the index is made by another model, with other settings, pooling, crops or dtype.
     """
-    named = made_by["model"] if made_by else str(ROOT)
-    found = find_model(model or named)
+    found = find_model(model or (made_by["model"] if made_by else str(ROOT)))
     if made_by and num_crops is None:
         num_crops = made_by["num_crops"]
     given = {
@@ -173,7 +174,7 @@ def _load_embedder(index, made_by, model=None, num_crops=None, dtype=None, devic
             f"{index} is made by {_described(made_by)}, but this is {_described(given)}. Their vectors cannot be "
             "compared. Give the same model and number of crops, or make another index."
         )
-    return load_embedder(found, num_crops, given["dtype"], device), made_by or given
+    return found, made_by or given
 
 
 def _described(made_by):

@@ -1,9 +1,10 @@
 """
-OpenAI's /v1/embeddings by LitServe.
+OpenAI's /v1/embeddings and /v1/chat/completions by LitServe, of one model in one process.
 
-An input is an image as a data URI (`data:image/png;base64,...`) or, where the model has a text side, a text. Paths and
-addresses are no images: a client has no say in what the server reads. One request is worked on at a time, so each has
-limits; what a client can mend is status 400 in words.
+An image is a data URI (`data:image/png;base64,...`). Paths and addresses are none: a client has no say in what the
+server reads. Texts are embedded where the model has a text side, and chats answered where it has a language model. One
+request is worked on at a time, so each has limits; what a client can mend is status 400 in words, and what the server
+does not honour is refused.
 """
 
 import asyncio
@@ -12,38 +13,53 @@ import binascii
 import io
 import json
 import struct
+import threading
 import time
 import uuid
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import litserve
 import numpy as np
+import torch
 from fastapi import HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
+from jinja2 import TemplateError
 from litserve.specs.base import LitSpec
-from litserve.specs.openai_embedding import Embedding, EmbeddingResponse, UsageInfo
+from litserve.specs.openai import (
+    ChatCompletionChunk,
+    ChatCompletionResponse,
+    ChatCompletionResponseChoice,
+    ChatCompletionStreamingChoice,
+    ChatMessage,
+    ChoiceDelta,
+    UsageInfo,
+)
+from litserve.specs.openai_embedding import Embedding, EmbeddingResponse
 from litserve.utils import LitAPIStatus, ResponseBufferItem
 from PIL import Image
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer
 
 from phi3_tools import ROOT
 from phi3_tools.measures import unit
-from phi3_tools.models import Model, embed, find_model, load_embedder
+from phi3_tools.models import PHI3_EMBED, Model, embed, find_model, load_embedder
 
 ALIAS = "phi3-embed"  # any client may name the served model so
 
 
 @dataclass
 class Limits:
-    """What one request may ask for: inputs, bytes of its body, and pixels of all its images."""
+    """What one request may ask for: inputs, bytes of its body, pixels of all its images, and tokens of an answer."""
 
     inputs: int = 64
     bytes: int = 32 * 2**20
     pixels: int = 100_000_000
+    tokens: int = 1024
 
 
 def run(model=None, host="127.0.0.1", port=8000, num_crops=None, dtype="float32", device=None, limits=None) -> None:
@@ -66,6 +82,33 @@ class EmbeddingRequest(BaseModel, allow_inf_nan=False):
     model: str
     dimensions: int | None = None
     encoding_format: Literal["float", "base64"] = "float"
+    user: str | None = None
+
+
+class Part(BaseModel, extra="forbid"):
+    type: Literal["text", "image_url"]
+    text: str | None = None
+    image_url: dict[str, str] | str | None = None
+
+
+class Message(BaseModel, extra="forbid"):
+    role: Literal["system", "user", "assistant"]
+    content: str | list[Part]
+    name: str | None = None
+
+
+class ChatRequest(BaseModel, allow_inf_nan=False, extra="forbid"):
+    messages: list[Message]
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(0.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    n: Literal[1] = 1
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: dict[str, bool] | None = None
     user: str | None = None
 
 
@@ -132,6 +175,20 @@ def _count_pixels(content):
         return 0
 
 
+def _until(pieces: Iterator[str], stops: list[str]) -> Iterator[str]:
+    """The pieces of a text up to the first of the stop strings, which may lie across pieces; the rest is drained."""
+    held, back, is_over = "", max(map(len, stops), default=1) - 1, False
+    for piece in pieces:
+        held += "" if is_over else piece
+        if ends := [held.find(stop) for stop in stops if stop in held]:
+            held, back, is_over = held[: min(ends)], 0, True
+        said, held = held[: len(held) - back], held[max(len(held) - back, 0) :]
+        if said:
+            yield said
+    if held:
+        yield held
+
+
 # The server
 
 
@@ -146,6 +203,7 @@ class Spec(LitSpec):
 
     def pre_setup(self, lit_api):
         self.add_endpoint(self.api_path, self.embeddings, ["POST"])
+        self.add_endpoint("/v1/chat/completions", self.chat, ["POST"])
         self.add_endpoint("/v1/models", self.models, ["GET"])
 
     def decode_request(self, request, context_kwargs=None):
@@ -165,7 +223,41 @@ class Spec(LitSpec):
         if request.encoding_format == "base64":  # little-endian float32
             vectors = [base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode() for vector in vectors]
         data = [Embedding(index=index, embedding=vector) for index, vector in enumerate(vectors)]
-        return EmbeddingResponse(data=data, model=request.model, usage=UsageInfo(**answer["usage"]))
+        return EmbeddingResponse(data=data, model=request.model, usage=answer["usage"])
+
+    async def chat(self, request: ChatRequest):
+        self._check_model(request.model)
+        request.max_tokens = request.max_completion_tokens or request.max_tokens or self.limits.tokens
+        if request.max_tokens > self.limits.tokens:
+            raise _refuse(f"`max_tokens` is {request.max_tokens}, but an answer may have {self.limits.tokens}.")
+        pieces = aiter(self._ask(request))
+        begun = json.loads(await anext(pieces))  # before the stream, as a refusal has a status of its own
+        if request.stream:
+            return StreamingResponse(self._stream(request, pieces), media_type="text/event-stream")
+        text, ended = "", begun
+        async for piece in pieces:
+            ended = json.loads(piece)
+            text += ended["text"]
+        message = ChatMessage(role="assistant", content=text)
+        choice = ChatCompletionResponseChoice(index=0, message=message, finish_reason=ended["finish_reason"])
+        return ChatCompletionResponse(model=request.model, choices=[choice], usage=UsageInfo(**ended["usage"]))
+
+    async def _stream(self, request, pieces):
+        chunk = ChatCompletionChunk(model=request.model, choices=[], usage=None)
+
+        def say(delta, reason=None, usage=None):
+            choices = [ChatCompletionStreamingChoice(index=0, delta=delta, finish_reason=reason)]
+            said = chunk.model_copy(update={"choices": choices, "usage": usage})
+            return f"data: {said.model_dump_json()}\n\n"
+
+        try:
+            async for piece in pieces:
+                piece = json.loads(piece)
+                delta = ChoiceDelta(role="assistant", content=piece["text"])
+                yield say(delta, piece["finish_reason"], piece["usage"] and UsageInfo(**piece["usage"]))
+            yield "data: [DONE]\n\n"
+        except HTTPException as error:
+            yield f"data: {_say(None, error).body.decode()}\n\n"
 
     def _check_model(self, name):
         if name not in self.names:
@@ -192,9 +284,93 @@ class Api(litserve.LitAPI):
         self.model, self.num_crops, self.dtype, self.limits = model, num_crops, dtype, limits
 
     def setup(self, device):
-        self.embedder = load_embedder(self.model, self.num_crops, self.dtype, device)
+        self.chat_model = self.processor = None
+        if self.model.kind == PHI3_EMBED and AutoConfig.from_pretrained(**self.model.pinned).text_config is not None:
+            where = {**self.model.pinned, "dtype": getattr(torch, self.dtype), "device_map": device}
+            self.chat_model = AutoModelForImageTextToText.from_pretrained(**where).eval()
+            self.processor = AutoProcessor.from_pretrained(**self.model.pinned)
+        whole = self.chat_model and self.chat_model.model  # whose weights the embedder shares
+        self.embedder = load_embedder(self.model, self.num_crops, self.dtype, device, whole)
 
     def predict(self, request):
+        yield from self._answer(request) if isinstance(request, ChatRequest) else self._vectors(request)
+
+    def _answer(self, request):
+        """The length of the prompt, then the answer's text piece by piece; the last says why it ended."""
+        if self.chat_model is None:
+            raise _refuse(f"{self.model.label} has no language model, so it answers no chats. Ask for embeddings.")
+        inputs = self._prompt(request.messages).to(self.chat_model.device)
+        length, most = inputs["input_ids"].shape[1], self.chat_model.config.text_config.max_position_embeddings
+        if length + request.max_tokens > most:
+            raise _refuse(
+                f"The prompt has {length} tokens, those of its images counted, and the answer may have "
+                f"{request.max_tokens}, but together the model takes {most}. Send less, or lower `max_tokens`."
+            )
+        usage = {"prompt_tokens": length, "completion_tokens": 0}
+        yield {"usage": usage, "finish_reason": None}
+        settings = {"max_new_tokens": request.max_tokens, "do_sample": request.temperature > 0}
+        if settings["do_sample"]:
+            settings |= {"temperature": request.temperature, "top_p": request.top_p}
+        if request.stop:
+            settings |= {"stop_strings": request.stop, "tokenizer": self.processor.tokenizer}
+        if request.seed is not None:
+            torch.manual_seed(request.seed)
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        outcome = {}
+
+        def generate():
+            try:
+                outcome["ids"] = self.chat_model.generate(**inputs, **settings, streamer=streamer)[0]
+            except Exception as error:  # told where the stream is read
+                outcome["error"] = error
+                streamer.end()
+
+        thread = threading.Thread(target=generate)
+        thread.start()
+        for text in _until(streamer, [request.stop] if isinstance(request.stop, str) else request.stop or []):
+            yield {"text": text, "finish_reason": None, "usage": None}
+        thread.join()
+        if "error" in outcome:
+            raise outcome["error"]
+        usage["completion_tokens"] = len(outcome["ids"]) - usage["prompt_tokens"]
+        usage["total_tokens"] = len(outcome["ids"])
+        is_cut = usage["completion_tokens"] == request.max_tokens
+        yield {"text": "", "finish_reason": "length" if is_cut else "stop", "usage": usage}
+
+    def _prompt(self, messages):
+        """What the language model takes of a conversation. Raises HTTP status 400 if it cannot be made."""
+        if not messages:
+            raise _refuse("`messages` is empty. Give one of the role user.")
+        uris, conversation = [], []
+        for message in messages:
+            parts = [Part(type="text", text=message.content)] if isinstance(message.content, str) else message.content
+            content = []
+            for part in parts:
+                if part.type == "text":
+                    content.append({"type": "text", "text": part.text or ""})
+                else:
+                    uris.append(
+                        part.image_url.get("url", "") if isinstance(part.image_url, dict) else part.image_url or ""
+                    )
+                    content.append({"type": "image"})
+            conversation.append({"role": message.role, "content": content})
+        images = iter(open_data_uris(uris, self.limits, self.embedder.open_image))
+        for part in (part for message in conversation for part in message["content"] if part["type"] == "image"):
+            part["image"] = next(images)
+        crops = {} if self.num_crops is None else {"num_crops": self.num_crops}
+        try:
+            return self.processor.apply_chat_template(
+                conversation,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs=crops,
+            )
+        except (ValueError, TemplateError) as error:
+            raise _refuse(f"The messages cannot be read: {error}") from error
+
+    def _vectors(self, request):
         vectors = unit(self._embed(request.input))
         if request.dimensions not in (None, vectors.shape[1]):
             if request.dimensions not in self.embedder.dimensions:

@@ -59,7 +59,7 @@ CHANGES = {"rotate": 12.0, "shift": 0.1, "zoom": 0.15}
 COMMON = (
     "digits --task embedding --words --validation 0 --num-crops 0 "
     + " ".join(f"--{name} {size}" for name, size in CHANGES.items())
-    + " --per-device-train-batch-size 32 --lr-scheduler-type cosine --weight-decay 0.05 --use-cpu"
+    + " --per-device-train-batch-size 32 --lr-scheduler-type cosine --weight-decay 0.05"
 )
 # Pixels of a crop, and the arguments of `phi3-embed finetune`. Chosen with --validation 0.15: on that share of the
 # training digits they reach a recall@1 of 97.7 %, raw pixels 95.4 %.

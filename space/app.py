@@ -78,8 +78,8 @@ TRY = {
         "A wheel, in both eyes": ("motorcycle, left", "motorcycle, right", 16, [0.2, 0.7]),
         "All of two photographs": ("cat", "coffee", 16, None),
     },
-    "Search": {text: (text,) for text in ("seven", "a motorcycle", "something to drink")},
-    "Ask": {text: (text,) for text in ("What is this?", "Which digit is this?", "What colours do you see?")},
+    "Search": {text: text for text in ("seven", "a motorcycle", "something to drink")},
+    "Ask": {text: text for text in ("What is this?", "Which digit is this?", "What colours do you see?")},
 }
 
 # Pillow refuses to decode twice as many pixels as this, and warns before that.
@@ -107,7 +107,7 @@ class Entry:
 
     def __post_init__(self):
         self.key = uuid4().hex if self.is_upload else self.name
-        self.thumbnail = data_url(self.image, THUMBNAIL)
+        self.thumbnail = data_url(self.image, "jpeg", THUMBNAIL)
 
     def option(self, note=""):
         """What an image list shows."""
@@ -117,25 +117,24 @@ class Entry:
 # What is shown of it
 
 
-def data_url(image, size=None):
-    """A PIL image as a URL that needs no file, in at most `size` pixels a side; a small one with larger pixels."""
+def data_url(image, kind="png", size=None):
+    """A PIL image as a URL that needs no file, fitted to `size` pixels a side; a small one gets larger pixels."""
     if size and (factor := size // max(image.size)) > 1:
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     elif size:
         image = image.copy()
         image.thumbnail((size, size))
-    file, kind = io.BytesIO(), "jpeg" if size else "png"
+    file = io.BytesIO()
     image.save(file, kind, quality=85)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def views_html(crops, global_view, grid, title):
+def views_html(crops, global_view, grid, title, kind):
     """Crops as they lie in the image, gaps between them, and the global view below: arrays of any resolution."""
     rows, cols = grid
     places = [(x * 100 / max(cols - 1, 1), y * 100 / max(rows - 1, 1)) for y in range(rows) for x in range(cols)]
     cells = "".join(f'<i style="background-position: {x}% {y}%"></i>' for x, y in places)
-    size = max(crops.shape) if len(crops) > 336 else None
-    crops, global_view = (data_url(Image.fromarray(pixels), size) for pixels in (crops, global_view))
+    crops, global_view = (data_url(Image.fromarray(pixels), kind) for pixels in (crops, global_view))
     return (
         f'<div class="views" style="--cols: {cols}" role="img" aria-label="{title}: {rows} rows of {cols} crops">'
         f'<div style="--size: {cols * 100}% {rows * 100}%; --image: url({crops})">{cells}</div>'
@@ -155,7 +154,7 @@ def colours(*tokens):
 def map_html(pixels, shape, at=None, cosines=None):
     """An image of `shape` parts, with the one `at` a place outlined, or all darker or more golden by their cosines."""
     (height, width), (rows, cols) = pixels.shape[:2], shape
-    layers = f'<img src="{data_url(Image.fromarray(pixels), SHOWN)}" alt="">'
+    layers = f'<img src="{data_url(Image.fromarray(pixels), "jpeg", SHOWN)}" alt="">'
     if cosines is not None:
         shares = (cosines - cosines.min()) / max(np.ptp(cosines), 1e-12)
         # Black over the worst matches, a glow over the best: what is black shows by a glow alone.
@@ -185,7 +184,7 @@ def options(uploads):
 
 def read_upload(path):
     """An uploaded file -> an entry, shrunk to what is kept. ValueError if it cannot be read."""
-    if not path.stat().st_size:  # page.js sends one that is too large without its content
+    if path.is_file() and not path.stat().st_size:  # page.js sends one that is too large without its content
         raise ValueError(f"{path.name} is empty, or larger than {MAX_FILE_MB} MB.")
     try:
         image = sight.image_processor.open_image(path)
@@ -266,8 +265,9 @@ def show_crops(chosen, num_crops):
         f"**{rows} × {cols} crops** of {sight.crop_size} × {sight.crop_size} pixels, and the whole image at the size "
         f"of one: **{seen['num_tokens']:,} tokens**."
     )
-    crops = views_html(seen["crops"], seen["global_view"], grid, "Crops")
-    return said, crops, views_html(*colours(seen["tokens"], seen["global_tokens"]), grid, "Tokens")
+    colored = colours(seen["tokens"], seen["global_tokens"])
+    crops = views_html(seen["crops"], seen["global_view"], grid, "Crops", "jpeg")
+    return said, crops, views_html(*colored, grid, "Tokens", "png")
 
 
 def show_matches(chosen, other, num_crops, side, place):
@@ -365,7 +365,7 @@ def tab_list(titles, **kwargs):
 
 def panel(title):
     """What a tab holds: what to look for, and buttons to try -> its context, and each button with what it sets."""
-    with gr.Column(elem_classes=["panel", title]) as context:
+    with gr.Column(elem_classes=title) as context:
         gr.Markdown(LOOK_FOR[title])
         with gr.Row(elem_classes="try"):
             gr.Markdown("Try this:")
@@ -377,7 +377,8 @@ def build(name):
     about = f"This page runs `{Path(name).name if Path(name).is_absolute() else name}`."
     start, other_start, most_crops, _ = next(iter(TRY["Similar"].values()))
     with gr.Blocks(title="What Phi-3-vision sees", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        uploads = gr.State([])
+        # The last images that were looked at are held beside a session: no longer than that.
+        uploads = gr.State([], delete_callback=lambda uploads: sight.look_once.cache_clear())
         gr.Markdown(f"{INTRODUCTION} {ABOUT_SMALL if Path(name) == ROOT else about}")
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=300):
@@ -392,7 +393,8 @@ def build(name):
                 detail = gr.Radio(crops, value=most_crops, label="Crops of an image, at most", info=info)
             with gr.Column(scale=3, min_width=320):
                 facts = gr.HTML(elem_id="chosen")
-                opened = tab_list(list(LOOK_FOR)[: 5 if sight.speaks else 3], elem_id="tabs")
+                missing = {"Search": not sight.embedder, "Ask": not sight.speaks}
+                opened = tab_list([title for title in LOOK_FOR if not missing.get(title)], elem_id="tabs")
                 context, tries = panel("Similar")
                 with context:
                     similar = []
@@ -415,8 +417,10 @@ def build(name):
                         match = gr.HTML(elem_id="second")
                     names = {"elem_id": "others", "label": "The other image"}
                     other = image_list(options([]), other_start, follow=True, **names)
+                if sight.embedder:
+                    search_panel(chosen, uploads)
                 if sight.speaks:
-                    words_panels(chosen, uploads, detail)
+                    ask_panel(chosen, uploads, detail)
 
         def show(opened, key, other_key, uploads, num_crops, side, place, progress=gr.Progress()):  # noqa: B008
             """What the open tab shows; others wait until they are opened."""
@@ -450,28 +454,28 @@ def build(name):
     return page
 
 
-def words_panels(chosen, uploads, detail):
-    """What takes a language model: search by words, and questions about the chosen image."""
-    context, searches = panel("Search")
+def search_panel(chosen, uploads):
+    context, tries = panel("Search")
     with context:
         words = gr.Textbox(label="What should the image show?", submit_btn="Search", elem_id="words")
         found = image_list([], elem_id="found", label="Images that fit")
     found.select(lambda key: key, found, chosen, show_progress="hidden")
-    context, questions = panel("Ask")
+    run(words, tries, search, [words, uploads], found)
+
+
+def ask_panel(chosen, uploads, detail):
+    context, tries = panel("Ask")
     with context:
         question = gr.Textbox(label="Your question", submit_btn="Ask", elem_id="question")
-        answer = gr.Textbox(label="Answer", lines=5, interactive=False, elem_id="answer")
+        answer = gr.Markdown(container=True, min_height=120, elem_id="answer")
         stop = gr.Button("Stop", size="sm")
-    runs = []
-    for box, event, inputs, output, buttons in (
-        (words, search, [words, uploads], found, searches),
-        (question, ask, [question, chosen, uploads, detail], answer, questions),
-    ):
-        runs.append(box.submit(event, inputs, output))
-        for button, (text,) in buttons:
-            asked = button.click(lambda text=text: text, None, box, show_progress="hidden")
-            runs.append(asked.then(event, inputs, output))
-    stop.click(None, cancels=runs)
+    stop.click(None, cancels=run(question, tries, ask, [question, chosen, uploads, detail], answer))
+
+
+def run(box, tries, *event):
+    """What follows from a text in the box, entered or put there by a button."""
+    filled = [button.click(lambda text=text: text, None, box, show_progress="hidden") for button, text in tries]
+    return [box.submit(*event), *(filling.then(*event) for filling in filled)]
 
 
 def main():

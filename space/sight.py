@@ -19,15 +19,16 @@ BLACKBOARD = (3, 7, 1, 8, 0, 5, 9, 2, 4, 6, 7, 3)
 
 class Sight:
     """
-    The model of a folder or Hub id. `CLIP` is the tower inside it: the mean of its patches of the global view. Without
-    a language model `speaks` is False, and words are of no use. An entry has an `image`, in RGB, and a dict of
-    `vectors` computed of it before.
+    The model of a folder or Hub id. `CLIP` is the tower inside it: the mean of its patches of the global view. It
+    `speaks` where it has a language model. `embedder` is sentence-transformers', where the checkpoint says how it
+    embeds words and images, else None. An entry has an `image`, in RGB, and a dict of `vectors` computed of it before.
     """
 
     def __init__(self, name: str, revision: str | None = None):
         if Path(name).is_absolute() and not Path(name).is_dir():
             raise ValueError(f"There is no folder {name}. Give one with a model, or a Hub id.")
-        pins = {"trust_remote_code": True} | ({"revision": revision, "code_revision": revision} if revision else {})
+        code = {"code_revision": revision} if revision else {}
+        pins = {"trust_remote_code": True, "revision": revision or "main", **code}
         try:
             config = transformers.AutoConfig.from_pretrained(name, **pins)
         except OSError as error:
@@ -35,19 +36,21 @@ class Sight:
         if not config.use_hd_transform:
             raise ValueError(f"{name} works without the HD transform, which this page shows.")
         self.image_processor = transformers.AutoImageProcessor.from_pretrained(name, **pins)
-        self.speaks = getattr(config, "text_config", None) is not None
+        self.crop_size = self.image_processor.size["height"]
+        self.speaks = config.text_config is not None
         kind = transformers.AutoModelForImageTextToText if self.speaks else transformers.AutoModel
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         self.whole = kind.from_pretrained(name, device_map=device, **pins).eval()
         self.model = self.whole.model if self.speaks else self.whole
-        if self.speaks:
+        self.processor = transformers.AutoProcessor.from_pretrained(name, **pins) if self.speaks else None
+        self.embedder = None
+        if self.speaks and "embedding" in (self.processor.chat_template or ""):
             from sentence_transformers import SentenceTransformer  # which takes seconds to import
 
-            self.processor = transformers.AutoProcessor.from_pretrained(name, **pins)
-            st_pins = {"revision": revision, "trust_remote_code": True, "model_kwargs": {"device_map": "meta"}}
-            self.embedder = SentenceTransformer(name, device=str(device), **st_pins)
-            self.embedder[0].model = self.model  # not a second time in memory
-        self.crop_size = self.image_processor.size["height"]
+            # Without weights of its own: it takes those of this model.
+            codes = {"model_kwargs": {"device_map": "meta", **code}, "config_kwargs": code, "processor_kwargs": code}
+            self.embedder = SentenceTransformer(name, trust_remote_code=True, revision=revision, **codes)
+            self.embedder[0].model = self.model
         self.lock, self.look_once = Lock(), lru_cache(maxsize=8)(self._look)
 
     def crops_of(self, entry, num_crops):

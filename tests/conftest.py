@@ -15,7 +15,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hub_server import HubServer  # noqa: E402
 from phi3_embed.configuration_phi3_embed import Phi3EmbedConfig  # noqa: E402
-from phi3_embed.modeling_phi3_embed import Phi3EmbedModel  # noqa: E402
+from phi3_embed.modeling_phi3_embed import Phi3EmbedModel, Phi3VisionForConditionalGeneration  # noqa: E402
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor, Phi3EmbedProcessor  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers  # noqa: E402
@@ -71,6 +71,21 @@ def small_model(tower=(), **kwargs):
     model = Phi3EmbedModel(small_config(tower, **kwargs)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def whole_config(text=(), tower=(), **kwargs):
+    """A small config with a language model."""
+    defaults = {"hidden_size": None, "vocab_size": None, "text_config": SMALL_TEXT | dict(text)}
+    return small_config(tower, **(defaults | kwargs))
+
+
+def whole_model(text=(), tower=(), **kwargs):
+    """A small whole model with fixed random weights, none of them zero, that says no word twice in a row for long."""
+    torch.manual_seed(0)
+    model = Phi3VisionForConditionalGeneration(whole_config(text, tower, **kwargs)).eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
     return model
 
 
@@ -145,6 +160,21 @@ def repository(tmp_path_factory, tokenizer):
     image_processor = Phi3EmbedImageProcessor(num_crops=4, size={"height": 56, "width": 56}, num_img_tokens=4)
     Phi3EmbedProcessor(image_processor, tokenizer).save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def whole_checkpoint(tmp_path_factory):
+    """A whole small Phi-3-vision with the recipe of VLM2Vec, so that it embeds texts too -> its folder."""
+    import published
+
+    from phi3_tools.checkpoint.convert import convert
+
+    folder = tmp_path_factory.mktemp("whole")
+    # The published limit: one row beyond it would change the rotary factors of all rows of a batch.
+    config = published.SMALL_CONFIG | {"original_max_position_embeddings": 4096}
+    source = published.save(folder / "source", published.weights(dtype=torch.float32), config)
+    convert(str(source), folder / "model", whole=True, recipe="vlm2vec")
+    return str(folder / "model")
 
 
 # What makes the repository's root a checkpoint: the files that loading it takes.

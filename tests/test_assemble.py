@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer, run_python
+from conftest import run_python
+from parts import SHAPE, TOWERS, save_language_model, save_tower
 from PIL import Image
-from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -15,78 +15,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     CLIPImageProcessorPil,
-    PreTrainedTokenizerFast,
 )
 
 from phi3_tools.checkpoint.assemble import load_language_model, load_tower, make_room_for_images
 from phi3_tools.checkpoint.packages import PACKAGES, fetch_package
 from phi3_tools.cli import main
-
-SHAPE = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "image_size": 56,
-    "patch_size": 14,
-}
-# Model types, and what their configs need beside SHAPE. AIMv2 and DINOv3 have no table of positions to resample here.
-TOWERS = {
-    "clip_vision_model": {},
-    "siglip_vision_model": {},
-    "dinov2": {},
-    "dinov2_with_registers": {"num_register_tokens": 2},
-    "dinov3_vit": {"num_register_tokens": 2},
-    "vit": {},
-    "deit": {},
-    "mlcd_vision_model": {},
-    "aimv2_vision_model": {"is_native": True},
-}
-TEXT = {
-    "vocab_size": 90,
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 5,
-    "pad_token_id": 3,
-}
-CHAT = "{% for message in messages %}<|user|>{{ message.content }}<|end|>{% endfor %}<|user|>"
-
-
-def save_tower(folder, model_type, **settings):
-    """A tower with random weights and its image processor -> its folder."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **(SHAPE | TOWERS.get(model_type, {}) | settings))
-    tower = AutoModel.from_config(config)
-    for parameter in tower.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    tower.save_pretrained(folder)
-    CLIPImageProcessorPil(image_mean=[0.4, 0.5, 0.6], image_std=[0.3, 0.2, 0.1]).save_pretrained(folder)
-    return str(folder)
-
-
-def save_language_model(folder, model_type, **settings):
-    """A language model with random weights and a tokenizer with a chat template -> its folder."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(TEXT | settings)))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
-    text_of_tokenizer = make_tokenizer().backend_tokenizer.to_str().replace("<|image|>", "<|other|>")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(text_of_tokenizer),
-        bos_token="<s>",
-        eos_token="<|end|>",
-        pad_token="<|endoftext|>",
-        unk_token="<unk>",
-    )
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.mark.parametrize("model_type", TOWERS)

@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run_python
+from conftest import ROOT, copy_checkpoint, run_python
 from importlinter.cli import lint_imports
 
 from phi3_tools.cli import error_line, main
 
-COMMANDS = ("finetune", "compare", "search", "embed", "serve", "export", "evaluate", "demo")
+COMMANDS = ("convert", "finetune", "compare", "search", "embed", "serve", "export", "evaluate", "demo")
 
 
 def test_the_arrows_of_the_house_hold():
@@ -79,6 +79,16 @@ def test_a_wrong_model_is_told_in_a_line(command, model, tmp_path, monkeypatch):
     said = error.value.code
     assert said.startswith(f"phi3-embed {words[0]}: ") and "\n" not in said
     assert "There is no folder" in said or "holds no model" in said
+
+
+def test_a_git_lfs_pointer_in_place_of_weights_is_told_in_a_line(tmp_path):
+    model = copy_checkpoint(tmp_path / "model")
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    index = str(tmp_path / "index")
+    for command in (["search", "index", "digits", index, "--model"], ["export"], ["evaluate"], ["serve", "--model"]):
+        words = [*command, str(model), *([str(tmp_path / "out")] if command == ["export"] else [])]
+        with pytest.raises(SystemExit, match="is a Git LFS pointer in place of the weights. Run `git lfs pull`"):
+            main(words)
 
 
 def test_an_interrupted_command_says_that_it_goes_on(monkeypatch, capsys):

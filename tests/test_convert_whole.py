@@ -4,6 +4,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 
 import golden
 import numpy as np
@@ -209,6 +211,25 @@ def test_shards_of_something_else_are_not_gone_on_with(source, tmp_path, monkeyp
     monkeypatch.undo()
     convert(str(source), tmp_path / "output", torch.bfloat16, whole=True)
     assert {tensor.dtype for tensor in weights_of(tmp_path / "output").values()} == {torch.bfloat16}
+
+
+@pytest.mark.hub
+def test_a_table_of_words_under_two_names_is_one_if_it_is_the_same(hub, tmp_path):
+    """A difference is seen before the weights are fetched; a folder's is among what is wrong with a source."""
+    tensors = published.weights()
+    convert(
+        str(published.save(tmp_path / "same", tensors | {WTE: tensors[EMBED_TOKENS].clone()})),
+        tmp_path / "output",
+        whole=True,
+    )
+    assert len(weights_of(tmp_path / "output")) == 86
+    hub.add_repo("someone/two", published.save(tmp_path / "two", tensors | {WTE: tensors[EMBED_TOKENS] + 1}))
+    code = "import sys; from phi3_tools.cli import main; main(['convert', 'someone/two', sys.argv[1], '--whole'])"
+    arguments = [sys.executable, "-c", code, tmp_path / "other"]
+    done = subprocess.run(
+        arguments, env=os.environ | hub.environment(tmp_path / "home"), capture_output=True, text=True, timeout=300
+    )
+    assert "has two different tables of word embeddings" in done.stderr and "Fetching" not in done.stdout
 
 
 @pytest.mark.hub

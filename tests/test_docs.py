@@ -1,8 +1,7 @@
-"""What README and docstrings say, run as printed."""
+"""Examples in docstrings, run as printed, and the demonstration."""
 
 import doctest
 import os
-import re
 import subprocess
 import sys
 
@@ -11,29 +10,6 @@ from conftest import ROOT
 from phi3_embed import configuration_phi3_embed, processing_phi3_embed
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
-
-README = (ROOT / "README.md").read_text()
-# What needs a Hub runs in test_hub.py.
-WITHOUT_HUB = re.sub(r"\n## From and to the Hub\n.*?(?=\n## )", "", README, flags=re.DOTALL)
-BLOCKS = re.findall(r"```python\n(.*?)```", WITHOUT_HUB, re.DOTALL)
-
-
-def test_the_readmes_python_runs_as_printed():
-    code = "\n".join(BLOCKS)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    said = re.search(r"It prints `(.*?)`", README)[1]
-    assert done.stdout.splitlines()[0] == said
-    assert done.stdout.splitlines()[1:] == [
-        "torch.Size([2, 1, 3, 336, 336]) [157, 157]",
-        "757",
-        "torch.Size([3, 630, 128])",
-        "2 128",
-        "(2, 128) [0, 1]",
-        "(1366, 768)",
-        "(6144, 235200)",
-        f"224 49 {done.stdout.split()[-1]}",
-    ]
 
 
 @pytest.mark.parametrize("module", [configuration_phi3_embed, processing_phi3_embed])
@@ -50,6 +26,18 @@ def test_examples_in_docstrings(module, monkeypatch):
         text = item.__doc__.replace("```", "")
         runner.run(doctest.DocTestParser().get_doctest(text, names, item.__name__, None, 0))
     assert documented and runner.failures == 0
+
+
+def test_the_demo_asks_and_says_how_many_answers_are_right(whole_checkpoint, monkeypatch, capsys):
+    from phi3_tools import demo, digits, images
+    from phi3_tools.models import find_model
+
+    monkeypatch.setattr(demo, "NUM_ASKED", 4)
+    _, held_out, _, labels = images.digits_split()
+    demo._ask(find_model(whole_checkpoint), [Image.fromarray(digit) for digit in held_out[:4]], labels[:4])
+    said = capsys.readouterr().out
+    assert f"a {images.DIGIT_NAMES[labels[0]]}: {digits.NAME_IT} " in said
+    assert digits.LARGER in said and said.count("Right: ") == 2 and "of 4 held-out ones" in said
 
 
 def test_the_demo_runs_on_a_folder_and_names_what_it_cannot_read(tmp_path):

@@ -75,6 +75,16 @@ def test_mteb_runs_its_mock_tasks(repository):
     assert {"MockImageClassification", "MockImageClustering", "MockVisualSTS"} <= set(passed)
 
 
+def test_mteb_scores_texts_images_and_both_by_a_model_with_words(whole_checkpoint):
+    outcome = mteb.mock_run(mteb_eval.load(whole_checkpoint, num_crops=0))
+    assert outcome.all_passed, outcome.to_markdown()
+    of_texts = ("MockRetrievalTask", "MockClassificationTask")
+    of_images = ("MockImageClassification", "MockImageClustering")
+    of_both = ("MockAny2AnyRetrievalI2T", "MockAny2AnyRetrievalT2I", "MockImageTextPairClassification")
+    scores = {name: outcome[name].get_score() for name in of_texts + of_images + of_both}
+    assert all(0 < score <= 1 for score in scores.values()), scores
+
+
 class DigitsInPlaceOfBirds(type(mteb.get_task("CUB200I2IRetrieval"))):
     """A retrieval task of MIEB(Img), each image searched among the others, with digits that are on this machine."""
 
@@ -127,6 +137,11 @@ def test_the_evaluation_names_the_tasks_that_failed(tmp_path, capsys):
 def test_the_evaluation_tells_a_users_mistake_in_a_line(arguments, said):
     with pytest.raises(SystemExit, match=f"phi3-embed evaluate: .*{said}"):
         main(["evaluate", *arguments])
+
+
+def test_a_benchmark_that_is_not_there_is_told_in_a_line(tmp_path):
+    with pytest.raises(SystemExit, match=r"mteb has no benchmark 'MIEB'\. Of images are MIEB\(Img\), "):
+        main(["evaluate", str(ROOT), "--benchmark", "MIEB", "--output", str(tmp_path)])
 
 
 def test_scores_of_other_weights_are_not_taken_over(repository, tmp_path):

@@ -18,6 +18,7 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 from ray.cluster_utils import Cluster
+from sentence_transformers import SentenceTransformer
 from transformers import AutoImageProcessor, AutoModel
 
 from phi3_tools import embed as embed_ray
@@ -161,6 +162,23 @@ def test_parquet_and_webdataset_give_the_same_vectors(cluster, files, vectors, t
     assert_equal_rows(tmp_path / "vectors", names, vectors)
 
 
+def test_texts_and_texts_with_images_are_embedded_by_a_template(cluster, whole_checkpoint, tmp_path):
+    model = SentenceTransformer(whole_checkpoint, trust_remote_code=True, processor_kwargs={"num_crops": 1})
+    model[0].processing_kwargs["image"]["num_crops"] = 1
+    images = [Image.new("RGB", (60, 40), colour) for colour in ("red", "blue")]
+    texts, said = ["a dress", ""], ["It is a dress.", None]
+    Dataset.from_dict({"image": images, "words": texts}).to_parquet(tmp_path / "both.parquet")
+    Dataset.from_dict({"words": texts}).to_parquet(tmp_path / "texts.parquet")
+    for source, wanted in (("both", {"text": said[0], "image": images[0]}), ("texts", said[0])):
+        more = ["--model", whole_checkpoint, "--text-column", "words", "--template", "It is {text}."]
+        driver = begin(cluster, tmp_path / f"{source}.parquet", tmp_path / source, *more)
+        printed, errors = driver.communicate(timeout=TIMEOUT)
+        assert driver.returncode == 0, errors
+        first, second = pq.read_table(tmp_path / source).to_pylist()
+        np.testing.assert_allclose(first["embedding"], model.encode_document(wanted), atol=1e-6)
+        assert second["embedding"] is None and second["error"] == "the row holds no text"
+
+
 @pytest.mark.parametrize(
     ("source", "folder", "told"),
     [
@@ -170,6 +188,8 @@ def test_parquet_and_webdataset_give_the_same_vectors(cluster, files, vectors, t
         ("other.parquet", "out", "has no column of images, but 'picture'"),
         ("numbers.parquet", "out", "has no column of images, but 'image'"),
         ("broken.tar", "out", "broken.tar cannot be read as an uncompressed tar file"),
+        ("one.png", "out --text-column words", "embeds images alone. Leave out --text-column"),
+        ("one.png", "out --template x", "--template is 'x', but must say where the text goes"),
         ("empty", "empty/out", "lies in .*empty, so that vectors would be taken for images"),
     ],
 )
@@ -182,7 +202,8 @@ def test_a_users_mistake_is_told_in_a_line(source, folder, told, tmp_path):
     Dataset.from_dict({"image": [1]}).to_parquet(tmp_path / "numbers.parquet")
     (tmp_path / "broken.tar").write_bytes(b"not a tar" * 200)
     with pytest.raises(SystemExit, match=f"phi3-embed embed: .*{told}"):
-        main(["embed", str(tmp_path / source), str(tmp_path / folder)])
+        folder, *more = folder.split()
+        main(["embed", str(tmp_path / source), str(tmp_path / folder), *more])
 
 
 def test_other_pictures_are_not_mixed_into_a_folder(tmp_path):

@@ -14,11 +14,13 @@ from conftest import ROOT, copy_checkpoint
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
 from phi3_tools import search
 from phi3_tools.cli import main
 from phi3_tools.images import digits_split
+from phi3_tools.models import load_embedder
 
 COMMAND = [sys.executable, "-m", "phi3_tools", "search"]
 FEW_CROPS = ("--num-crops", "0")
@@ -195,7 +197,8 @@ def test_vectors_that_are_not_finite_are_left_out(folder, tmp_path, capsys):
 )
 def test_what_cannot_be_is_told_in_a_line(arguments, message, folder, tmp_path, capsys):
     index = tmp_path / "index"
-    embedder, made_by = search._load_embedder(index, None, num_crops=0)
+    found, made_by = search._agree(index, None, num_crops=0)
+    embedder = load_embedder(found, 0)
     with search._written(index, made_by, embedder):
         pass
     capsys.readouterr()
@@ -203,6 +206,54 @@ def test_what_cannot_be_is_told_in_a_line(arguments, message, folder, tmp_path, 
     with pytest.raises(SystemExit, match=message) as error:
         run(capsys, *given)
     assert str(error.value).startswith("phi3-embed search: ") and "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def words_index(whole_checkpoint, tmp_path_factory):
+    """An index of three digits by a model that embeds words -> its folder, the images', and the model's."""
+    folder, index = (tmp_path_factory.mktemp(name) for name in ("digits", "words"))
+    for number, digit in enumerate(digits_split()[1][:3]):
+        Image.fromarray(digit).save(folder / f"{number}.png")
+    main(["search", "index", str(folder), str(index), "--model", whole_checkpoint, *FEW_CROPS])
+    return index, folder, whole_checkpoint
+
+
+@pytest.mark.parametrize("kind", ["words", "both"])
+def test_images_are_found_by_words_and_by_both(kind, words_index, tmp_path, capsys, monkeypatch):
+    index, folder, name = words_index
+    monkeypatch.setenv("COLUMNS", "200")
+    query = ["a red dress"] if kind == "words" else [folder / "1.png", "--text", "a red dress"]
+    said = run(capsys, "query", query[0], index, *query[1:], "--output", tmp_path / "out.png", "--no-exclude-self")
+    model = SentenceTransformer(name, trust_remote_code=True)
+    model[0].processing_kwargs["image"]["num_crops"] = 0
+    asked = "a red dress" if kind == "words" else {"text": "a red dress", "image": str(folder / "1.png")}
+    vector = model.encode_query(asked)
+    wanted = sorted(rows(index), key=lambda row: -(np.array(row["vector"]) @ vector))
+    found = [line for line in said.splitlines() if line.startswith("│")]
+    for line, row in zip(found, wanted, strict=True):
+        assert row["path"] in line and f"{np.array(row['vector']) @ vector:.3f}" in line
+    assert (tmp_path / "out.png").exists()
+
+
+def test_words_are_refused_where_there_are_none(folder, tmp_path, capsys):
+    index = tmp_path / "index"
+    run(capsys, "index", folder / "b" / "copy.png", index, *FEW_CROPS)
+    with pytest.raises(SystemExit, match="has no text side: it holds no words. Query it by the file of an image"):
+        run(capsys, "query", "a red dress", index)
+    with pytest.raises(SystemExit, match="The query is empty"):
+        run(capsys, "query", " ", index)
+    with pytest.raises(SystemExit, match="holiday.jpg: it cannot be read as an image: No such file"):
+        run(capsys, "query", "holiday.jpg", index)
+
+
+def test_an_index_of_another_recipe_is_refused(words_index, tmp_path, capsys):
+    index, folder, name = words_index
+    other = shutil.copytree(name, tmp_path / "other")
+    template = other / "additional_chat_templates" / "embedding.jinja"
+    template.write_text(template.read_text().replace("Represent the given image.", "Show it."))
+    assert "Added 0" in run(capsys, "index", folder, index, "--model", name, *FEW_CROPS)
+    with pytest.raises(SystemExit, match="settings .*but this is .*settings .*make another index"):
+        run(capsys, "index", folder, index, "--model", other, *FEW_CROPS)
 
 
 def test_two_commands_at_once_store_each_image_once(folder, tmp_path):

@@ -15,36 +15,47 @@ import openai
 import psutil
 import pytest
 from conftest import ROOT
+from fastapi import HTTPException
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-LIMITS = ("--max-inputs", "5", "--max-bytes", "300000", "--max-pixels", "1000000")
+from phi3_tools import serve
+from phi3_tools.models import find_model
+
+LIMITS = {"--max-inputs": 5, "--max-bytes": 300_000, "--max-pixels": 1_000_000, "--max-tokens": 8}
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def address(tmp_path_factory, whole_checkpoint):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("serving") / "log"
+    settings = {"--model": whole_checkpoint, "--port": port} | LIMITS
+    command = [sys.executable, "-m", "phi3_tools", "serve"] + [str(part) for pair in settings.items() for part in pair]
     with log.open("w") as file:
-        command = [sys.executable, "-m", "phi3_tools", "serve", "--port", str(port), *LIMITS]
         server = subprocess.Popen(command, env=os.environ, stdout=file, stderr=file)
-    address, stop = f"http://127.0.0.1:{port}", time.monotonic() + 120
-    while True:
-        assert server.poll() is None and time.monotonic() < stop, log.read_text()
-        try:
-            if httpx2.get(f"{address}/health").status_code == 200:
-                break
-        except httpx2.TransportError:
-            pass
-        time.sleep(0.2)
-    yield address
-    workers = psutil.Process(server.pid).children(recursive=True)
-    server.send_signal(signal.SIGINT)
-    server.wait(30)
-    for worker in psutil.wait_procs(workers, timeout=10)[1]:
-        worker.kill()
+    address, stop = f"http://127.0.0.1:{port}", time.monotonic() + 240
+    try:
+        while not is_ready(address):
+            assert server.poll() is None and time.monotonic() < stop, log.read_text()
+            time.sleep(0.2)
+        yield address
+        print(log.read_text())
+    finally:
+        workers = psutil.Process(server.pid).children(recursive=True)
+        server.send_signal(signal.SIGINT)
+        server.wait(30)
+        for worker in psutil.wait_procs(workers, timeout=10)[1]:
+            worker.kill()
+
+
+def is_ready(address):
+    try:
+        return httpx2.get(f"{address}/health").status_code == 200
+    except httpx2.TransportError:
+        return False
 
 
 def data_uri(image, kind="png"):
@@ -59,25 +70,114 @@ def ask(address, given, **more):
     return httpx2.post(f"{address}/v1/embeddings", json={"input": given, "model": "phi3-embed"} | more, timeout=60)
 
 
-def test_images_become_the_vectors_that_sentence_transformers_gives(address):
+@pytest.fixture(scope="module")
+def client(address):
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+
+def test_images_and_texts_become_the_vectors_that_sentence_transformers_gives(address, client, whole_checkpoint):
     deep = Image.fromarray(np.linspace(0, 65535, 64**2).reshape(64, 64).astype(np.uint16))
     images = [Image.linear_gradient("L"), Image.radial_gradient("L").resize((400, 200)), deep]
-    wanted = SentenceTransformer(str(ROOT), trust_remote_code=True).encode(images)
-    for given, vectors in (data_uri(images[0]), wanted[:1]), ([data_uri(image) for image in images], wanted):
-        answer = ask(address, given)
-        assert answer.status_code == 200, answer.text
-        data = answer.json()["data"]
-        assert [embedding["index"] for embedding in data] == list(range(len(vectors)))
-        np.testing.assert_allclose([embedding["embedding"] for embedding in data], vectors, atol=1e-6)
-    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")  # which asks for base64
-    (embedding,) = client.embeddings.create(input=data_uri(images[1]), model=client.models.list().data[0].id).data
-    np.testing.assert_allclose(embedding.embedding, wanted[1], atol=1e-6)
+    model = SentenceTransformer(str(whole_checkpoint), trust_remote_code=True)
+    wanted = [*model.encode_document(images), model.encode_query("a cat")]
+    inputs = [*map(data_uri, images), "a cat"]
+    answer = ask(address, inputs).json()["data"]
+    assert [embedding["index"] for embedding in answer] == [0, 1, 2, 3]
+    np.testing.assert_allclose([embedding["embedding"] for embedding in answer], wanted, atol=1e-6)
+    name = client.models.list().data[0].id  # whose library asks for base64
+    for given, vector in zip(inputs, wanted):
+        (embedding,) = client.embeddings.create(input=given, model=name).data
+        np.testing.assert_allclose(embedding.embedding, vector, atol=1e-6)
+
+
+def chat(text, *images):
+    parts = [{"type": "image_url", "image_url": {"url": data_uri(image)}} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+@pytest.fixture(scope="module")
+def answered(whole_checkpoint):
+    """What the model itself answers to a text with images, in eight tokens."""
+    where = {"pretrained_model_name_or_path": whole_checkpoint, "trust_remote_code": True}
+    model, processor = AutoModelForImageTextToText.from_pretrained(**where), AutoProcessor.from_pretrained(**where)
+
+    def answer(text, *images):
+        content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        return processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+    return answer
+
+
+def test_a_chat_with_images_is_answered_as_the_model_does_whole_and_streamed(client, answered):
+    images = [Image.linear_gradient("L"), Image.radial_gradient("L").resize((400, 200))]
+    for given in ((), images[:1], images):
+        wanted, messages = answered("what is this?", *given), chat("what is this?", *given)
+        completion = client.chat.completions.create(model="phi3-embed", messages=messages)
+        (choice,) = completion.choices
+        assert choice.message.content == wanted and choice.finish_reason == "length"
+        assert completion.usage.completion_tokens == 8
+        chunks = list(client.chat.completions.create(model="phi3-embed", messages=messages, stream=True))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted
+        assert len(chunks) > 2 and chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_sampling_stop_and_length_are_honoured(client, answered):
+    messages, whole = chat("what is this?"), answered("what is this?")
+    settings = {"model": "phi3-embed", "messages": messages, "temperature": 2.0}
+    first, again = (client.chat.completions.create(**settings, seed=5).choices[0].message.content for _ in range(2))
+    assert first == again != whole
+    short = client.chat.completions.create(model="phi3-embed", messages=messages, max_completion_tokens=3)
+    assert short.usage.completion_tokens == 3 and whole.startswith(short.choices[0].message.content)
+    stopped = client.chat.completions.create(model="phi3-embed", messages=messages, stop=[whole[3:6]])
+    assert stopped.choices[0].finish_reason == "stop" and stopped.choices[0].message.content == whole[:3]
+
+
+def test_a_stop_string_may_lie_across_pieces():
+    for pieces in (["abcd", "ef"], list("abcdef"), ["ab", "", "cdef"]):
+        assert "".join(serve._until(iter(pieces), ["cd", "zz"])) == "ab"
+        assert "".join(serve._until(iter(pieces), ["fgh"])) == "".join(serve._until(iter(pieces), [])) == "abcdef"
+
+
+@pytest.mark.parametrize(
+    ("messages", "more", "said"),
+    [
+        ([], {}, "`messages` is empty"),
+        ([{"role": "tool", "content": "a"}], {}, "The request is invalid. messages.0.role"),
+        ([{"role": "user", "content": "<|image_1|> what?"}], {}, "The messages cannot be read: "),
+        (chat("a", Image.new("L", (2000, 2000))), {}, "may have 1000000 pixels together"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "/etc/hostname"}}]}],
+            {},
+            "no image",
+        ),
+        (
+            [{"role": "assistant", "content": chat("a", Image.new("L", (8, 8)))[0]["content"]}],
+            {},
+            "An image is in a turn",
+        ),
+        (chat("a"), {"max_tokens": 9}, "`max_tokens` is 9, but an answer may have 8"),
+        (chat("word " * 9000), {}, "but together the model takes 8192"),
+        (chat("a"), {"n": 2}, "The request is invalid. n"),
+        (chat("a"), {"tools": []}, "The request is invalid. tools"),
+        (chat("a"), {"temperature": -1}, "The request is invalid. temperature"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_no_chat_is_the_clients_error(client, messages, more, said, stream):
+    with pytest.raises(openai.BadRequestError, match=said):
+        client.chat.completions.create(model="phi3-embed", messages=messages, stream=stream, extra_body=more)
 
 
 IMAGE = data_uri(Image.new("L", (8, 8)))
 WRONG = {
-    "a path": ("/etc/hostname", "has no text side. Give data URIs of images"),
-    "an address": ("http://127.0.0.1/a.png", "has no text side. Give data URIs of images"),
     "no image": ("data:image/png;base64,bm8=", "An input is no image"),
     "no base64": ("data:image/png;base64,%%%", "An input is no image"),
     "another kind": ("data:text/html;base64,bm8=", "it does not begin with `data:image/...;base64,`"),
@@ -110,7 +210,7 @@ def test_what_is_no_input_is_the_clients_error(address, case):
 @pytest.mark.parametrize(
     ("more", "status", "said"),
     [
-        ({"dimensions": 64}, 400, "`dimensions` is 64, but this model's vectors are trained for 128 alone"),
+        ({"dimensions": 64}, 400, "`dimensions` is 64, but this model's vectors are trained for 96 alone"),
         ({"model": "gpt-4"}, 404, "There is no model 'gpt-4' here, but "),
         ({"encoding_format": "int8"}, 400, "The request is invalid. encoding_format: "),
     ],
@@ -118,13 +218,22 @@ def test_what_is_no_input_is_the_clients_error(address, case):
 def test_settings_are_honoured_or_refused(address, more, status, said):
     answer = ask(address, IMAGE, **more)
     assert answer.status_code == status and said in answer.json()["error"]["message"], answer.text
-    assert ask(address, IMAGE, dimensions=128).status_code == 200
+    assert ask(address, IMAGE, dimensions=96).status_code == 200
 
 
 @pytest.mark.parametrize("body", ['{"input": NaN, "model": "x"}', '{"model": NaN, "input": "a"}', "{", "[]", "null"])
 def test_json_of_every_kind_is_answered_in_words(address, body):
     answer = httpx2.post(f"{address}/v1/embeddings", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code in (400, 404) and answer.json()["error"]["message"], answer.text
+
+
+def test_a_model_of_images_alone_refuses_texts_and_chats_in_words():
+    api = serve.Api(find_model(str(ROOT)), 0, "float32", serve.Limits())
+    api.setup("cpu")
+    ask = serve.ChatRequest(model="phi3-embed", messages=[{"role": "user", "content": "a"}], max_tokens=1)
+    for request in (serve.EmbeddingRequest(model="phi3-embed", input=["/etc/hostname"]), ask):
+        with pytest.raises(HTTPException, match="has no text side|has no language model"):
+            list(api.predict(request))
 
 
 def test_a_body_that_is_too_large_is_refused(address):

@@ -139,11 +139,20 @@ def _select(source, config, adapter, allow_pickle):
 def _check_words(source, entries, whole):
     """Raises where a whole model would have to choose between two tables of words."""
     tables = [entries[name] for name in layout.published_names(f"{layout.WORDS}weight") if name in entries]
-    if whole and len(tables) == 2 and not torch.equal(*map(source.tensor, tables)):
+    if whole and len(tables) == 2 and _digest(source, tables[0]) != _digest(source, tables[1]):
         raise ValueError(
             f"{source.name} has two different tables of word embeddings, {tables[0].name} and {tables[1].name}, which "
             "are one module in the model. Remove the one that was not trained."
         )
+
+
+def _digest(source, entry):
+    digest = hashlib.sha256(f"{entry.dtype} {entry.shape}".encode())
+    if entry.tensor is not None:
+        digest.update(entry.tensor.contiguous().view(torch.uint8).numpy())
+    for chunk in source.read(entry.file, entry.start, entry.stop):
+        digest.update(chunk)
+    return digest.digest()
 
 
 def _made_of(source, adapter, dtype, whole):
@@ -179,9 +188,9 @@ def work_folder(output: Path) -> Iterator[Path]:
             try:
                 yield partial
             except BaseException:
-                begun = [path for path in partial.glob("*/*") if path.name in (WEIGHTS, PICKLE)]
-                begun += partial.glob("weights/*/*.safetensors")
-                shutil.rmtree(partial / "output" if begun else partial)
+                kept = [f"{place}/{file}" for place in ("source", "base") for file in (WEIGHTS, PICKLE)]
+                is_begun = any(any(partial.glob(pattern)) for pattern in (*kept, "weights/*/*.safetensors"))
+                shutil.rmtree(partial / "output" if is_begun else partial)
                 raise
     except Timeout as error:
         raise ValueError(f"Another process is at work in {partial}.") from error

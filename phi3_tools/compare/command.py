@@ -131,15 +131,15 @@ def load_items(source, split, limit, seed, **columns) -> tuple[list[Item], list[
     name = split or ("test" if "test" in splits else next(iter(splits)))
     if name not in splits:
         raise ValueError(f"The data has no split {name!r}, but {', '.join(map(repr, splits))}. Give one as --split.")
-    rows = splits[name]
-    if TEXT in rows.features and getattr(rows.features[TEXT], "dtype", None) not in ("string", "large_string"):
+    rows: Any = splits[name]  # whose type says less than its documentation
+    features = rows.features
+    if TEXT in features and getattr(features[TEXT], "dtype", None) not in ("string", "large_string"):
         raise ValueError(
-            f"The captions are {rows.features[TEXT]}, but must be a text an image. Name a column of such by "
-            "--text-column."
+            f"The captions are {features[TEXT]}, but must be a text an image. Name a column of such by --text-column."
         )
     if limit and limit < len(rows):
         rows = rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:limit]).tolist())
-    classes = rows.features[LABEL].names if isinstance(rows.features.get(LABEL), datasets.ClassLabel) else []
+    classes = features[LABEL].names if isinstance(features.get(LABEL), datasets.ClassLabel) else []
 
     items, broken = {}, []
     for number, row in enumerate(tqdm(rows, desc="Checking", unit="image")):
@@ -160,7 +160,7 @@ def load_items(source, split, limit, seed, **columns) -> tuple[list[Item], list[
     if copies:
         console.print(f"Left out {copies} images that are copies of others.")
     left_out = {"unreadable": len(broken), "copies": copies, "refused": {}}
-    return list(items.values()), classes, {"captions": TEXT in rows.features, "left_out": left_out}
+    return list(items.values()), classes, {"captions": TEXT in features, "left_out": left_out}
 
 
 def _read(rows, number, opener):
@@ -239,8 +239,7 @@ def measure(items, probed, units, texts, undefined, seed) -> list[Figure]:
             figures.append(Figure(group, name, of_models, reasons, statistic, not name.endswith(LOWER_IS_BETTER)))
         return samples
 
-    ranked = [*(f"recall@{rank}" for rank in measures.RANKS), "mAP"]
-    add(RETRIEVAL, ranked, lambda label: measures.same_class_retrieval(units[label][ALL], labels))
+    add(RETRIEVAL, measures.RANKED, lambda label: measures.same_class_retrieval(units[label][ALL], labels))
     probes = ("k-NN accuracy", "linear-probe accuracy")
     add(HELD_OUT, probes, lambda label: measures.held_out_accuracy(units[label][ALL], labels, seed))
     agreement = {"NMI": measures.nmi, "ARI": measures.ari}
@@ -278,8 +277,8 @@ def measure(items, probed, units, texts, undefined, seed) -> list[Figure]:
             return unit(np.stack([texts[label][text] for text in words]))
 
         searched = measures.retrieval
-        add(TO_IMAGE, ranked, lambda label: searched(of_words(label), numbers, units[label][ALL], wanted))
-        add(TO_TEXT, ranked, lambda label: searched(units[label][ALL], wanted, of_words(label), numbers))
+        add(TO_IMAGE, measures.RANKED, lambda label: searched(of_words(label), numbers, units[label][ALL], wanted))
+        add(TO_TEXT, measures.RANKED, lambda label: searched(units[label][ALL], wanted, of_words(label), numbers))
     return figures
 
 

@@ -157,7 +157,7 @@ def standing(figure):
     values = {label: value["value"] for label, value in figure["values"].items() if "value" in value}
     if not values:
         return {}
-    best = (max if figure["higher_is_better"] else min)(values, key=values.get)
+    best = (max if figure["higher_is_better"] else min)(values, key=lambda label: values[label])
     found = {best: None}
     for difference in figure["differences"]:
         left, right = difference["models"]

@@ -5,6 +5,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,7 +71,7 @@ def embed(
     """
     groups: dict[tuple, list[Model]] = {}
     for model in models:
-        groups.setdefault((model.name, model.revision), []).append(model)
+        groups.setdefault((model.name, model.revision, model.has_recipe), []).append(model)
     embedded: dict[Model, Embedded] = {}
     for members in groups.values():
         embedded |= _embed_group(members, images, list(dict.fromkeys(texts)), num_crops, cache, batch_size)
@@ -80,35 +81,36 @@ def embed(
 def _embed_group(members, images, texts, num_crops, cache, batch_size):
     """[`embed`] for one model by several poolings, which come from one pass. It is loaded only if something is new."""
     embedder = functools.cache(lambda: load_embedder(members[0], num_crops))
-    table_of = {model: Kept(cache, model, num_crops) for model in members}
-    # One table where one pooling is named twice: as it is, and as the model's own.
-    by_name = {kept.name: kept for kept in table_of.values()}
-    table_of = {model: by_name[kept.name] for model, kept in table_of.items()}
-    of_table = {kept: model for model, kept in table_of.items()}
-    for kept, model in of_table.items():
-        if kept.cost is None:
-            unchanged = [open_image for key, open_image in images.items() if not key.change]
-            kept.create(_measure_cost(embedder(), model, unchanged[:TIMED_IMAGES]))
+    timed = [open_image for key, open_image in images.items() if not key.change][:TIMED_IMAGES]
+    tables = {
+        model: Kept(cache, model, num_crops, functools.partial(_measure_cost, embedder, model, timed))
+        for model in members
+    }
+    # One pooling may be named twice: as it is, and as the model's own.
+    written = {kept.name: (model, kept) for model, kept in tables.items()}.values()
 
     def encode(opened):  # -> for each image {model: vector}
         found = _encode(embedder(), members, opened)
         return [{model: found[model.pooling][0][number] for model in members} for number in range(len(opened))]
 
-    refused = {}
-    held = set.intersection(*(kept.keys() for kept in of_table))
+    refused: dict[Key, str] = {}
+    held = set.intersection(*(kept.keys() for kept in tables.values()))
     missing = [key for key in images if str(key) not in held]
     for keys in in_batches(missing, batch_size, f"Embedding by {members[0].name}"):
-        found = dict(zip(keys, encode_or_refuse(encode, [images[key](embedder().open_image) for key in keys])))
-        refused |= {key: str(error) for key, error in found.items() if isinstance(error, ValueError)}
-        for kept, model in of_table.items():
-            kept.add({str(key): vectors[model] for key, vectors in found.items() if key not in refused})
+        made = {}
+        for key, found in zip(keys, encode_or_refuse(encode, [images[key](embedder().open_image) for key in keys])):
+            if isinstance(found, ValueError):
+                refused[key] = str(found)
+            else:
+                made[key] = found
+        for model, kept in written:
+            kept.add({str(key): vectors[model] for key, vectors in made.items()})
     embedded = {}
-    for model, kept in table_of.items():
-        vectors = kept.read()
+    for model, kept in tables.items():
+        vectors, of_texts = kept.read(), None
+        if kept.cost["has_texts"]:
+            of_texts = _embed_texts(model, texts, embedder, num_crops, cache, batch_size)
         of_images = {key: vectors[str(key)] for key in images if str(key) in vectors}
-        of_texts = (
-            _embed_texts(model, texts, embedder, num_crops, cache, batch_size) if kept.cost["has_texts"] else None
-        )
         embedded[model] = Embedded(of_images, of_texts, refused, kept.cost)
     return embedded
 
@@ -116,9 +118,7 @@ def _embed_group(members, images, texts, num_crops, cache, batch_size):
 def _embed_texts(model, texts, embedder, num_crops, cache, batch_size):
     if not texts:
         return {}
-    kept = Kept(cache, model, num_crops, of="texts")
-    if kept.cost is None:
-        kept.create({"dimensions": embedder().encode_texts(texts[:1]).shape[1]})
+    kept = Kept(cache, model, num_crops, lambda: {"dimensions": embedder().encode_texts(texts[:1]).shape[1]}, "texts")
     held = kept.keys()
     for batch in in_batches([text for text in texts if text not in held], batch_size, f"Texts by {model.name}"):
         kept.add(dict(zip(batch, embedder().encode_texts(batch))))
@@ -134,11 +134,12 @@ def _encode(embedder, members, opened):
 
 
 def _measure_cost(embedder, model, readers):
+    embedder = embedder()
     opened = [open_image(embedder.open_image) for open_image in readers]
     found = encode_or_refuse(lambda images: _encode(embedder, [model], images)[model.pooling][0], opened)
     taken = [image for image, vector in zip(opened, found) if not isinstance(vector, ValueError)]
     if not taken:
-        raise found[0]
+        raise ValueError(str(found[0]))
     start = time.perf_counter()
     vectors, tokens = _encode(embedder, [model], taken)[model.pooling]
     seconds = time.perf_counter() - start
@@ -155,34 +156,31 @@ def _measure_cost(embedder, model, readers):
 class Kept:
     """
     Vectors by one model on disk: a LanceDB table of `key` and `vector`, whose schema says what made them and at what
-    `cost`, which is None before [`create`]. Vectors that are not finite are kept as nulls, as LanceDB takes no others.
+    `cost`. A table that is not there is made, at what `cost_of()` gives, which has the vectors' `dimensions`. Vectors
+    that are not finite are kept as nulls, as LanceDB takes no others.
     """
 
-    def __init__(self, folder: Path, model: Model, num_crops: int | None, of: str = "images"):
+    def __init__(
+        self, folder: Path, model: Model, num_crops: int | None, cost_of: Callable[[], dict], of: str = "images"
+    ):
         made_by = {"of": of, "recipe": recipe(model, num_crops), "transformers": transformers.__version__}
-        self.made_by = json.dumps({"kind": model.kind} | made_by, sort_keys=True)
-        self.name = hashlib.sha256(self.made_by.encode()).hexdigest()
+        text = json.dumps({"kind": model.kind} | made_by, sort_keys=True)
+        self.name = hashlib.sha256(text.encode()).hexdigest()
+        database = lancedb.connect(folder)
+        if not (Path(folder) / f"{self.name}.lance").is_dir():
+            cost = cost_of()
+            fields = [("key", pa.string()), ("vector", pa.list_(pa.float32(), cost["dimensions"]))]
+            schema = pa.schema(fields, {"made_by": text, "cost": json.dumps(cost)})
+            with suppress(ValueError):  # another process may have made it meanwhile
+                database.create_table(self.name, schema=schema)
         try:
-            self.database = lancedb.connect(folder)
-            is_there = (Path(folder) / f"{self.name}.lance").is_dir()
-            self.table = self.database.open_table(self.name) if is_there else None
+            self.table = database.open_table(self.name)
         except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"The vectors kept in {folder} cannot be read: {one_line(error)}. Remove that folder, or give another "
                 "--cache."
             ) from error
-
-    @property
-    def cost(self) -> dict[str, Any] | None:
-        return None if self.table is None else json.loads(self.table.schema.metadata[b"cost"])
-
-    def create(self, cost: dict[str, Any]) -> None:
-        fields = [("key", pa.string()), ("vector", pa.list_(pa.float32(), cost["dimensions"]))]
-        schema = pa.schema(fields, {"made_by": self.made_by, "cost": json.dumps(cost)})
-        try:
-            self.table = self.database.create_table(self.name, schema=schema)
-        except ValueError:  # another process has made it meanwhile
-            self.table = self.database.open_table(self.name)
+        self.cost: dict[str, Any] = json.loads(self.table.schema.metadata[b"cost"])
 
     def keys(self) -> set[str]:
         return set(self.table.search().select(["key"]).to_arrow()["key"].to_pylist())

@@ -15,8 +15,19 @@ from transformers import logging as transformers_logging
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from phi3_tools.finetune import report
+from phi3_tools.finetune.conversations import load_conversations
 from phi3_tools.finetune.data import FEATURES, Collator, load_splits
-from phi3_tools.finetune.settings import ARGUMENTS, FIGURES, Settings, batch_size, check_same_training, parse, record
+from phi3_tools.finetune.settings import (
+    ARGUMENTS,
+    FIGURES,
+    TALK,
+    Settings,
+    batch_size,
+    check_same_training,
+    parse,
+    record,
+)
+from phi3_tools.finetune.talk import OTHER, measure_answers
 from phi3_tools.finetune.train import embed, load_model, train, word_ids, word_vectors
 from phi3_tools.measures import unit
 from phi3_tools.models import PHI3_EMBED, find_model
@@ -57,7 +68,7 @@ def load_processor(start: dict, num_crops: int | None):
         return image_processor
     path, revision = where["pretrained_model_name_or_path"], where["code_revision"]
     processor = get_class_from_dynamic_module("processing_phi3_embed.Phi3EmbedProcessor", path, revision=revision)
-    return processor(image_processor, tokenizer)
+    return processor(image_processor, tokenizer, chat_template=tokenizer.chat_template)
 
 
 def measure(settings: Settings, start: dict, splits: dict, names: list[str], processor) -> dict:
@@ -110,7 +121,10 @@ def run(arguments: list[str]) -> None:
     if pushes:
         arguments.hub_model_id = push_target(arguments.hub_model_id or output.resolve().name, arguments.hub_token)
     start = find_start(options.model)
-    splits, names = load_splits(source, data, arguments.seed, least=1 if options.task == "classification" else 2)
+    if options.task in TALK:
+        splits, names = load_conversations(source, data, arguments.seed, options.question)
+    else:
+        splits, names = load_splits(source, data, arguments.seed, least=1 if options.task == "classification" else 2)
     if options.early_stopping and ("validation" not in splits or arguments.eval_strategy == "no"):
         raise ValueError("--early-stopping looks at images of a validation split. Give --validation more than 0.")
     counts = None if data.streaming else {name: len(split) for name, split in splits.items()}
@@ -135,10 +149,11 @@ def run(arguments: list[str]) -> None:
     if not is_main:
         return
     if not is_finished:
-        metrics = measure(settings, start, splits, names, processor) | {"history": history}
+        find = measure_answers if options.task in TALK else measure
+        metrics = find(settings, start, splits, names, processor) | {"history": history}
         report.draw_curves(history, output / report.CURVES)
         if metrics["confusion"] and len(names) <= report.MAX_CONFUSED:
-            report.draw_confusion(*metrics["confusion"].values(), names, output / report.CONFUSION)
+            report.draw_confusion(*metrics["confusion"].values(), [*names, OTHER], output / report.CONFUSION)
         write_text(output / FIGURES, json.dumps(metrics, indent=2) + "\n")
     metrics = json.loads((output / FIGURES).read_text())
     report.write_card(settings, about, metrics, names)

@@ -15,6 +15,12 @@ from phi3_tools.results import new_figure, save_figure, without_path
 from phi3_tools.results import write_card as write_from_template
 
 CURVES, CONFUSION = "curves.png", "confusion.png"
+PIPELINES = {
+    "classification": "image-classification",
+    "embedding": "image-feature-extraction",
+    "align": "image-text-to-text",
+    "instruct": "image-text-to-text",
+}
 MAX_CONFUSED = 40  # classes that a drawing of confusions can show
 MORE = "Train longer (--num-train-epochs), at another --learning-rate, or on more images."
 
@@ -73,7 +79,8 @@ def table_of(rows: dict[str, dict[str, float]]) -> str:
     columns = list(rows["fine-tuned"])
     lines = [f"| | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
     for name, row in rows.items():
-        lines.append(f"| {name} | {' | '.join(f'{row[column]:.1%}' for column in columns)} |")
+        cells = [f"{row[column]:.3f}" if column == "loss" else f"{row[column]:.1%}" for column in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -115,8 +122,7 @@ def write_card(settings: Settings, about: dict, metrics: dict, names: list[str])
     """README.md in OUTPUT. It names folders by their own names, and not by where they lie."""
     source, _, _, options, arguments = settings
     output = Path(arguments.output_dir)
-    is_classifier, rows = options.task == "classification", metrics["held out"]
-    task = "image-classification" if is_classifier else "image-feature-extraction"
+    task, rows = PIPELINES[options.task], metrics["held out"]
     title, data = arguments.hub_model_id or output.resolve().name, without_path(source)
     is_on_hub = not Path(source).exists() and source not in (DIGITS, SMALL_TEXT)
     counts = (
@@ -132,7 +138,7 @@ def write_card(settings: Settings, about: dict, metrics: dict, names: list[str])
             pipeline_tag=task,
             base_model=None if Path(options.model).exists() else options.model,
             datasets=[source] if is_on_hub else None,
-            tags=["custom_code", "phi3_embed"] + ([] if is_classifier else ["sentence-transformers"]),
+            tags=["custom_code", "phi3_embed"] + ["sentence-transformers"] * (options.task == "embedding"),
             eval_results=[
                 EvalResult(
                     task_type=task,
@@ -152,7 +158,8 @@ def write_card(settings: Settings, about: dict, metrics: dict, names: list[str])
         table=table_of(rows),
         verdict=metrics["verdict"],
         confusion=(output / CONFUSION).exists(),
-        about_data=f"{data}{counts and f': {counts}'}. Labels: {', '.join(names[:MAX_CONFUSED])}{more}.",
+        about_data=f"{data}{counts}." + (f" Labels: {', '.join(names[:MAX_CONFUSED])}{more}." if names else ""),
         arguments=json.dumps(about | {"source": data, "model": without_path(options.model)}, indent=2),
-        is_classifier=is_classifier,
+        pipeline=task,
+        answers=metrics.get("answers"),
     )

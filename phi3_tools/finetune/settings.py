@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from transformers import HfArgumentParser, TrainerState, TrainingArguments
 
-from phi3_tools.images import ACCEPTED
+from phi3_tools.images import ACCEPTED, LABEL, TEXT
 
 ARGUMENTS, FIGURES = "arguments.json", "metrics.json"
 TRANSFORMERS = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
@@ -20,7 +20,17 @@ TRANSFORMERS = "https://huggingface.co/docs/transformers/main_classes/trainer#tr
 RATES = {"all": 3e-4, "head": 3e-3, "lora": 3e-3}
 EPOCHS = {"all": 20, "head": 60, "lora": 20}
 # The figures of a validation; the first chooses the best checkpoint.
-METRICS = {"classification": ("accuracy", "macro F1", "loss"), "embedding": ("recall@1", "recall@5", "mAP")}
+METRICS = {
+    "classification": ("accuracy", "macro F1", "loss"),
+    "embedding": ("recall@1", "recall@5", "mAP"),
+    "align": ("loss",),
+    "instruct": ("loss",),
+}
+# What is trained in each task where nobody chose otherwise.
+TRAINED = {"classification": "all", "embedding": "all", "align": "head", "instruct": "lora"}
+TALK = ("align", "instruct")
+TALK_RATES, TALK_EPOCHS = {"align": 1e-3, "instruct": 2e-4}, {"align": 4, "instruct": 2}
+QUESTIONS = {LABEL: "What is this?", TEXT: "Describe this image."}
 
 AT_ONCE = "figures are of all validation images at once"
 IN_ONE_COMMIT = "the result is pushed once, in one commit at the end; --push-to-hub and --hub-model-id say where"
@@ -128,13 +138,17 @@ class TaskOptions:
     model: str = field(
         metadata={"help": "A folder or Hub id of phi3-embed, NAME[@REVISION][:mean|global]. Its code is run."}
     )
-    task: Literal["classification", "embedding"] = _option(
-        "classification", "embedding: images of one label are drawn together and others apart, for search."
+    task: Literal["classification", "embedding", "align", "instruct"] = _option(
+        "classification",
+        "embedding: images of one label are drawn together and others apart, for search. Of whole models: align: the "
+        "projection learns to speak to the frozen language model; instruct: the model learns to answer. Both take "
+        "conversations, captions or classes.",
     )
     train: Literal["all", "head", "lora"] = _option(
         "all",
         "head: the projection and the classifier alone; the tower's features are computed once and kept in OUTPUT. "
-        "lora: adapters on tower and projection, and the classifier.",
+        "lora: adapters on tower and projection, and the classifier; of a whole model on the language model, which is "
+        "what instruct does where nothing else is said. align is head.",
     )
     lora_rank: int = _option(8, "Of the adapters.")
     temperature: float = _option(0.1, "Of the embedding's loss.")
@@ -147,7 +161,18 @@ class TaskOptions:
         "In the embedding task, so many images of a batch are in memory at once; all of it are still compared "
         "(GradCache, at 1.5 times the work).",
     )
-    words: bool = _option(False, "In the embedding task, draw images to the word embedding of their class's name too.")
+    words: bool = _option(
+        False,
+        "In the embedding task, draw images to the word embedding of their class's name too; in align, draw image "
+        "tokens to the words of the answer first, without the language model.",
+    )
+    question: str | None = _option(
+        None, f"Asked of images with captions or classes. Default: {' or '.join(map(repr, QUESTIONS.values()))}"
+    )
+    feature_dropout: float = _option(0.0, "In align, the share of the tower's features that a step does without.")
+    token_dropout: float = _option(
+        0.0, "In align, the share of an image's tokens that a step does without, which takes less time too."
+    )
     early_stopping: int | None = _option(None, "Stop after so many evaluations without a better result.")
 
     def __post_init__(self):
@@ -155,8 +180,20 @@ class TaskOptions:
             value = getattr(self, name)
             _require(value is None or value > 0, name, value, "1 or more")
         _require(self.temperature > 0, "temperature", self.temperature, "above 0")
-        if self.task == "classification" and (self.words or self.matryoshka or self.mini_batch_size):
-            raise ValueError("--words, --matryoshka and --mini-batch-size go with --task embedding.")
+        for name in ("feature_dropout", "token_dropout"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a share in [0, 1)")
+        if self.task != "embedding" and (self.matryoshka or self.mini_batch_size):
+            raise ValueError("--matryoshka and --mini-batch-size go with --task embedding.")
+        if self.task not in ("embedding", "align") and self.words:
+            raise ValueError("--words goes with --task embedding or align.")
+        if self.task != "align" and (self.feature_dropout or self.token_dropout):
+            raise ValueError("--feature-dropout and --token-dropout go with --task align.")
+        if self.task not in TALK and self.question is not None:
+            raise ValueError("--question goes with --task align or instruct.")
+        if self.task == "align" and self.train != "head":
+            raise ValueError("--task align trains the projection alone: --train head. To train more, --task instruct.")
+        if self.task == "instruct" and self.train == "head":
+            raise ValueError("--task instruct trains all or lora. The projection alone is trained by --task align.")
         if self.words and self.train == "lora":
             raise ValueError("--words trains the word embeddings of the names, so it goes with --train all or head.")
 
@@ -232,12 +269,14 @@ def parse(arguments: list[str] | None = None) -> Settings:
 
 def _defaults(named: argparse.Namespace) -> dict:
     """TrainingArguments where none are given; some follow from what is (`named`)."""
-    train, task = getattr(named, "train", "all"), getattr(named, "task", "classification")
+    task = getattr(named, "task", "classification")
+    train = getattr(named, "train", None) or TRAINED[task]
     strategy = "steps" if getattr(named, "streaming", False) else "epoch"
     return {
         "output_dir": getattr(named, "output", None),
-        "learning_rate": RATES[train],
-        "num_train_epochs": EPOCHS[train],
+        "train": train,
+        "learning_rate": TALK_RATES.get(task, RATES[train]),
+        "num_train_epochs": TALK_EPOCHS.get(task, EPOCHS[train]),
         "warmup_steps": 0.1,
         "per_device_train_batch_size": 16,
         "per_device_eval_batch_size": 16,
@@ -285,6 +324,11 @@ def _check(data: DataOptions, changes: Changes, task: TaskOptions, arguments: Tr
         raise ValueError(
             "--train head computes each image's features once, so it goes with no change of images (--flip, --zoom, "
             "--shift, --rotate, --color) and not with --streaming."
+        )
+    if task.task in TALK and (changes.any or data.streaming):
+        raise ValueError(
+            f"--task {task.task} takes images as they are and at once, so it goes with no change of images (--flip, "
+            "--zoom, --shift, --rotate, --color) and not with --streaming."
         )
     reentrant = (arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     if task.train == "lora" and arguments.gradient_checkpointing and reentrant:

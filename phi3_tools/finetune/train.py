@@ -33,7 +33,8 @@ from transformers import (
 
 from phi3_tools.finetune.data import FEATURES, Collator, endless, with_features
 from phi3_tools.finetune.report import figures_of_classes, figures_of_search
-from phi3_tools.finetune.settings import Settings, TaskOptions, last_checkpoint, steps_done
+from phi3_tools.finetune.settings import TALK, Settings, TaskOptions, last_checkpoint, steps_done
+from phi3_tools.finetune.talk import load_talker, talk_trainer
 from phi3_tools.images import IMAGE, LABEL
 from phi3_tools.results import without_path, write_text
 
@@ -64,6 +65,7 @@ def load_model(where: dict, task: str, names: list[str], is_start: bool = True) 
 
 def choose_trained(model: PreTrainedModel, options: TaskOptions) -> PreTrainedModel | PeftModel:
     """The model with what is not to be trained frozen; with adapters for LoRA."""
+    model.config.untrained = False
     for name, weight in model.named_parameters():
         trained = not name.endswith(("wte.weight", "_GN"))  # these do not reach the vector of an image
         weight.requires_grad_(trained and not (options.train == "head" and ".img_processor." in name))
@@ -271,7 +273,9 @@ def train(settings: Settings, start: dict, splits: dict, names: list[str], proce
     collate = Collator(
         getattr(processor, "image_processor", processor), settings.data.num_crops, settings.changes, arguments.seed
     )
-    if options.task == "classification":
+    if options.task in TALK:
+        trainer = talk_trainer(settings._replace(arguments=arguments), start, splits, processor)
+    elif options.task == "classification":
         trainer = _classifier_trainer(options, arguments, start, splits, names, collate)
     else:
         trainer = _embedding_trainer(options, arguments, start, splits, names, collate, processor)
@@ -291,7 +295,10 @@ def train(settings: Settings, start: dict, splits: dict, names: list[str], proce
     trainer.save_model(str(output / ADAPTER if options.train == "lora" else output))
     if trainer.is_world_process_zero():
         if options.train == "lora":
-            _merge(load_model(start, options.task, names), output, options.model)
+            base = load_talker(start) if options.task in TALK else load_model(start, options.task, names)
+            _merge(base, output, options.model)
+        elif options.task == "align":
+            trainer.model.model.save_pretrained(output)
         processor.save_pretrained(output)
         for folder in (output, output / ADAPTER):
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; arguments.json says it too
@@ -300,6 +307,7 @@ def train(settings: Settings, start: dict, splits: dict, names: list[str], proce
 
 def _merge(model, output, base):
     """The whole model beside its adapter, whose files say nothing of where the base model lay."""
+    model.config.untrained = False
     PeftModel.from_pretrained(model, output / ADAPTER).merge_and_unload().save_pretrained(output)
     (output / ADAPTER / "README.md").unlink()
     path = output / ADAPTER / "adapter_config.json"

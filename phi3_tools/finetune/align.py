@@ -1,0 +1,234 @@
+"""
+Aligning: the projection alone is trained, so that a language model which stays as it is speaks of images.
+
+Tower and language model are frozen, so what they give is computed once: the features of each image, and the keys and
+values of what all conversations begin with. With `--words` the tokens of an image are first drawn to the words of its
+answer, without the language model and in seconds an epoch; then the loss is that of the answers.
+
+This is transformers' Trainer and not TRL's, because TRL's works out logits of the whole vocabulary at every place of a
+text, and takes images where these batches hold features.
+"""
+
+import hashlib
+import inspect
+import math
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import DynamicCache, Phi3Model, PreTrainedModel, Trainer
+
+from phi3_tools.finetune.conversations import encode
+from phi3_tools.results import write_beside
+
+FEATURES, SIZES, KEPT = "features", "image_sizes", "kept"
+PROJECTOR, WORDS = "projector.safetensors", "words.safetensors"
+WORDS_EPOCHS, WORDS_BATCH, WORDS_TEMPERATURE = 20, 32, 0.05
+CACHE_NAME = "cache" if "cache" in inspect.signature(Phi3Model.forward).parameters else "past_key_values"
+
+
+def with_features(rows: Dataset, model: PreTrainedModel, processor, num_crops: int | None, folder: Path) -> Dataset:
+    """
+    Conversations -> what aligning takes of them, on disk and found there by the next run: `input_ids`, `labels`, the
+    features of all views `(views, patches, C)` in float32 and `image_sizes` `(images, 2)`.
+    """
+    digest = hashlib.sha256(f"{rows._fingerprint} {num_crops} {processor.chat_template}".encode())
+    for weight in model.model.vision_embed_tokens.img_processor.state_dict().values():
+        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    longest = model.config.text_config.max_position_embeddings
+
+    @torch.inference_mode()
+    def of(row):
+        inputs = encode(row, processor, num_crops, longest)
+        if "pixel_values" not in inputs:
+            raise ValueError(f"{row['name']} has no image, and aligning learns from images alone. Leave it out.")
+        sizes = inputs[SIZES]
+        features = model.get_image_features(inputs["pixel_values"].to(model.device), sizes).last_hidden_state
+        return {
+            "input_ids": inputs["input_ids"].tolist(),
+            "labels": inputs["labels"].tolist(),
+            FEATURES: features.float().numpy(force=True),
+            SIZES: sizes.tolist(),
+        }
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = (None, model.config.patches_per_side**2, model.config.vision_config.hidden_size)
+    return rows.map(
+        of,
+        remove_columns=rows.column_names,
+        features=datasets.Features(
+            {
+                "input_ids": datasets.List(datasets.Value("int64")),
+                "labels": datasets.List(datasets.Value("int64")),
+                FEATURES: datasets.Array3D(shape, "float32"),
+                SIZES: datasets.List(datasets.List(datasets.Value("int64"))),
+            }
+        ),
+        writer_batch_size=16,
+        cache_file_name=str(folder / f"{digest.hexdigest()[:16]}.arrow"),
+        new_fingerprint=digest.hexdigest()[:16],
+        desc="Tower",
+    ).with_format("numpy")
+
+
+class Collator:
+    """Rows of [`with_features`] -> a batch, padded on the right, with a share of the image tokens left out."""
+
+    def __init__(self, pad_token_id: int, image_token_id: int, token_dropout: float = 0.0):
+        self.pad_token_id, self.image_token_id, self.token_dropout = pad_token_id, image_token_id, token_dropout
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        texts, answers, kept = [], [], []
+        for row in rows:
+            input_ids, labels = (torch.as_tensor(np.asarray(row[name])) for name in ("input_ids", "labels"))
+            is_image = input_ids == self.image_token_id
+            stays = ~is_image
+            number = int(is_image.sum())
+            is_kept = torch.zeros(number, dtype=torch.bool)
+            is_kept[torch.randperm(number)[: max(1, round(number * (1 - self.token_dropout)))]] = True
+            stays[is_image] = is_kept
+            texts.append(input_ids[stays])
+            answers.append(labels[stays])
+            kept.append(is_kept)
+        return {
+            "input_ids": nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True),
+            "labels": nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=-100),
+            FEATURES: torch.cat([torch.as_tensor(np.asarray(row[FEATURES])) for row in rows]),
+            SIZES: torch.cat([torch.as_tensor(np.asarray(row[SIZES])) for row in rows]),
+            KEPT: torch.cat(kept),
+        }
+
+
+class Alignment(nn.Module):
+    """A whole model of which the projection alone is trained -> the loss of a batch of [`Collator`]."""
+
+    def __init__(self, model: PreTrainedModel, dropout: float, prefix: torch.LongTensor):
+        super().__init__()
+        self.model, self.dropout, self.prefix, self.kept_keys = model, dropout, prefix, None
+        model.requires_grad_(False)
+        self.projector.requires_grad_(True)
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.model.model.vision_embed_tokens.projector
+
+    def tokens(self, features, image_sizes):
+        """What [`get_image_features`] gives; while training features are dropped at random."""
+        return self.model.get_image_features(F.dropout(features, self.dropout, self.training), image_sizes)
+
+    def forward(self, input_ids, attention_mask, labels, features, image_sizes, kept):
+        images = self.tokens(features, image_sizes)
+        lengths = [len(tokens) for tokens in images.pooler_output]
+        images.pooler_output = tuple(
+            tokens[is_kept] for tokens, is_kept in zip(images.pooler_output, kept.split(lengths))
+        )
+        start, cache = self._beginning(len(input_ids))
+        hidden = self.model.model(
+            input_ids=input_ids[:, start:],
+            attention_mask=attention_mask,
+            mm_encoder_outputs={"image": images},
+            **cache,
+        ).last_hidden_state
+        labels = labels[:, start + 1 :]
+        is_answer = labels != -100
+        logits = self.model.lm_head(hidden[:, :-1][is_answer]).float()
+        return {"loss": F.cross_entropy(logits, labels[is_answer])}
+
+    def _beginning(self, batch_size):
+        """How many tokens all conversations begin with, and their keys and values."""
+        if not len(self.prefix) or self.model.model.language_model.gradient_checkpointing:
+            return 0, {"use_cache": False}
+        if self.kept_keys is None:
+            with torch.inference_mode(False), torch.no_grad():
+                output = self.model.model(self.prefix[None].to(self.model.device), use_cache=True)
+                self.kept_keys = [(layer.keys, layer.values) for layer in output[CACHE_NAME].layers]
+        cache = DynamicCache(config=self.model.config.text_config)
+        for number, states in enumerate(self.kept_keys):
+            cache.update(*(state.expand(batch_size, -1, -1, -1) for state in states), number)
+        return len(self.prefix), {CACHE_NAME: cache}
+
+
+def save_projector(alignment: Alignment, path: Path) -> None:
+    """Projection and separators, in float32."""
+    weights = {name: weight.contiguous() for name, weight in alignment.projector.state_dict().items()}
+    write_beside(path, lambda beside: save_file(weights, beside))
+
+
+def load_projector(alignment: Alignment, path: Path) -> None:
+    alignment.projector.load_state_dict(load_file(path))
+
+
+def common_beginning(rows: Dataset, image_token_id: int) -> torch.LongTensor:
+    """The tokens that all rows begin with, before any image or answer."""
+    first = torch.as_tensor(rows[0]["input_ids"])
+    length = min(int((first == image_token_id).nonzero()[0]), len(first))
+    for row in rows.select_columns("input_ids"):
+        other = torch.as_tensor(row["input_ids"])[:length]
+        same = (first[: len(other)] == other).long().cumprod(0)
+        length = min(int(same.sum()), length)
+    return first[:length]
+
+
+class AlignTrainer(Trainer):
+    """A Trainer whose checkpoints hold the projection alone."""
+
+    def evaluate(self, *args, **kwargs):
+        """Of all image tokens."""
+        dropout, self.data_collator.token_dropout = self.data_collator.token_dropout, 0.0
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self.data_collator.token_dropout = dropout
+
+    def _save(self, output_dir=None, state_dict=None):
+        save_projector(self.model, Path(output_dir or self.args.output_dir) / PROJECTOR)
+
+    def _load_from_checkpoint(self, checkpoint, model=None):
+        load_projector(self.model, Path(checkpoint) / PROJECTOR)
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def draw_to_words(
+    alignment: Alignment, rows: Dataset, collate: Collator, special_ids: list[int], learning_rate: float, seed: int
+) -> None:
+    """
+    Trains the projection without the language model: the mean of an image's tokens is to be nearer to the mean word
+    embedding of its answer than to those of the other answers of a batch, by cosine from the mean of all words.
+
+    Raises:
+        ValueError: a conversation has several images.
+    """
+    if any(len(row[SIZES]) != 1 for row in rows.select_columns(SIZES)):
+        raise ValueError("--words goes with conversations of one image each.")
+    table = alignment.model.get_input_embeddings().weight.detach().float()
+    centre, generator = table.mean(0), torch.Generator().manual_seed(seed)
+    loader = DataLoader(rows, WORDS_BATCH, shuffle=True, collate_fn=collate, generator=generator)
+    optimizer = torch.optim.AdamW(alignment.projector.parameters(), learning_rate, weight_decay=0.1)
+    steps = WORDS_EPOCHS * len(loader)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 40) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
+    alignment.train()
+    for _ in tqdm(range(WORDS_EPOCHS), desc="Words", unit="epoch"):
+        for batch in loader:
+            batch = {name: tensor.to(table.device) for name, tensor in batch.items()}
+            is_word = ~torch.isin(batch["labels"], torch.tensor([-100, *special_ids], device=table.device))
+            said = [table[labels[words]].mean(0) - centre for labels, words in zip(batch["labels"], is_word)]
+            answers, targets = torch.unique(torch.stack(said), dim=0, return_inverse=True)
+            images = alignment.tokens(batch[FEATURES], batch[SIZES]).pooler_output
+            vectors = torch.stack([tokens.float().mean(0) for tokens in images]) - centre
+            scores = F.normalize(vectors, dim=-1) @ F.normalize(answers, dim=-1).T
+            F.cross_entropy(scores / WORDS_TEMPERATURE, targets).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()

@@ -1,0 +1,202 @@
+"""Trainings of a whole model by what is said of images, and its answers on conversations held out."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from phi3_tools.finetune import align
+from phi3_tools.finetune.conversations import MESSAGES, conversation, encode
+from phi3_tools.finetune.settings import Settings
+from phi3_tools.images import NAME
+
+OTHER = "(other)"  # an answer that names no class
+# Held-out conversations that are answered, and of these how many are shown.
+ANSWERED, SHOWN = 500, 12
+LORA_TARGETS = r".*language_model.*\.(qkv_proj|o_proj|gate_up_proj|down_proj)"
+
+
+def load_talker(where: dict) -> PreTrainedModel:
+    """
+    A whole model in float32; `where` are arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: it is the image embedding alone.
+    """
+    where = {name: value for name, value in where.items() if name != "pooling_mode"}
+    try:
+        return AutoModelForImageTextToText.from_pretrained(**{"trust_remote_code": True, "dtype": "float32", **where})
+    except ValueError as error:
+        if "text_config" not in str(error) and "Unrecognized configuration" not in str(error):
+            raise
+        name = where["pretrained_model_name_or_path"]
+        raise ValueError(f"{name} is an image embedding without a language model, so it cannot answer.") from error
+
+
+def talk_trainer(settings: Settings, start: dict, splits: dict[str, Dataset], processor) -> Trainer:
+    """The trainer of `--task align` or `instruct`, ready to train."""
+    model = load_talker(start)
+    model.config.untrained = False
+    validation = splits.get("validation") if settings.arguments.eval_strategy != "no" else None
+    make = _aligning if settings.task.task == "align" else _instructing
+    return make(settings, model, splits["train"], validation, processor)
+
+
+def _aligning(settings, model, train, validation, processor):
+    _, data, _, options, arguments = settings
+    tokenizer, image_token_id = processor.tokenizer, model.config.image_token_id
+    model.to(arguments.device)
+    with arguments.main_process_first():
+        folder = Path(arguments.output_dir) / align.FEATURES
+        train, validation = (
+            rows and align.with_features(rows, model, processor, data.num_crops, folder)
+            for rows in (train, validation)
+        )
+    alignment = align.Alignment(model, options.feature_dropout, align.common_beginning(train, image_token_id))
+    collate = align.Collator(tokenizer.pad_token_id, image_token_id, options.token_dropout)
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
+        arguments.gradient_checkpointing = False
+    words = Path(arguments.output_dir) / align.WORDS
+    if options.words and not words.exists():
+        ids, rate, seed = tokenizer.all_special_ids, arguments.learning_rate, arguments.seed
+        align.draw_to_words(alignment, train, align.Collator(tokenizer.pad_token_id, image_token_id), ids, rate, seed)
+        align.save_projector(alignment, words)
+    if options.words:
+        align.load_projector(alignment, words)
+    arguments.prediction_loss_only = True
+    return align.AlignTrainer(alignment, arguments, collate, train, validation)
+
+
+class InstructCollator:
+    """Rows of conversations -> a batch, padded on the right."""
+
+    def __init__(self, processor, num_crops: int | None, longest: int):
+        self.processor, self.num_crops, self.longest = processor, num_crops, longest
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        encoded = [encode(row, self.processor, self.num_crops, self.longest) for row in rows]
+        pads = {"input_ids": self.processor.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
+        for inputs in encoded:
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        batch = {
+            name: nn.utils.rnn.pad_sequence([inputs[name] for inputs in encoded], batch_first=True, padding_value=pad)
+            for name, pad in pads.items()
+        }
+        for name in ("pixel_values", "image_sizes"):
+            if parts := [inputs[name] for inputs in encoded if name in inputs]:
+                batch[name] = torch.cat(parts)
+        return batch
+
+
+def _instructing(settings, model, train, validation, processor):
+    _, data, _, options, arguments = settings
+    given = [argument.name for argument in fields(TrainingArguments) if argument.init]
+    theirs = SFTConfig(
+        **{name: getattr(arguments, name) for name in given} | {"prediction_loss_only": True},
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    adapters = None
+    if options.train == "lora":
+        rank = options.lora_rank
+        adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, modules_to_save=["projector"])
+    return SFTTrainer(
+        model,
+        theirs,
+        # TRL's own batches leave out the starts of sequence that our processor puts around images.
+        data_collator=InstructCollator(processor, data.num_crops, model.config.text_config.max_position_embeddings),
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=processor,
+        peft_config=adapters,
+    )
+
+
+@torch.inference_mode()
+def ask(model: PreTrainedModel, processor, rows: Dataset, num_crops: int | None, batch_size: int, title: str):
+    """
+    The answers `(n,)` that a model gives at the last turn of conversations, by the likeliest token at each step, and
+    the loss a token of what is said there in truth, as the mean of the conversations.
+    """
+    longest = model.config.text_config.max_position_embeddings
+    answers, losses = [], []
+    for start in tqdm(range(0, len(rows), batch_size), desc=title, unit="batch"):
+        batch = rows.select(range(start, min(start + batch_size, len(rows))))
+        asked = [conversation(row, processor)[:-1] for row in batch]
+        inputs = processor.apply_chat_template(
+            asked,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs={"return_tensors": "pt", "padding": True}
+            | ({} if num_crops is None else {"num_crops": num_crops}),
+        ).to(model.device)
+        inputs.pop("num_img_tokens", None)
+        truths = [truth(row) for row in batch]
+        most = 8 + max(len(processor.tokenizer(text).input_ids) for text in truths)
+        output = model.generate(**inputs, max_new_tokens=most, do_sample=False)
+        answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for row in batch:
+            whole = encode(row, processor, num_crops, longest)
+            labels = whole.pop("labels")[1:].to(model.device)
+            places = (labels != -100).nonzero().squeeze(1)
+            whole = {name: tensor.to(model.device) for name, tensor in whole.items()}
+            whole["input_ids"] = whole["input_ids"][None]
+            logits = model(**whole, logits_to_keep=places).logits[0].float()
+            losses.append(F.cross_entropy(logits, labels[places]).item())
+    return [answer.strip() for answer in answers], float(np.mean(losses))
+
+
+def truth(row: dict) -> str:
+    """What is said at the last turn of a conversation."""
+    return "".join(part["text"] or "" for part in row[MESSAGES][-1]["content"]).strip()
+
+
+def question(row: dict) -> str:
+    """What was asked before it."""
+    return "".join(part["text"] or "" for part in row[MESSAGES][-2]["content"]).strip()
+
+
+def measure_answers(settings: Settings, start: dict, splits: dict[str, Dataset], names: list[str], processor) -> dict:
+    """Figures on the held-out conversations of the model before (unless its projection is fresh) and after."""
+    _, data, _, _, arguments = settings
+    rows = splits["test"].filter(lambda row: row[MESSAGES][-1]["role"] == "assistant")
+    if len(rows) > ANSWERED:
+        rows = rows.shuffle(seed=arguments.seed).select(range(ANSWERED))
+    truths, figures, said = [truth(row) for row in rows], {}, {}
+    for name, where in (("before", start), ("fine-tuned", {"pretrained_model_name_or_path": arguments.output_dir})):
+        model = load_talker(where).eval().to(arguments.device)
+        if not model.config.untrained:
+            said[name], loss = ask(model, processor, rows, data.num_crops, arguments.eval_batch_size, name)
+            right = float(np.mean([answer == text for answer, text in zip(said[name], truths)]))
+            figures[name] = {"exact answers": right, "loss": loss}
+    confusion = None
+    if names:
+        number = {name: place for place, name in enumerate(names)}
+        named = [number.get(answer, len(names)) for answer in said["fine-tuned"]]
+        confusion = {"is": [number[text] for text in truths], "named": named}
+    shown = [
+        {
+            "image": row[NAME],
+            "question": question(row),
+            "truth": text,
+            **{name: given[place] for name, given in said.items()},
+        }
+        for place, (row, text) in enumerate(zip(rows, truths))
+    ]
+    return {
+        "held out": figures,
+        "held-out images": f"{len(rows)} conversations (one is {1 / len(rows):.1%})",
+        "verdict": [],
+        "confusion": confusion,
+        "answers": shown[:SHOWN],
+    }

@@ -1,0 +1,82 @@
+"""`phi3-embed finetune --task align` and `--task instruct`: what is said of images, on small models."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT  # noqa: F401
+from parts import save_language_model, save_tower
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from phi3_tools.checkpoint.assemble import run as assemble
+from phi3_tools.finetune import command
+
+pytestmark = pytest.mark.train
+
+COLORS = {"dog": (30, 30, 200), "front": (30, 200, 30), "cat": (200, 30, 30)}
+ALIGN = "--task align --validation 0.2 --num-crops 0 --per-device-train-batch-size 8 --disable-tqdm true"
+
+
+def make_images(folder, per_class=10):
+    rng = np.random.default_rng(0)
+    for name, color in COLORS.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(per_class):
+            pixels = np.clip(rng.normal(color, 40, (20 + number, 30, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("images") / "colours")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """DINOv2's form before Llama's, assembled -> its folder."""
+    path = tmp_path_factory.mktemp("start")
+    tower, text = save_tower(path / "tower", "dinov2"), save_language_model(path / "text", "llama", copies=True)
+    assemble(tower, text, path / "both", layer_idx=-1, num_crops=2)
+    return path / "both"
+
+
+def finetune(source, model, output, options):
+    command.run([str(source), "--model", str(model), "--output", str(output), *options.split()])
+    return json.loads((Path(output) / "metrics.json").read_text())
+
+
+def load(folder):
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+    return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def aligned(images, start, tmp_path_factory):
+    output = tmp_path_factory.mktemp("aligned") / "output"
+    options = f"{ALIGN} --words --num-train-epochs 30 --learning-rate 3e-3 --token-dropout 0.2 --feature-dropout 0.1"
+    return output, finetune(images, start, output, options)
+
+
+def test_an_aligned_model_names_colours_that_it_has_not_seen(aligned):
+    output, metrics = aligned
+    assert metrics["held out"]["fine-tuned"]["exact answers"] > 0.8
+    assert (output / "curves.png").exists() and "| dog |" in (output / "README.md").read_text()
+
+
+def test_aligning_leaves_tower_language_model_and_text_to_the_bit(aligned, start):
+    (before, processor), (after, _) = load(start), load(aligned[0])
+    changed = {
+        name.partition("vision_embed_tokens.")[2].partition(".")[0]
+        for name, weight in before.state_dict().items()
+        if not torch.equal(weight, after.state_dict()[name])
+    }
+    assert changed == {"projector"} and before.config.untrained and not after.config.untrained
+    inputs = processor(text=["what is this", "a picture of the cat"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        vectors = [model(**inputs, output_hidden_states=True).hidden_states[-1] for model in (before, after)]
+        answers = [model.generate(**inputs, max_new_tokens=8) for model in (before, after)]
+    assert torch.equal(*vectors) and torch.equal(*answers)
