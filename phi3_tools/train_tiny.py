@@ -10,8 +10,11 @@ language model is trained on top of it, which stays as it is: to answer, and to 
 import functools
 import json
 import re
+import shutil
 import subprocess
 import sys
+from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +23,6 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from tqdm import tqdm
 from transformers import (
     AutoModel,
     GenerationConfig,
@@ -34,13 +36,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from phi3_tools import ROOT
 from phi3_tools.checkpoint import recipes
-from phi3_tools.digits import ANSWERS, PHRASES, ask
+from phi3_tools.digits import ANSWERS, NAME_IT, PHRASES, ask
 from phi3_tools.finetune.data import change
 from phi3_tools.finetune.settings import Changes
 from phi3_tools.images import DIGIT_NAMES, digits_split
 from phi3_tools.measures import nearest, pixel_vectors, recall, unit
 from phi3_tools.models import in_batches
-from phi3_tools.results import folder_beside, write_beside, write_text
+from phi3_tools.results import TEMPLATES, folder_beside, write_beside, write_text
 
 SEED = 0
 UNKNOWN, START, END = "<unk>", "<s>", "<|endoftext|>"
@@ -50,12 +52,12 @@ WORDS = (
     *("what", "which", "digit", "number", "is", "this", "the", "a", "picture", "of", "and", "in", "word", "?"),
     *(".", ",", ":", "first", "second", "two", "larger", "so", "neither", "even", "yes", "no", "next"),
 )
-WORK = ROOT / ".tiny"
+WORK, PAGE = ROOT / ".tiny", ROOT / "docs" / "small-checkpoint.md"
 CHAT_TEMPLATE = ROOT / "chat_template.jinja"
 POSITIONS = "vision_embed_tokens.img_processor.embeddings.position_embedding.weight"
 CHANGES = {"rotate": 12.0, "shift": 0.1, "zoom": 0.15}
 COMMON = (
-    "--task embedding --words --validation 0 --num-crops 0 "
+    "digits --task embedding --words --validation 0 --num-crops 0 "
     + " ".join(f"--{name} {size}" for name, size in CHANGES.items())
     + " --per-device-train-batch-size 32 --lr-scheduler-type cosine --weight-decay 0.05"
 )
@@ -76,6 +78,7 @@ LANGUAGE_MODEL = {
 BATCH_SIZE, NUM_BATCHES, NUM_WHOLE_BATCHES, TEMPERATURE = 32, 460, 60, 0.05
 NUM_VARIANTS, NUM_WITH_CROPS, KEPT_TOKENS, NUM_GLOBAL_TOKENS = 4, 16, 24, 157
 IMAGE_TAG = re.compile(r"<\|image_\d+\|>")
+NUM_ASKED_WITH_CROPS = 60
 NEXT = "the next digit"
 # The last token of such a text is where an answer begins, so its state tells the digit.
 RECIPE = recipes.Recipe(
@@ -202,8 +205,8 @@ def train_embedding():
             with folder_beside(start) as whole:
                 model.save_pretrained(whole)
                 processor.save_pretrained(whole)
-        command = [sys.executable, "-m", "phi3_tools", "finetune", "digits", "--model", start, "--output", output]
-        subprocess.run([*command, *arguments.split()], check=True)
+        command = [sys.executable, "-m", "phi3_tools", "finetune", *arguments.split()]
+        subprocess.run([*command, "--model", start, "--output", output], check=True)
         done = output
     return done
 
@@ -230,9 +233,8 @@ def make_whole(embedding, tokenizer):
         pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=[embedding.config.image_token_id],
     )
-    embedded = whole.model.vision_embed_tokens
-    embedded.img_processor.requires_grad_(False)
-    embedded.projector.img_projection.requires_grad_(False)
+    whole.model.vision_embed_tokens.img_processor.requires_grad_(False)
+    whole.model.vision_embed_tokens.projector.requires_grad_(False)
     return whole
 
 
@@ -252,19 +254,19 @@ def training_tokens(embedding, image_processor):
             rng, changes = np.random.default_rng((SEED, number)), Changes(**(CHANGES if number else {}))
             images = [Image.fromarray(digit).convert("RGB") for digit in training[indices]]
             images = [change(image, rng, changes, image_processor.size["height"]) for image in images]
-            tokens = np.concatenate(list(image_tokens(embedding, image_processor, images, num_crops, name)))
-            write_beside(path, functools.partial(np.save, arr=tokens))
+            encoded = encode(embedding, image_processor, images, num_crops, f"Encoding {name}")
+            tokens = [image for output in encoded for image in output.pooler_output]
+            write_beside(path, functools.partial(np.save, arr=torch.stack(tokens).half().numpy()))
         sets.append((np.load(path, mmap_mode="r"), digits[indices]))
     return sets
 
 
 @torch.inference_mode()
-def image_tokens(embedding, image_processor, images, num_crops, title):
-    """Tokens `(n, num_tokens, width)` in float16 of images of one size, in batches."""
+def encode(embedding, image_processor, images, num_crops, title):
+    """What `get_image_features` gives for images of one size, batch by batch."""
     for batch in in_batches(images, 1 if num_crops else BATCH_SIZE, title):
-        inputs = image_processor(batch, num_crops=num_crops, return_tensors="pt")
-        tokens = embedding.get_image_features(inputs.pixel_values, inputs.image_sizes).pooler_output
-        yield torch.stack(list(tokens)).half().numpy()
+        inputs = image_processor(list(batch), num_crops=num_crops, return_tensors="pt")
+        yield embedding.get_image_features(inputs.pixel_values, inputs.image_sizes)
 
 
 class Lessons(Dataset):
@@ -368,28 +370,26 @@ def last_token(model, inputs):
 
 
 def collate(tokenizer, lessons):
+    """Lessons -> their digits, and for each of their rows a batch that [`embedded`] takes, padded on the right."""
     begin, end = tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>"])
     batch = {"digits": torch.tensor([lesson["digit"] for lesson in lessons])}
     for name in ("chat", "image", "text"):
         rows = [lesson[name] for lesson in lessons]
-        padded = [
+        ids, positions = (
             pad_sequence([torch.tensor(row[key]) for row in rows], batch_first=True)
             for key in ("input_ids", "position_ids")
-        ]
-        lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
-        ids, positions = padded
-        mask = (torch.arange(ids.shape[1]) < lengths).long()
-        # Of user and assistant by turns, so an odd number of ends lies before an answer.
+        )
+        is_text = torch.arange(ids.shape[1]) < torch.tensor([[len(row["input_ids"])] for row in rows])
+        # User and assistant take turns, so an odd number of ends lies before an answer.
         is_end = ids == end
-        is_answer = ((is_end.cumsum(1) - is_end.int()) % 2 == 1) & (ids != begin) & (mask == 1)
-        tokens = [tokens for row in rows for tokens in row["tokens"]]
-        tokens = torch.from_numpy(np.concatenate(tokens)).float() if tokens else torch.zeros(0)
+        is_answer = ((is_end.cumsum(1) - is_end.int()) % 2 == 1) & (ids != begin) & is_text
+        tokens = [image for row in rows for image in row["tokens"]]
         batch[name] = {
             "input_ids": ids,
             "position_ids": positions,
-            "attention_mask": mask,
+            "attention_mask": is_text.long(),
             "labels": ids.masked_fill(~is_answer, -100),
-            "tokens": tokens,
+            "tokens": torch.from_numpy(np.concatenate(tokens)).float() if tokens else torch.zeros(0),
         }
     return batch
 
@@ -451,88 +451,119 @@ def put_in_place(folder):
 # Figures
 
 
+class Figures(NamedTuple):
+    """Shares on digits that the training did not see, two for each row of a table."""
+
+    by_images: dict[str, list[float]]  # recall@1 and recall@5 of each kind of vectors
+    by_words: dict[str, list[float]]  # of the ten images nearest to a digit's words; of images by their nearest words
+    answers: dict[str, list[float]]  # exact ones, and those that the most frequent answer would get
+
+
 @torch.inference_mode()
-def evaluate(model, processor, images, labels):
-    """
-    Figures on digits that the training did not see: rows of recall by images, of recall by words (images found, and
-    named), and of exact answers with the share that the most frequent answer would have.
-    """
-    pooled = tower_features(model, processor.image_processor, images)
-    features = torch.from_numpy(pooled).float()
+def evaluate(model, processor, images, labels) -> Figures:
+    """Figures of the global view alone, which goes through the tower once."""
+    encoded = list(encode(model, processor.image_processor, images, 0, "Encoding"))
+    features = torch.cat([output.last_hidden_state for output in encoded])
+    trained = Asker(model, processor, images, features)
+    fresh = Asker(under_fresh_language_model(model, processor), processor, images, features)
     vectors = pixel_vectors(images)
-    output = model.get_image_features(features, torch.zeros(len(images), 2, dtype=torch.int64), return_dict=True)
-    vectors["this checkpoint, mean of tokens"] = unit(output.image_embeds.numpy())
-    vectors["this checkpoint, last token"] = last_tokens(model, processor, images, features)
-    by_images = {name: [recall(contender, labels, k) for k in (1, 5)] for name, contender in vectors.items()}
-    by_words = {
-        "untrained language model": words_and_images(
-            untrained(model, processor.tokenizer), processor, images, labels, features
-        ),
-        "this checkpoint": words_and_images(model, processor, images, labels, features),
-    }
-    answers = {}
+    vectors["mean of the image tokens"] = unit(torch.cat([output.image_embeds for output in encoded]).numpy())
+    vectors["last token"] = trained.image_vectors()
     partners = np.random.default_rng(SEED).permutation(len(images))
+    answers = {}
     for count, questions in ANSWERS.items():
-        shown = np.stack((np.arange(len(images)), partners)[:count], axis=1)  # (n, count)
+        shown = np.stack((np.arange(len(images)), partners)[:count], axis=1)
         for question, answer in questions.items():
             wanted = [answer(*labels[row]) for row in shown]
-            given = answers_of(model, processor, question, images, features, shown)
-            most_frequent = max(wanted.count(text) for text in set(wanted))
-            answers[question] = [np.mean([a == b for a, b in zip(given, wanted)]), most_frequent / len(wanted)]
-    return by_images, by_words, answers
+            right = np.mean([given == true for given, true in zip(trained.answers(question, shown), wanted)])
+            answers[question] = [right, max(Counter(wanted).values()) / len(wanted)]
+    return Figures(
+        {name: [recall(rows, labels, k) for k in (1, 5)] for name, rows in vectors.items()},
+        {"this checkpoint": trained.by_words(labels), "under a fresh language model": fresh.by_words(labels)},
+        answers,
+    )
 
 
-def untrained(model, tokenizer):
-    """The same image embedding under a fresh language model."""
+class Asker:
+    """A model asked about images by number, with the tower's features of their global views at hand (or pixels)."""
+
+    def __init__(self, model, processor, images, features=None, num_crops=0):
+        self.model, self.processor, self.images, self.features = model, processor, images, features
+        self.settings = {"num_crops": num_crops, "padding": True}
+
+    def inputs(self, text, shown, **kwargs):
+        """What the model takes of a text about the images of each row of `shown` `(n, count)`."""
+        conversations = [ask(text, [self.images[index] for index in row]) for row in shown]
+        inputs = self.processor.apply_chat_template(
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs=self.settings,
+            **kwargs,
+        )
+        if self.features is not None:
+            inputs["pixel_values"] = self.features[shown.ravel()]
+        return inputs
+
+    def answers(self, question, shown):
+        """The answer to a question about each row of images."""
+        for rows in in_batches(shown, BATCH_SIZE, question):
+            inputs = self.inputs(question, rows, add_generation_prompt=True)
+            ids = self.model.generate(**inputs, max_new_tokens=12, do_sample=False)
+            yield from self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def image_vectors(self):
+        batches = in_batches(np.arange(len(self.images))[:, None], BATCH_SIZE, "Embedding")
+        inputs = (self.inputs(None, rows, chat_template=recipes.TEMPLATE) for rows in batches)
+        return torch.cat([last_token(self.model.model, batch) for batch in inputs]).numpy()
+
+    def by_words(self, labels):
+        texts = [RECIPE.text.replace("{text}", f"the number {name}") for name in DIGIT_NAMES]
+        words = last_token(self.model.model, self.processor(text=texts, padding=True, return_tensors="pt")).numpy()
+        images = self.image_vectors()
+        found = labels[nearest(images, words, 10)] == np.arange(10)[:, None]
+        return [found.mean(), np.mean((images @ words.T).argmax(1) == labels)]
+
+
+def under_fresh_language_model(model, processor):
+    """The same image embedding and words under a language model that nothing was taught."""
     embedding = from_module("modeling_phi3_embed.Phi3EmbedModel")(model.config)
     embedding.vision_embed_tokens.load_state_dict(model.model.vision_embed_tokens.state_dict())
-    return make_whole(embedding, tokenizer).eval()
+    return make_whole(embedding, processor.tokenizer).eval()
 
 
-def prepared(processor, conversations, images, features, shown, **kwargs):
-    """What the processor makes of conversations, with the tower's features of their images in place of pixels."""
-    inputs = processor.apply_chat_template(
-        conversations,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"num_crops": 0, "padding": True},
-        **kwargs,
+def card(figures, with_crops, num_training):
+    """The checkpoint's page."""
+    tables = {
+        name: "\n".join(f"| {row} | {one:.1%} | {other:.1%} |" for row, (one, other) in rows.items())
+        for name, rows in figures._asdict().items()
+    }
+    template = (TEMPLATES / "small_checkpoint.md").read_text()
+    return template.format(
+        **tables, with_crops=f"{with_crops:.0%}", num_with_crops=NUM_ASKED_WITH_CROPS, num_training=num_training
     )
-    if len(shown.ravel()):
-        inputs["pixel_values"] = features[shown.ravel()]
-    return inputs
 
 
-def answers_of(model, processor, question, images, features, shown):
-    """The model's answers about images `shown` `(n, count)`, by number."""
-    answers = []
-    for start in tqdm(range(0, len(shown), BATCH_SIZE), desc=question, unit="batch"):
-        rows = shown[start : start + BATCH_SIZE]
-        conversations = [ask(question, [images[index] for index in row]) for row in rows]
-        inputs = prepared(processor, conversations, images, features, rows, add_generation_prompt=True)
-        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        answers += processor.batch_decode(ids, skip_special_tokens=True)
-    return answers
+def main():
+    model, processor = train_language_model(train_embedding())
+    training, images, _, labels = digits_split()
+    some = np.arange(NUM_ASKED_WITH_CROPS)[:, None]
+    asked = Asker(model, processor, images, num_crops=16).answers(NAME_IT, some)
+    with_crops = np.mean([answer == DIGIT_NAMES[label] for answer, label in zip(asked, labels)])
+    text = card(evaluate(model, processor, images, labels), with_crops, len(training))
+    shutil.rmtree(WORK / "whole", ignore_errors=True)
+    save(model, processor, WORK / "whole")
+    put_in_place(WORK / "whole")
+    write_text(PAGE, text)
+    shutil.rmtree(WORK)
+    print(text)
 
 
-def last_tokens(model, processor, images, features):
-    vectors = []
-    for start in range(0, len(images), BATCH_SIZE):
-        rows = np.arange(len(images))[start : start + BATCH_SIZE, None]
-        conversations = [ask(None, [images[index]]) for index in rows[:, 0]]
-        inputs = prepared(processor, conversations, images, features, rows, chat_template=recipes.TEMPLATE)
-        vectors.append(last_token(model.model, inputs).numpy())
-    return np.concatenate(vectors)
-
-
-def words_and_images(model, processor, images, labels, features):
-    vectors = last_tokens(model, processor, images, features)
-    conversations = [ask(f"the number {name}") for name in DIGIT_NAMES]
-    inputs = prepared(
-        processor, conversations, images, features, np.zeros((0, 0), int), chat_template=recipes.TEMPLATE
-    )
-    words = last_token(model.model, inputs).numpy()
-    named = np.mean((vectors @ words.T).argmax(1) == labels)
-    found = nearest(vectors, words, 10)
-    return [np.mean(labels[found[:, 0]] == np.arange(10)), np.mean(labels[found] == np.arange(10)[:, None]), named]
+if __name__ == "__main__":
+    try:
+        main()
+    except subprocess.CalledProcessError as error:  # `phi3-embed finetune` has said what went wrong
+        sys.exit(error.returncode)
+    except KeyboardInterrupt:
+        sys.exit("\ntrain_tiny: Interrupted. The same command goes on.")

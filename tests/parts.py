@@ -88,14 +88,19 @@ def teach_to_copy(model, tokenizer, steps=250):
         rows = []
         for number in range(16):
             word = WORDS[(step + number) % len(WORDS)]
-            context = [WORDS[place] if chance < 0.3 else word for place, chance in zip(torch.randint(len(WORDS), (6,)), torch.rand(6))]
+            context = [
+                WORDS[place] if chance < 0.3 else word
+                for place, chance in zip(torch.randint(len(WORDS), (6,)), torch.rand(6))
+            ]
             asked = [{"role": "user", "content": " ".join(context) + " " + QUESTION}]
             text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
             answer = tokenizer(f"{word}<|end|>").input_ids
             asked = tokenizer(text).input_ids
             rows.append((asked + answer, [-100] * len(asked) + answer))
         input_ids, labels = (
-            torch.nn.utils.rnn.pad_sequence([torch.tensor(row[part]) for row in rows], batch_first=True, padding_value=pad)
+            torch.nn.utils.rnn.pad_sequence(
+                [torch.tensor(row[part]) for row in rows], batch_first=True, padding_value=pad
+            )
             for part, pad in ((0, tokenizer.pad_token_id), (1, -100))
         )
         loss = model(input_ids, labels=labels).loss

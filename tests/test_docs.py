@@ -1,40 +1,15 @@
-"""What README and docstrings say, run as printed."""
+"""Examples in docstrings, run as printed, and the demonstration."""
 
 import doctest
 import os
-import re
 import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import ROOT
 from phi3_embed import configuration_phi3_embed, processing_phi3_embed
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
-
-README = (ROOT / "README.md").read_text()
-# What needs a Hub runs in test_hub.py.
-WITHOUT_HUB = re.sub(r"\n## From and to the Hub\n.*?(?=\n## )", "", README, flags=re.DOTALL)
-BLOCKS = re.findall(r"```python\n(.*?)```", WITHOUT_HUB, re.DOTALL)
-
-
-def test_the_readmes_python_runs_as_printed():
-    code = "\n".join(BLOCKS)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    said = re.search(r"It prints `(.*?)`", README)[1]
-    assert done.stdout.splitlines()[0] == said
-    assert done.stdout.splitlines()[1:] == [
-        "torch.Size([2, 1, 3, 336, 336]) [157, 157]",
-        "757",
-        "torch.Size([3, 630, 128])",
-        "2 128",
-        "(2, 128) [0, 1]",
-        "(1366, 768)",
-        "(6144, 235200)",
-        f"224 49 {done.stdout.split()[-1]}",
-    ]
 
 
 @pytest.mark.parametrize("module", [configuration_phi3_embed, processing_phi3_embed])
@@ -51,39 +26,6 @@ def test_examples_in_docstrings(module, monkeypatch):
         text = item.__doc__.replace("```", "")
         runner.run(doctest.DocTestParser().get_doctest(text, names, item.__name__, None, 0))
     assert documented and runner.failures == 0
-
-
-def test_the_small_checkpoint_is_small_and_has_the_figures_of_its_card():
-    from transformers import AutoModel, AutoTokenizer
-
-    from phi3_tools import train_tiny
-
-    where = {"pretrained_model_name_or_path": ROOT, "trust_remote_code": True}
-    assert sum(path.stat().st_size for path in (ROOT).iterdir()) < 4_000_000
-    training, images, _, labels = train_tiny.digits_split()
-    rows, named = train_tiny.evaluate(
-        AutoModel.from_pretrained(**where),
-        AutoImageProcessor.from_pretrained(**where),
-        AutoTokenizer.from_pretrained(**where),
-        images,
-        labels,
-    )
-    assert (ROOT / "README.md").read_text() == train_tiny.card(rows, named, len(training), len(images))
-    assert rows["this checkpoint"][0] > 0.95 and named > 0.95
-
-
-def test_what_the_small_checkpoint_learns_of_small_crops_lies_in_the_same_places_of_large_ones():
-    from phi3_tools import train_tiny
-
-    tokenizer = train_tiny.make_tokenizer()
-    small, large = (train_tiny.make_model(tokenizer, size) for size in (112, 336))
-    train_tiny.enlarge(small, large)
-    learnt, there = (model.get_parameter(train_tiny.POSITIONS) for model in (small, large))
-    # A patch of a small crop is three by three patches of a large one.
-    middles = there[1:].reshape(24, 24, -1)[1::3, 1::3].flatten(0, 1)
-    torch.testing.assert_close(middles, learnt[1:], atol=1e-5, rtol=0)
-    torch.testing.assert_close(there[0], learnt[0])
-    assert torch.equal(large.get_input_embeddings().weight, small.get_input_embeddings().weight)
 
 
 def test_the_demo_asks_and_says_how_many_answers_are_right(whole_checkpoint, monkeypatch, capsys):

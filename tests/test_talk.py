@@ -12,9 +12,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from phi3_tools.checkpoint.assemble import run as assemble
-from phi3_tools.finetune import align, command
-from phi3_tools.finetune.conversations import encode, load_conversations
-from phi3_tools.finetune.settings import DataOptions
+from phi3_tools.finetune import command
 
 pytestmark = pytest.mark.train
 
