@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import make_tokenizer, whole_model
+from conftest import make_tokenizer, run_python, whole_model
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from peft import PeftModel
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from phi3_tools import models
 from phi3_tools.checkpoint import recipes
 from phi3_tools.finetune import command, pairs
 from phi3_tools.models import load_embedder
@@ -47,16 +48,12 @@ LEARN = f"{COMMON} --num-train-epochs 10 --learning-rate 3e-3"
 SHORT = f"{COMMON} --max-steps 4 --learning-rate 1e-3 --per-device-train-batch-size 4"
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A small whole checkpoint with random weights and a recipe -> its folder."""
-    folder = tmp_path_factory.mktemp("start") / "whole"
+def save_start(folder, switch):
+    """A small whole checkpoint with random weights and a recipe; texts of `switch` tokens get other rotary factors."""
     tokenizer = make_tokenizer()
     tokenizer.padding_side = "left"
-    # One row of 64 tokens would change the rotary factors of all rows of a batch.
-    whole_model(
-        {"original_max_position_embeddings": 256}, image_token_id=tokenizer.convert_tokens_to_ids("<|image|>")
-    ).save_pretrained(folder)
+    image_token_id = tokenizer.convert_tokens_to_ids("<|image|>")
+    whole_model({"original_max_position_embeddings": switch}, image_token_id=image_token_id).save_pretrained(folder)
     image_processor = Phi3EmbedImageProcessor(num_crops=1, size={"height": 56, "width": 56}, num_img_tokens=4)
     template = {"default": "{{ messages[0].content }}", recipes.TEMPLATE: recipes.chat_template(RECIPE)}
     Phi3EmbedProcessor(image_processor, tokenizer, chat_template=template).save_pretrained(folder)
@@ -64,6 +61,11 @@ def start(tmp_path_factory):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content))
     return folder
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return save_start(tmp_path_factory.mktemp("start") / "whole", switch=256)
 
 
 def make_image(color, number, rng):
@@ -226,3 +228,78 @@ def test_captions_that_are_lacking_are_named(captions, start, tmp_path):
     Dataset.from_list(rows, features).to_parquet(tmp_path / "captions.parquet")
     with pytest.raises(ValueError, match=r"(?s)1 images of .* have no text:.*row 3"):
         finetune(tmp_path / "captions.parquet", start, tmp_path / "out", f"{SHORT} --text-column said")
+
+
+def test_the_image_embedding_of_a_whole_checkpoint_is_trained_where_its_pooling_is_named(classes, start, tmp_path):
+    metrics = finetune(classes, f"{start}:mean", tmp_path / "out", SHORT)
+    assert "linear probe" in metrics["held out"]["untrained"] and not (tmp_path / "out" / "start").exists()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["text_config"] is None
+    embedder = SentenceTransformer(str(tmp_path / "out"), trust_remote_code=True)
+    assert embedder.encode(Image.new("RGB", (40, 30))).shape == (48,) and not embedder.supports("text")
+    with pytest.raises(ValueError, match="--hard-negatives goes with whole checkpoints"):
+        finetune(classes, f"{start}:mean", tmp_path / "no", f"{SHORT} --hard-negatives 1")
+
+
+# Embedding by a recipe, trained or not
+
+
+def test_several_images_are_one_message_and_prompts_have_names(start):
+    embedder = SentenceTransformer(str(start), trust_remote_code=True)
+    model = AutoModel.from_pretrained(start, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(start, trust_remote_code=True)
+    images = [Image.linear_gradient("L").convert("RGB"), Image.radial_gradient("L").resize((90, 40)).convert("RGB")]
+    content = [{"type": "image", "image": image} for image in images]
+    with torch.inference_mode():
+        inputs = processor(text="<|image_1|> <|image_2|> a picture", images=images, num_crops=1, return_tensors="pt")
+        last = model(**inputs).last_hidden_state[0, -1]
+    vector = embedder.encode([[{"role": "user", "content": content}]])[0]
+    np.testing.assert_allclose(vector, last / last.norm(), atol=1e-6)
+    np.testing.assert_array_equal(embedder.encode("cat", prompt_name="query"), embedder.encode_query("cat"))
+    with pytest.raises(ValueError, match="'nobody' not found"):
+        embedder.encode("cat", prompt_name="nobody")
+    # Cut by the library, where it was trained for that.
+    cut = SentenceTransformer(str(start), trust_remote_code=True, truncate_dim=8).encode("cat")
+    np.testing.assert_allclose(cut, embedder.encode("cat")[:8], atol=1e-6)
+
+
+def test_a_batch_of_unequal_texts_and_images_equals_each_alone(start):
+    embedder = SentenceTransformer(str(start), trust_remote_code=True)
+    images = Image.new("RGB", (90, 30), "red"), Image.new("RGB", (20, 40))
+    items = ["cat", images[0], "what is this and that ? a picture", images[1], "dog"]
+    for item, vector in zip(items, embedder.encode(items, batch_size=5)):
+        np.testing.assert_allclose(vector, embedder.encode(item), atol=1e-5, rtol=0)
+
+
+def test_a_text_beyond_the_switch_of_rope_factors_changes_none_beside_it(tmp_path, monkeypatch):
+    folder = str(save_start(tmp_path / "start", switch=64))
+    monkeypatch.setattr(models, "MAX_BYTES_TOGETHER", 40)
+    embedder, short, long = load_embedder(folder), "cat", "what is this and that " * 20
+    vectors = embedder.encode_texts([short, long])
+    np.testing.assert_allclose(vectors[0], embedder.encode_texts([short])[0], atol=1e-6)
+    together = SentenceTransformer(folder, trust_remote_code=True).encode_query([short, long])
+    assert np.abs(together[0] - vectors[0]).max() > 1e-4  # which they would change
+
+
+@pytest.mark.parametrize("text, said", [("", "A text is empty"), ("cat " * 300, "302|30. tokens, .* takes 256")])
+def test_a_text_that_has_no_vector_is_told(text, said, start):
+    with pytest.raises(ValueError, match=said):
+        load_embedder(str(start)).encode_texts([text])
+
+
+PUSH = """
+import sys
+from sentence_transformers import SentenceTransformer
+SentenceTransformer(sys.argv[1], trust_remote_code=True).push_to_hub("someone/one-space")
+"""
+PULL = """
+from sentence_transformers import SentenceTransformer
+print(SentenceTransformer("someone/one-space", trust_remote_code=True).encode_query("cat").tolist())
+"""
+
+
+@pytest.mark.hub
+def test_pushed_it_embeds_by_its_recipe_under_its_name(start, hub, tmp_path):
+    run_python(PUSH, start, **hub.environment(tmp_path / "here"))
+    printed = run_python(PULL, **hub.environment(tmp_path / "there", token=""))
+    wanted = SentenceTransformer(str(start), trust_remote_code=True).encode_query("cat")
+    np.testing.assert_allclose(json.loads(printed), wanted, atol=1e-6)

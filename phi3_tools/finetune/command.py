@@ -1,11 +1,12 @@
 """`phi3-embed finetune`: trains, measures on images held out, and may push."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, set_seed
 from transformers import logging as transformers_logging
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -35,8 +36,9 @@ from phi3_tools.finetune.train import (
 )
 from phi3_tools.images import TEXT
 from phi3_tools.models import PHI3_EMBED, find_model, load_embedder
-from phi3_tools.results import push, push_target, write_text
+from phi3_tools.results import folder_beside, push, push_target, write_text
 
+START = "start"
 MEMORY = (
     "A batch does not fit in memory. The same command goes on from the last checkpoint with --gradient-checkpointing, "
     "with half the --per-device-train-batch-size and twice the --gradient-accumulation-steps (a classifier), or with "
@@ -55,6 +57,24 @@ def find_start(text: str) -> dict:
     if model.kind != PHI3_EMBED or model.pooling == "tower":
         raise ValueError(f"--model is {text}, but must be a phi3_embed model, whose vectors follow from all of it.")
     return model.pinned | ({"pooling_mode": model.pooling} if model.pooling else {})
+
+
+def image_embedding(start: dict, folder: Path) -> dict:
+    """
+    `start` where it is an image embedding; that of a whole checkpoint, which is named with a pooling, is put into
+    `folder` first, with what sentence-transformers needs.
+    """
+    where = {name: value for name, value in start.items() if name != "pooling_mode"}
+    if "pooling_mode" not in start or AutoConfig.from_pretrained(**where).text_config is None:
+        return start
+    if not folder.exists():
+        path, revision = where["pretrained_model_name_or_path"], where["code_revision"]
+        model_class = get_class_from_dynamic_module("modeling_phi3_embed.Phi3EmbedModel", path, revision=revision)
+        with folder_beside(folder) as beside:
+            model = model_class.from_pretrained(path, revision=where["revision"], dtype="auto")
+            model.save_pretrained(beside)
+            load_processor(start, None).save_pretrained(beside)
+    return find_model(str(folder)).pinned | {"pooling_mode": start["pooling_mode"]}
 
 
 def load_processor(start: dict, num_crops: int | None):
@@ -170,6 +190,9 @@ def run(arguments: list[str]) -> None:
         if is_main:
             write_text(output / ARGUMENTS, json.dumps(about, indent=2) + "\n")
         set_seed(arguments.seed)
+        if options.task == "embedding":
+            with arguments.main_process_first():
+                start = image_embedding(start, output / START)
         history = train(settings, start, splits, names, processor, of_pairs)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -186,13 +209,14 @@ def run(arguments: list[str]) -> None:
         if metrics["confusion"] and len(names) <= report.MAX_CONFUSED:
             report.draw_confusion(*metrics["confusion"].values(), [*names, OTHER], output / report.CONFUSION)
         write_text(output / FIGURES, json.dumps(metrics, indent=2) + "\n")
+        shutil.rmtree(output / START, ignore_errors=True)
     metrics = json.loads((output / FIGURES).read_text())
     report.write_card(settings, about, metrics, names)
     table = report.table_of(metrics["held out"])
     print(f"Held out: {metrics['held-out images']}.", table, *metrics["verdict"], sep="\n")
     if pushes:
         # ARGUMENTS says where model and data lie; the card has the same without.
-        ignore = [ARGUMENTS, "checkpoint-*/**", f"{FEATURES}/**", "runs/**"]
+        ignore = [ARGUMENTS, "checkpoint-*/**", f"{FEATURES}/**", f"{START}/**", "runs/**"]
         private, token = arguments.hub_private_repo, arguments.hub_token
         print(f"Pushed to {push(output, arguments.hub_model_id, 'Fine-tune by phi3-embed', private, token, ignore)}")
 

@@ -27,7 +27,7 @@ from sentence_transformers.util import mine_hard_negatives
 from phi3_tools.finetune.data import NUMBER, Collator, load_splits, readable, split_at_random
 from phi3_tools.finetune.report import MORE, TO_TEXT
 from phi3_tools.finetune.settings import DataOptions, Settings, TaskOptions
-from phi3_tools.images import IMAGE, LABEL, TEXT, image_bytes, load_images
+from phi3_tools.images import IMAGE, LABEL, TEXT, image_bytes, image_hash, load_images
 from phi3_tools.measures import retrieval
 from phi3_tools.models import embed
 from phi3_tools.results import name_some
@@ -168,13 +168,14 @@ def rows_to_train(embedder: SentenceTransformer, split: Dataset, num_negatives: 
     Raises:
         ValueError: there are too few for all texts.
     """
-    rows = Dataset.from_dict({TEXT: split[TEXT], IMAGE: range(len(split))})
+    first = {}  # of equal images
+    numbers = [first.setdefault(image_hash(image), number) for number, image in enumerate(split[IMAGE])]
     if not num_negatives:
-        return rows
+        return Dataset.from_dict({TEXT: split[TEXT], IMAGE: numbers})
     with TemporaryDirectory() as folder:
-        paths = [str(Path(folder) / f"{number}.png") for number in range(len(split))]
-        for path, image in zip(paths, split[IMAGE]):
-            Path(path).write_bytes(image_bytes(image))  # what they are is told by their content
+        paths = [str(Path(folder) / f"{number}.png") for number in numbers]
+        for path, number in zip(paths, numbers):
+            Path(path).write_bytes(image_bytes(split[number][IMAGE]))  # what they are is told by their content
         mined = mine_hard_negatives(
             Dataset.from_dict({TEXT: split[TEXT], IMAGE: paths}),
             embedder,

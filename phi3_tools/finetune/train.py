@@ -273,7 +273,7 @@ class PairTrainer(EmbeddingTrainer):
     def save_whole(self, output: Path) -> None:
         model = self.model[0].model
         self.whole.model = model.merge_and_unload() if isinstance(model, PeftModel) else model
-        self.whole.config.untrained = False
+        self.whole.config.untrained, self.whole.config.text_config.use_cache = False, True
         self.model[0].model = self.whole
         self.model.save_pretrained(str(output), create_model_card=False)
 
@@ -402,7 +402,10 @@ def _embedding_trainer(options, arguments, start, splits, names, collate, proces
         processor_kwargs=code,
     )
     if not embedder.supports("image") or len(embedder) > 2:
-        raise ValueError(f"{name} has no modules.json of an image embedding: save it by `save_pretrained`.")
+        raise ValueError(
+            f"{name} has no modules.json of an image embedding, nor a recipe. Save an image embedding by "
+            f"`save_pretrained`, convert a whole checkpoint with --recipe, or give {name}:mean, its image embedding."
+        )
     embedder = SentenceTransformer(modules=[embedder[0]])  # the loss takes vectors of any length
     model = embedder[0].model
     model.config.pooling_mode = start.get("pooling_mode", model.config.pooling_mode)
@@ -433,10 +436,16 @@ def _pair_trainer(settings, start, splits, collate):
     _, data, _, options, arguments = settings
     whole = load_talker(start).to(arguments.device)
     _set_lengths(whole.config, options)
+    whole.config.text_config.use_cache = False
     embedder = load_sentence_transformer(find_model(options.model), data.num_crops, loaded=whole.model)
     with arguments.main_process_first():
         rows = pairs.rows_to_train(embedder, splits["train"], options.hard_negatives, arguments.eval_batch_size)
     most = len(set(rows[TEXT]))
+    if arguments.world_size > 1 and most < len(rows):
+        raise ValueError(
+            "Several processes need a text of its own for each image: batches have each text once, but those of two "
+            "processes are compared with each other."
+        )
     if arguments.train_batch_size > most:
         print(f"Batches hold {most} images, because there are {most} texts, and a batch has each once.")
         arguments.per_device_train_batch_size = most
