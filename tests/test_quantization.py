@@ -80,7 +80,7 @@ def test_bitsandbytes_loads_and_is_saved_so(settings, layer, cosine, tmp_path):
     assert cosine < float(given[0]) < 1 and float(given[1]) < 1e-5 and int(given[2]) > 10
 
 
-# Prints by kind the least cosine of the logits of a question about an image, beside the answer in float32 and quantised.
+# Prints by kind the least cosine of a prompt's logits to those in float32, and whether the answer is the same.
 WHOLE = """
 import json, sys, torch
 from PIL import Image
