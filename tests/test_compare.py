@@ -603,7 +603,7 @@ def test_the_cookbooks_comparison_runs_as_written(tmp_path, monkeypatch):
     names = {"images": images, "load_phi3_model": load_phi3_model, "process_for_phi3_model": process_for_phi3_model}
     exec(COOKBOOK, names)
     assert names["clip_embeddings"].pooler_output.shape == (2, 8)
-    expected, _ = embed_here(tmp_path, [TINY], images)[0]
+    expected, _ = embed_here(tmp_path, [f"{TINY}:mean"], images)[0]
     np.testing.assert_allclose(names["phi3_embeddings"].numpy(), expected, atol=1e-4)
     with pytest.raises(ValueError, match="no folder phi3-vision-embed. Make it by"):
         load_phi3_model()
