@@ -94,7 +94,7 @@ def measure_peak(case, name):
 
 
 def run(quick):
-    rounds = {"8 texts of up to 66 tokens": 2 if quick else 9, "1 image of 4 crops": 1 if quick else 5}
+    rounds = {"8 texts of up to 66 tokens": 2 if quick else 7, "1 image of 4 crops": 1 if quick else 5}
     return {
         case: figures(
             fresh(measure_seconds, case, rounds[case]), {name: fresh(measure_peak, case, name) for name in CONTENDERS}

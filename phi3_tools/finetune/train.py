@@ -449,7 +449,7 @@ def _pair_trainer(settings, start, splits, collate):
     if arguments.train_batch_size > most:
         print(f"Batches hold {most} images, because there are {most} texts, and a batch has each once.")
         arguments.per_device_train_batch_size = most
-    prompts = {name: embedder.prompts.get("query" if name == TEXT else "document") for name in rows.column_names}
+    prompts = {name: embedder.prompts.get("query" if name == TEXT else "document", "") for name in rows.column_names}
     evaluator = None
     if "validation" in splits and arguments.eval_strategy != "no":
         evaluator = pairs.PairEvaluator(splits["validation"], collate, arguments.eval_batch_size)
