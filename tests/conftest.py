@@ -17,7 +17,6 @@ from hub_server import HubServer  # noqa: E402
 from phi3_embed.configuration_phi3_embed import Phi3EmbedConfig  # noqa: E402
 from phi3_embed.modeling_phi3_embed import Phi3EmbedModel, Phi3VisionForConditionalGeneration  # noqa: E402
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor, Phi3EmbedProcessor  # noqa: E402
-from playwright.sync_api import sync_playwright  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
@@ -144,6 +143,8 @@ def hub():
 @pytest.fixture(scope="session")
 def browser():
     """Headless Chromium: the machine's, or else the one that playwright has installed."""
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
         # Without the switches Chromium calls its maker's hosts at each start; as root it runs only without a sandbox.
         switches = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]

@@ -4,7 +4,6 @@ import zlib
 
 import golden
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from phi3_embed.configuration_phi3_embed import CLIP_VIT_LARGE_PATCH14_336, Phi3EmbedConfig
@@ -13,7 +12,6 @@ from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor
 from PIL import Image
 from transformers import pipeline
 
-from phi3_tools import export  # noqa: E402
 from phi3_tools.checkpoint.layout import published_names
 
 close = {"atol": 6e-5, "rtol": 1e-5}
@@ -106,6 +104,9 @@ def test_onnx_tokens_equal_the_original_at_full_size(full_model, tmp_path):
     arrays, note = golden.load("embedding_wide_nc1")
     full_model.set_attn_implementation("sdpa")
     image_processor = Phi3EmbedImageProcessor(num_crops=note["num_crops"])
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from phi3_tools import export
+
     export.export(full_model, image_processor).save(tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     inputs = preprocess(note, pad_views=True)
