@@ -1,6 +1,6 @@
 """
-Time and peak memory of embedding, preprocessing, cold start, conversion, quantised loading and the language model,
-each beside the least that it could take, or beside float32.
+Time and peak memory of embedding, one space, preprocessing, cold start, conversion, quantised loading and the language
+model, each beside the least that it could take, or beside float32.
 
     python benchmarks/run.py [--only PART] [--quick]
 
@@ -16,6 +16,7 @@ import cold_start
 import conversion
 import embedding
 import language_model
+import one_space
 import preprocessing
 import quantization
 from measure import machine
@@ -25,6 +26,7 @@ from rich.table import Table
 FOLDER = Path(__file__).resolve().parent
 PARTS = {
     "embedding": embedding,
+    "one-space": one_space,
     "preprocessing": preprocessing,
     "cold-start": cold_start,
     "conversion": conversion,
