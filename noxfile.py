@@ -13,4 +13,4 @@ def modules(session, transformers):
         "torch==2.13.0", f"transformers=={transformers}", "-r", "requirements.txt", "-r", "tests/requirements.txt"
     )
     session.install("--no-deps", "--editable", ".")
-    session.run("pytest", "-m", "not full_size", "@tests/modules.txt", *session.posargs)
+    session.run("pytest", "-m", "not full_size and not slow", "@tests/modules.txt", *session.posargs)

@@ -77,6 +77,7 @@ def test_preprocessing_equals_the_original(num_crops):
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["wide_nc1", "tall_nc1", "row_nc4", "grid_nc6"])
+@pytest.mark.full_size
 def test_image_tokens_equal_the_original_at_full_size(full_model, name, attn_implementation):
     arrays, note = golden.load(f"embedding_{name}")
     full_model.set_attn_implementation(attn_implementation)
@@ -90,6 +91,7 @@ def test_image_tokens_equal_the_original_at_full_size(full_model, name, attn_imp
     np.testing.assert_allclose(features[:, arrays["feature_index"]], arrays["features"], **close)
 
 
+@pytest.mark.full_size
 def test_a_pipelines_tokens_equal_the_original_at_full_size(full_model):
     arrays, note = golden.load("embedding_wide_nc1")
     full_model.set_attn_implementation("sdpa")
@@ -100,6 +102,7 @@ def test_a_pipelines_tokens_equal_the_original_at_full_size(full_model):
     np.testing.assert_allclose(tokens[arrays["token_index"]], arrays["tokens"], **close)
 
 
+@pytest.mark.full_size
 def test_onnx_tokens_equal_the_original_at_full_size(full_model, tmp_path):
     arrays, note = golden.load("embedding_wide_nc1")
     full_model.set_attn_implementation("sdpa")
@@ -116,6 +119,7 @@ def test_onnx_tokens_equal_the_original_at_full_size(full_model, tmp_path):
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.full_size
 def test_forward_equals_the_original_at_full_size(full_model, attn_implementation):
     arrays, note = golden.load("forward")
     full_model.set_attn_implementation(attn_implementation)
@@ -132,6 +136,7 @@ def test_forward_equals_the_original_at_full_size(full_model, attn_implementatio
     assert torch.equal(hidden[is_text], table[input_ids[is_text].clamp(min=0)])
 
 
+@pytest.mark.full_size
 def test_bfloat16_is_near_the_original(full_model):
     arrays, note = golden.load("embedding_wide_nc1")
     inputs = preprocess(note)
