@@ -818,6 +818,7 @@ class Phi3VisionModel(Phi3EmbedModel):
         super().__init__(config)
         self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self.language_model.embed_tokens = None
+        (self.language_model._tp_plan or {}).pop("embed_tokens", None)
         self.post_init()
 
     @can_return_tuple
