@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -75,7 +76,8 @@ def small_model(tower=(), **kwargs):
 
 def whole_config(text=(), tower=(), **kwargs):
     """A small config with a language model."""
-    defaults = {"hidden_size": None, "vocab_size": None, "text_config": SMALL_TEXT | dict(text)}
+    text = copy.deepcopy(SMALL_TEXT) | dict(text)  # a config changes the rope_scaling that it is given
+    defaults = {"hidden_size": None, "vocab_size": None, "text_config": text}
     return small_config(tower, **(defaults | kwargs))
 
 
