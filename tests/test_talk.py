@@ -40,7 +40,7 @@ def start(tmp_path_factory):
     """DINOv2's form before Llama's, assembled -> its folder."""
     path = tmp_path_factory.mktemp("start")
     tower, text = save_tower(path / "tower", "dinov2"), save_language_model(path / "text", "llama", copies=True)
-    assemble(tower, text, path / "both", layer_idx=-1, num_crops=2)
+    assemble(path / "both", tower=tower, language_model=text, layer_idx=-1, num_crops=2)
     return path / "both"
 
 
@@ -80,3 +80,14 @@ def test_aligning_leaves_tower_language_model_and_text_to_the_bit(aligned, start
         vectors = [model(**inputs, output_hidden_states=True).hidden_states[-1] for model in (before, after)]
         answers = [model.generate(**inputs, max_new_tokens=8) for model in (before, after)]
     assert torch.equal(*vectors) and torch.equal(*answers)
+
+
+def test_what_aligning_trained_is_put_between_tower_and_language_model_again(aligned, start, tmp_path):
+    tower, text = (str(start.parent / name) for name in ("tower", "text"))
+    assemble(tmp_path / "again", aligned[0] / "aligned", tower=tower, language_model=text)
+    (whole, processor), (again, _) = load(aligned[0]), load(tmp_path / "again")
+    assert not again.config.untrained and again.config.layer_idx == -1 and processor.image_processor.num_crops == 2
+    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in whole.state_dict().items())
+    assert sum(path.stat().st_size for path in (aligned[0] / "aligned").iterdir()) < 2 * 4 * sum(
+        weight.numel() for weight in again.model.vision_embed_tokens.projector.parameters()
+    )

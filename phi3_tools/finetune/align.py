@@ -11,6 +11,7 @@ text, and takes images where these batches hold features.
 
 import hashlib
 import inspect
+import json
 import math
 from pathlib import Path
 
@@ -26,10 +27,11 @@ from tqdm import tqdm
 from transformers import DynamicCache, Phi3Model, PreTrainedModel, Trainer
 
 from phi3_tools.finetune.conversations import encode
-from phi3_tools.results import write_beside
+from phi3_tools.models import PARTS, PROJECTION
+from phi3_tools.results import write_beside, write_text
 
 FEATURES, SIZES, KEPT = "features", "image_sizes", "kept"
-PROJECTOR, WORDS = "projector.safetensors", "words.safetensors"
+WORDS = "words.safetensors"
 WORDS_EPOCHS, WORDS_BATCH, WORDS_TEMPERATURE = 20, 32, 0.05
 CACHE_NAME = "cache" if "cache" in inspect.signature(Phi3Model.forward).parameters else "past_key_values"
 
@@ -166,6 +168,13 @@ def load_projector(alignment: Alignment, path: Path) -> None:
     alignment.projector.load_state_dict(load_file(path))
 
 
+def save_aligned(alignment: Alignment, folder: Path) -> None:
+    """What is trained, in a folder that `phi3-embed assemble --aligned` takes where the rest is at hand."""
+    save_projector(alignment, folder / PROJECTION)
+    if parts := getattr(alignment.model.config, "assembled", None):
+        write_text(folder / PARTS, json.dumps(parts, indent=2) + "\n")
+
+
 def common_beginning(rows: Dataset, image_token_id: int) -> torch.LongTensor:
     """The tokens that all rows begin with, before any image or answer."""
     first = torch.as_tensor(rows[0]["input_ids"])
@@ -189,10 +198,10 @@ class AlignTrainer(Trainer):
             self.data_collator.token_dropout = dropout
 
     def _save(self, output_dir=None, state_dict=None):
-        save_projector(self.model, Path(output_dir or self.args.output_dir) / PROJECTOR)
+        save_aligned(self.model, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, checkpoint, model=None):
-        load_projector(self.model, Path(checkpoint) / PROJECTOR)
+        load_projector(self.model, Path(checkpoint) / PROJECTION)
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)

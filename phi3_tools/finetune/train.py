@@ -40,7 +40,7 @@ from phi3_tools.finetune.talk import load_talker, talk_trainer
 from phi3_tools.images import IMAGE, LABEL
 from phi3_tools.results import without_path, write_text
 
-ADAPTER = "adapter"
+ADAPTER, ALIGNED = "adapter", "aligned"
 
 
 def has_head(where: dict, names: list[str]) -> bool:
@@ -312,7 +312,7 @@ def train(settings: Settings, start: dict, splits: dict, names: list[str], proce
         trainer._load_from_checkpoint(trainer.state.best_model_checkpoint or str(last))
     else:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-    trainer.save_model(str(output / ADAPTER if options.train == "lora" else output))
+    trainer.save_model(str(output / (ADAPTER if options.train == "lora" else ALIGNED if options.task == "align" else "")))
     if trainer.is_world_process_zero():
         if options.train == "lora":
             base = load_talker(start) if options.task in TALK else load_model(start, options.task, names)
