@@ -40,6 +40,7 @@ from transformers import (
 )
 
 from phi3_tools.checkpoint.packages import fetch_package
+from phi3_tools.finetune.align import with_features
 from phi3_tools.finetune.conversations import conversation, load_conversations
 from phi3_tools.finetune.settings import DataOptions
 from phi3_tools.finetune.talk import truth
@@ -126,10 +127,14 @@ def command(*words: str | Path) -> float:
     return time.perf_counter() - start
 
 
-def align(arm: str, data: Path, work: Path, training: str) -> dict[str, float]:
-    """Leaves the aligned model of an arm in `work` -> seconds by step."""
+def align(arm: str, data: Path, work: Path, training: str, aligned: Path | None) -> dict[str, float]:
+    """Leaves the aligned model of an arm in `work` -> seconds by step; from `aligned`, if it is given."""
     tower, num_crops = ARMS[arm]
     folder, seconds = work / slug(arm), {}
+    if aligned:
+        if not (folder / "aligned").exists():
+            seconds["assemble"] = command("assemble", folder / "aligned", "--aligned", aligned)
+        return seconds
     if not (folder / "start").exists():
         parts = "--tower", make_tower(tower, work), "--language-model", LANGUAGE_MODEL
         settings = "--crop-size", CROP_SIZE, "--layer-idx", LAYER, "--num-crops", num_crops
@@ -194,9 +199,10 @@ def ask(model, processor, rows: Dataset, names: list[str], num_crops: int, title
 
 
 def kept(path: Path, make) -> dict[str, np.ndarray]:
-    """What `make` gives, from `path` where it lies there already."""
+    """What `make` gives and the `seconds` that it took, from `path` where it lies there already."""
     if not path.exists():
-        np.savez(path, **make())
+        start = time.perf_counter()
+        np.savez(path, **make(), seconds=time.perf_counter() - start)
     return dict(np.load(path))
 
 
@@ -204,13 +210,6 @@ def load(folder: Path, **kwargs):
     kwargs = {"trust_remote_code": True, "dtype": "float32"} | kwargs
     model = AutoModelForImageTextToText.from_pretrained(folder, **kwargs).eval()
     return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-
-
-def training_features(folder: Path) -> np.ndarray:
-    """The tower's mean feature of all views of the training photographs, which aligning has kept: `(n, C)`."""
-    (path,) = (folder / "aligned" / "features").glob("*.arrow")
-    rows = Dataset.from_file(str(path)).select_columns("features").with_format("numpy")
-    return np.stack([row["features"].mean((0, 1)) for row in rows])
 
 
 def average_precision(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
@@ -244,17 +243,20 @@ def with_intervals(figures, *samples: np.ndarray) -> list[dict[str, float]]:
 
 def probe(train: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
     """The classes of held-out features by logistic regression, its strength chosen by cross-validation."""
-    regression = LogisticRegressionCV(Cs=np.logspace(-5, 1, 13), cv=5, max_iter=2000, use_legacy_attributes=False)
+    regression = LogisticRegressionCV(
+        Cs=np.logspace(-5, 1, 13), cv=5, max_iter=2000, scoring="accuracy", use_legacy_attributes=False
+    )
     return make_pipeline(StandardScaler(), regression).fit(train, labels).predict(held_out)
 
 
 def measure(arm: str, splits: dict[str, Dataset], names: list[str], work: Path) -> dict:
     folder = work / slug(arm)
-    start = time.perf_counter()
     model, processor = load(folder / "aligned")
     found = kept(folder / "asked.npz", lambda: ask(model, processor, splits["test"], names, ARMS[arm][1], arm))
     train, labels = (np.array([names.index(truth(row)) for row in splits[split]]) for split in ("train", "test"))
-    told = probe(training_features(folder), train, found["tower"]) == labels
+    rows = with_features(splits["train"], model, processor, ARMS[arm][1], folder / "aligned" / "features")
+    features = np.stack([row["features"].mean((0, 1)) for row in rows.select_columns("features")])
+    told = probe(features, train, found["tower"]) == labels
     right = found["exact"][np.arange(len(labels)), labels] > 0
 
     def shares(right, likeliest, told):
@@ -263,7 +265,7 @@ def measure(arm: str, splits: dict[str, Dataset], names: list[str], work: Path) 
     values = with_intervals(shares, right, found["scores"].argmax(1) == labels, told)
     values += with_intervals(average_precision, found["scores"], labels)
     figures = dict(zip((ANSWERS, LIKELIEST, PROBE, AHEAD, RECALL, PRECISION), values))
-    return {"figures": figures, "seconds": {"measure": time.perf_counter() - start}}
+    return {"figures": figures, "seconds": {"measure": float(found["seconds"])}}
 
 
 def search(arm: str, labels: np.ndarray, work: Path) -> dict:
@@ -397,6 +399,7 @@ def main():
     parser.add_argument("--data", type=Path, required=True, help="the folder with train/ and validation/")
     parser.add_argument("--work", type=Path, default=Path("towers"), help="the folder that keeps what was done")
     parser.add_argument("--save", type=Path, help="put the trained projection here")
+    parser.add_argument("--aligned", type=Path, help=f"measure this projection in {FIRST!r}, and train none there")
     parser.add_argument("--training", default=TRAINING, help="options of finetune --task align")
     parser.add_argument("--quantised", type=int, default=0, help="so many photographs in lower precision too")
     given = parser.parse_args()
@@ -408,7 +411,8 @@ def main():
     results |= {"training": len(splits["train"]), "held out": len(splits["test"]), "options": given.training}
     for arm in given.arms or ARMS:
         if arm not in results["arms"]:
-            seconds = align(arm, given.data, given.work, given.training)
+            aligned = given.aligned if arm == FIRST else None
+            seconds = align(arm, given.data, given.work, given.training, aligned)
             measured = measure(arm, splits, names, given.work)
             results["arms"][arm] = {"figures": measured["figures"], "seconds": seconds | measured["seconds"]}
             labels = np.array([names.index(truth(row)) for row in splits["test"]])

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_python
@@ -140,6 +141,21 @@ def test_features_and_logits_are_those_of_the_parts(assembled):
         difference = (model(input_ids).logits[..., : logits.shape[-1]] - logits).abs().max()
     assert torch.allclose(features, hidden[-1][:, 1:], atol=1e-5) and difference < 1e-5
     assert pixels[0, 0, 0, 0].item() == pytest.approx((1 - 0.4) / 0.3)  # the tower's own mean
+
+
+def test_assembled_towers_are_compared_as_any_other_model(assembled, tmp_path):
+    rng = np.random.default_rng(0)
+    for name, light in {"dark": 60, "light": 180}.items():
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(3):
+            pixels = rng.integers(light, light + 60, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.png")
+    models = [word for pooling in ("tower", "mean") for word in ("--model", f"{assembled[2]}:{pooling}")]
+    options = ["--output", str(tmp_path / "report"), "--cache", str(tmp_path / "cache"), "--num-crops", "1"]
+    main(["compare", str(tmp_path / "images"), *models, *options, "--resamples", "100", "--probe", "2"])
+    assert {"both (tower)", "both (mean)"} <= set(
+        json.loads((tmp_path / "report" / "results.json").read_text())["figures"][0]["values"]
+    )
 
 
 def change_config(folder, **changes):

@@ -92,8 +92,8 @@ def test_aligning_leaves_tower_language_model_and_text_to_the_bit(aligned, start
 def test_what_aligning_trained_is_put_between_tower_and_language_model_again(aligned, start, tmp_path):
     tower, text = (str(start.parent / name) for name in ("tower", "text"))
     assemble(tmp_path / "again", aligned[0] / "aligned", tower=tower, language_model=text)
-    (whole, processor), (again, _) = load(aligned[0]), load(tmp_path / "again")
-    assert not again.config.untrained and again.config.layer_idx == -1 and processor.image_processor.num_crops == 2
+    (whole, _), (again, processor) = load(aligned[0]), load(tmp_path / "again")
+    assert not again.config.untrained and again.config.layer_idx == -1 and processor.image_processor.num_crops == 0
     assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in whole.state_dict().items())
     assert sum(path.stat().st_size for path in (aligned[0] / "aligned").iterdir()) < 2 * 4 * sum(
         weight.numel() for weight in again.model.vision_embed_tokens.projector.parameters()

@@ -213,15 +213,15 @@ def load_projector(alignment: Alignment, path: Path) -> None:
     alignment.projector.load_state_dict(load_file(path))
 
 
-def save_aligned(alignment: Alignment, output: Path) -> None:
+def save_aligned(alignment: Alignment, output: Path, num_crops: int) -> None:
     """
-    The whole model, and in a folder of its own what was trained of it, which `phi3-embed assemble --aligned` takes
-    where tower and language model are at hand.
+    The whole model, and in a folder of its own what was trained of it (on images of `num_crops` crops at most), which
+    `phi3-embed assemble --aligned` takes where tower and language model are at hand.
     """
     alignment.finish().save_pretrained(output)
     save_projector(alignment, output / ALIGNED / PROJECTION)
     if parts := getattr(alignment.model.config, "assembled", None):
-        write_text(output / ALIGNED / PARTS, json.dumps(parts, indent=2) + "\n")
+        write_text(output / ALIGNED / PARTS, json.dumps(parts | {"num_crops": num_crops}, indent=2) + "\n")
 
 
 def common_beginning(rows: Dataset, image_token_id: int) -> torch.LongTensor:

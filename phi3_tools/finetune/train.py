@@ -320,7 +320,7 @@ def train(settings: Settings, start: dict, splits: dict, names: list[str], proce
             base = load_talker(start) if options.task in TALK else load_model(start, options.task, names)
             _merge(base, output, options.model)
         elif options.task == "align":
-            save_aligned(trainer.model, output)
+            save_aligned(trainer.model, output, processor.image_processor.num_crops)
         processor.save_pretrained(output)
         for folder in (output, output / ADAPTER):
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; arguments.json says it too
