@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 from conftest import ROOT, run_python, small_config, small_pixels, whole_config, whole_model
-from peft import LoraConfig, PeftModel, get_peft_model
 from phi3_embed.modeling_phi3_embed import (
     Phi3EmbedModel,
     Phi3VisionForConditionalGeneration,
@@ -357,9 +356,10 @@ def test_the_vocabulary_grows_in_table_head_and_config(tmp_path):
 
 
 def test_lora_of_language_model_and_tower_is_saved_and_merged(tmp_path):
+    peft = pytest.importorskip("peft")
     inputs = prompt(0)
     targets = r".*(language_model.*(qkv_proj|o_proj|gate_up_proj|down_proj)|img_processor.*(q_proj|v_proj))"
-    adapted = get_peft_model(whole_model(), LoraConfig(r=4, target_modules=targets))
+    adapted = peft.get_peft_model(whole_model(), peft.LoraConfig(r=4, target_modules=targets))
     optimizer = torch.optim.AdamW([weight for weight in adapted.parameters() if weight.requires_grad], lr=0.05)
     for _ in range(2):
         adapted(**inputs, labels=torch.where(inputs["input_ids"] == IMAGE, -100, inputs["input_ids"])).loss.backward()
@@ -369,7 +369,7 @@ def test_lora_of_language_model_and_tower_is_saved_and_merged(tmp_path):
         wanted = adapted(**inputs).logits
         assert not torch.allclose(wanted, whole_model()(**inputs).logits, atol=1e-2)
         adapted.save_pretrained(tmp_path / "adapter")
-        again = PeftModel.from_pretrained(whole_model(), tmp_path / "adapter")
+        again = peft.PeftModel.from_pretrained(whole_model(), tmp_path / "adapter")
         torch.testing.assert_close(again(**inputs).logits, wanted)
         again.merge_and_unload().save_pretrained(tmp_path / "merged")
         merged = Phi3VisionForConditionalGeneration.from_pretrained(tmp_path / "merged")
