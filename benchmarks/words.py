@@ -44,8 +44,8 @@ def markdown(measured, about):
         [
             "Written by `benchmarks/words.py`: digits and their names in one space, by the last token. The small "
             f"checkpoint with a fresh language model and fresh word embeddings, trained for {STEPS} steps of ten "
-            "digits by `phi3-embed finetune --task embedding`. 360 digits are held out; they are searched by ten names "
-            "(recall, mAP), and the names by each of them (image to text). Chance is 10% but for recall@5.",
+            "digits by `phi3-embed finetune --task embedding`. 360 digits are held out; ten names search them "
+            "(recall, mAP), and each of them searches the names (image to text). Chance is 10% but for recall@5.",
             "",
             f"| | {' | '.join(columns)} |",
             f"|---|{'---:|' * len(columns)}",
