@@ -500,6 +500,11 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
             config = copy.deepcopy(config)
             config.text_config = None
         super().__init__(config)
+        # AutoModel keeps the class that it loads for the config's class, and would give it for every later checkpoint
+        # of the same code, whole or not, where `auto_map` names another.
+        kept = AutoModel._model_mapping._extra_content
+        if __name__.startswith("transformers_modules.") and type(self.config) in kept:
+            del kept[type(self.config)]
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -106,26 +106,48 @@ def finetune(context: typer.Context):
 @app.command()
 def assemble(
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="the folder to write; must not exist")],
-    tower: Annotated[str, typer.Option(metavar="TOWER", help="a folder or Hub id of a plain vision transformer")],
+    tower: Annotated[
+        str | None,
+        typer.Option(metavar="TOWER", help="a folder or Hub id of a plain vision transformer", show_default=False),
+    ] = None,
     language_model: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="LM", help="a folder or Hub id of a Phi-3 text model or one of Llama's form, or a GGUF file"
+            metavar="LM",
+            help="a folder or Hub id of a Phi-3 text model or one of Llama's form, or a GGUF file",
+            show_default=False,
         ),
-    ],
+    ] = None,
+    aligned: Annotated[
+        Path | None,
+        typer.Option(
+            help="a folder with a trained projection between the two, as finetune --task align leaves it",
+            show_default=False,
+        ),
+    ] = None,
     crop_size: Annotated[
         int | None,
         typer.Option(
             min=1, help="pixels a side; without it the tower's own, or the nearest that fits", show_default=False
         ),
     ] = None,
-    layer_idx: Annotated[int, typer.Option(help="the hidden state of the tower that is projected")] = -2,
-    num_crops: Annotated[int, typer.Option(min=0, help="the most crops of an image")] = 16,
+    layer_idx: Annotated[
+        int | None,
+        typer.Option(help="the hidden state of the tower that is projected [default: -2]", show_default=False),
+    ] = None,
+    num_crops: Annotated[
+        int | None, typer.Option(min=0, help="the most crops of an image [default: 16]", show_default=False)
+    ] = None,
 ):
-    """Put any vision tower before any Phi-3 language model; the projection between them is then to be trained."""
+    """Put any vision tower before any Phi-3 language model; the projection between them is trained, or to be."""
     from phi3_tools.checkpoint.assemble import run
 
-    run(tower, language_model, output, crop_size, layer_idx, num_crops)
+    if aligned is None and None in (tower, language_model):
+        raise ValueError(
+            "Give --tower and --language-model, or a trained projection between known packages: --aligned."
+        )
+    parts = {"tower": tower, "language_model": language_model, "crop_size": crop_size, "layer_idx": layer_idx}
+    run(output, aligned, **parts, num_crops=num_crops)
 
 
 @app.command()

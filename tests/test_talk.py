@@ -1,6 +1,8 @@
 """`phi3-embed finetune --task align` and `--task instruct`: what is said of images, on small models."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +11,21 @@ import torch
 from conftest import ROOT  # noqa: F401
 from parts import save_language_model, save_tower
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from phi3_tools.checkpoint.assemble import run as assemble
-from phi3_tools.finetune import command
+from phi3_tools.finetune import align, command
+from phi3_tools.finetune.settings import last_checkpoint
+from phi3_tools.finetune.talk import LORA_TARGETS
+from phi3_tools.models import PROJECTION
 
 pytestmark = pytest.mark.train
 
 COLORS = {"dog": (30, 30, 200), "front": (30, 200, 30), "cat": (200, 30, 30)}
 ALIGN = "--task align --validation 0.2 --num-crops 0 --per-device-train-batch-size 8 --disable-tqdm true"
+
+LONG = f"{ALIGN} --words --num-train-epochs 30 --learning-rate 3e-3 --token-dropout 0.2 --feature-dropout 0.1"
 
 
 def make_images(folder, per_class=10):
@@ -40,7 +48,7 @@ def start(tmp_path_factory):
     """DINOv2's form before Llama's, assembled -> its folder."""
     path = tmp_path_factory.mktemp("start")
     tower, text = save_tower(path / "tower", "dinov2"), save_language_model(path / "text", "llama", copies=True)
-    assemble(tower, text, path / "both", layer_idx=-1, num_crops=2)
+    assemble(path / "both", tower=tower, language_model=text, layer_idx=-1, num_crops=2)
     return path / "both"
 
 
@@ -57,8 +65,7 @@ def load(folder):
 @pytest.fixture(scope="module")
 def aligned(images, start, tmp_path_factory):
     output = tmp_path_factory.mktemp("aligned") / "output"
-    options = f"{ALIGN} --words --num-train-epochs 30 --learning-rate 3e-3 --token-dropout 0.2 --feature-dropout 0.1"
-    return output, finetune(images, start, output, options)
+    return output, finetune(images, start, output, LONG)
 
 
 def test_an_aligned_model_names_colours_that_it_has_not_seen(aligned):
@@ -80,3 +87,55 @@ def test_aligning_leaves_tower_language_model_and_text_to_the_bit(aligned, start
         vectors = [model(**inputs, output_hidden_states=True).hidden_states[-1] for model in (before, after)]
         answers = [model.generate(**inputs, max_new_tokens=8) for model in (before, after)]
     assert torch.equal(*vectors) and torch.equal(*answers)
+
+
+def test_what_aligning_trained_is_put_between_tower_and_language_model_again(aligned, start, tmp_path):
+    tower, text = (str(start.parent / name) for name in ("tower", "text"))
+    assemble(tmp_path / "again", aligned[0] / "aligned", tower=tower, language_model=text)
+    (whole, _), (again, processor) = load(aligned[0]), load(tmp_path / "again")
+    assert not again.config.untrained and again.config.layer_idx == -1 and processor.image_processor.num_crops == 0
+    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in whole.state_dict().items())
+    assert sum(path.stat().st_size for path in (aligned[0] / "aligned").iterdir()) < 2 * 4 * sum(
+        weight.numel() for weight in again.model.vision_embed_tokens.projector.parameters()
+    )
+
+
+def test_standard_features_give_what_the_projection_gives_of_the_towers_own(start):
+    model, _ = load(start)
+    torch.manual_seed(0)
+    for weight in model.model.vision_embed_tokens.projector.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    features, sizes = 3 + 5 * torch.randn(4, 16, 32) * torch.rand(32), torch.tensor([[56, 168]])
+    rows = [{"features": features.numpy()}]
+    with torch.no_grad():
+        expected = model.get_image_features(features, sizes).pooler_output[0]
+        alignment = align.Alignment(model, 0.5, torch.tensor([]), rows, is_fresh=False).eval()
+        assert torch.allclose(alignment.tokens(features, sizes).pooler_output[0], expected, atol=1e-5)
+        within = model.get_image_features((features - alignment.mean) / alignment.std, sizes).pooler_output[0]
+        assert torch.allclose(within, expected, atol=1e-5)
+        finished = alignment.finish().get_image_features(features, sizes).pooler_output[0]
+    assert torch.allclose(finished, expected, atol=1e-5)
+
+
+def test_a_killed_aligning_goes_on_as_if_it_had_not_been(aligned, images, start, tmp_path):
+    output = tmp_path / "output"
+    shutil.copytree(aligned[0], output)
+    shutil.rmtree(last_checkpoint(output))
+    (output / "metrics.json").unlink()
+    shutil.rmtree(output / "aligned")
+    finetune(images, start, output, LONG)
+    again, whole = (load_file(folder / "aligned" / PROJECTION) for folder in (output, aligned[0]))
+    assert all(torch.equal(weight, again[name]) for name, weight in whole.items())
+
+
+def test_instructing_trains_adapters_of_the_language_model_and_the_projection(aligned, images, tmp_path):
+    options = "--task instruct --validation 0 --num-crops 0 --max-steps 2 --save-strategy no --disable-tqdm true"
+    finetune(images, aligned[0], tmp_path, f"{options} --gradient-checkpointing --bf16")
+    (before, _), (after, _) = load(aligned[0]), load(tmp_path)
+    changed = {
+        name
+        for name, weight in before.state_dict().items()
+        if not torch.equal(weight, after.state_dict()[name]) and "projector" not in name
+    }
+    assert len(changed) == 2 * 4 and all(re.fullmatch(LORA_TARGETS, name.removesuffix(".weight")) for name in changed)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()

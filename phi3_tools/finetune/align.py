@@ -11,6 +11,7 @@ text, and takes images where these batches hold features.
 
 import hashlib
 import inspect
+import json
 import math
 from pathlib import Path
 
@@ -26,11 +27,13 @@ from tqdm import tqdm
 from transformers import DynamicCache, Phi3Model, PreTrainedModel, Trainer
 
 from phi3_tools.finetune.conversations import encode
-from phi3_tools.results import write_beside
+from phi3_tools.models import PARTS, PROJECTION
+from phi3_tools.results import write_beside, write_text
 
 FEATURES, SIZES, KEPT = "features", "image_sizes", "kept"
-PROJECTOR, WORDS = "projector.safetensors", "words.safetensors"
-WORDS_EPOCHS, WORDS_BATCH, WORDS_TEMPERATURE = 20, 32, 0.05
+WORDS, ALIGNED = "words.safetensors", "aligned"
+WORDS_EPOCHS, WORDS_BATCH, WORDS_TEMPERATURE = 12, 32, 0.05
+MEASURED_IMAGES = 500  # for the mean and spread of features
 CACHE_NAME = "cache" if "cache" in inspect.signature(Phi3Model.forward).parameters else "past_key_values"
 
 
@@ -108,13 +111,45 @@ class Collator:
 
 
 class Alignment(nn.Module):
-    """A whole model of which the projection alone is trained -> the loss of a batch of [`Collator`]."""
+    """
+    A whole model of which the projection alone is trained -> the loss of a batch of [`Collator`].
 
-    def __init__(self, model: PreTrainedModel, dropout: float, prefix: torch.LongTensor):
+    The projection is trained on features of mean 0 and spread 1, channel by channel: a tower's own differ by tenfold,
+    and a feature that is dropped should be an ordinary one. [`finish`] makes it one of the features as they are.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, dropout: float, prefix: torch.LongTensor, rows: Dataset, is_fresh: bool
+    ):
         super().__init__()
         self.model, self.dropout, self.prefix, self.kept_keys = model, dropout, prefix, None
         model.requires_grad_(False)
         self.projector.requires_grad_(True)
+        mean, std = mean_and_spread(rows)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+        if not is_fresh:
+            self._change_features(-mean / std, 1 / std)
+        self.to(model.device)
+
+    @torch.no_grad()
+    def _change_features(self, mean, std):
+        """The projection for features whose `(features - mean) / std` are what it takes now: it gives the same."""
+        projection = self.projector.img_projection
+        first = projection if isinstance(projection, nn.Linear) else projection[0]
+        merged = first.in_features // len(mean)  # patches
+        mean, std = (values.to(first.weight).repeat(merged) for values in (mean, std))
+        first.weight /= std
+        first.bias -= first.weight @ mean
+        for separator in self.projector.parameters(recurse=False):
+            separator.mul_(std).add_(mean)
+
+    def finish(self) -> PreTrainedModel:
+        """The whole model, its projection one of the tower's own features."""
+        self._change_features(self.mean, self.std)
+        self.mean.zero_()
+        self.std.fill_(1)
+        return self.model
 
     @property
     def projector(self) -> nn.Module:
@@ -122,6 +157,7 @@ class Alignment(nn.Module):
 
     def tokens(self, features, image_sizes):
         """What [`get_image_features`] gives; while training features are dropped at random."""
+        features = (features - self.mean) / self.std
         return self.model.get_image_features(F.dropout(features, self.dropout, self.training), image_sizes)
 
     def forward(self, input_ids, attention_mask, labels, features, image_sizes, kept):
@@ -156,6 +192,17 @@ class Alignment(nn.Module):
         return len(self.prefix), {CACHE_NAME: cache}
 
 
+def mean_and_spread(rows: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each channel of the features of [`with_features`], `(C,)` each, in float32."""
+    total = 0
+    for number in range(0, len(rows), max(1, len(rows) // MEASURED_IMAGES)):
+        values = torch.from_numpy(np.asarray(rows[number][FEATURES])).double().flatten(0, 1)
+        total = total + torch.stack((torch.ones_like(values[0]) * len(values), values.sum(0), values.square().sum(0)))
+    count, first, second = total
+    mean = first / count
+    return mean.float(), (second / count - mean.square()).clamp(min=1e-8).sqrt().float()
+
+
 def save_projector(alignment: Alignment, path: Path) -> None:
     """Projection and separators, in float32."""
     weights = {name: weight.contiguous() for name, weight in alignment.projector.state_dict().items()}
@@ -164,6 +211,17 @@ def save_projector(alignment: Alignment, path: Path) -> None:
 
 def load_projector(alignment: Alignment, path: Path) -> None:
     alignment.projector.load_state_dict(load_file(path))
+
+
+def save_aligned(alignment: Alignment, output: Path, num_crops: int) -> None:
+    """
+    The whole model, and in a folder of its own what was trained of it (on images of `num_crops` crops at most), which
+    `phi3-embed assemble --aligned` takes where tower and language model are at hand.
+    """
+    alignment.finish().save_pretrained(output)
+    save_projector(alignment, output / ALIGNED / PROJECTION)
+    if parts := getattr(alignment.model.config, "assembled", None):
+        write_text(output / ALIGNED / PARTS, json.dumps(parts | {"num_crops": num_crops}, indent=2) + "\n")
 
 
 def common_beginning(rows: Dataset, image_token_id: int) -> torch.LongTensor:
@@ -189,10 +247,10 @@ class AlignTrainer(Trainer):
             self.data_collator.token_dropout = dropout
 
     def _save(self, output_dir=None, state_dict=None):
-        save_projector(self.model, Path(output_dir or self.args.output_dir) / PROJECTOR)
+        save_projector(self.model, Path(output_dir or self.args.output_dir) / PROJECTION)
 
     def _load_from_checkpoint(self, checkpoint, model=None):
-        load_projector(self.model, Path(checkpoint) / PROJECTOR)
+        load_projector(self.model, Path(checkpoint) / PROJECTION)
 
     def _load_best_model(self):
         self._load_from_checkpoint(self.state.best_model_checkpoint)

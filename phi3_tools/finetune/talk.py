@@ -44,13 +44,14 @@ def load_talker(where: dict) -> PreTrainedModel:
 def talk_trainer(settings: Settings, start: dict, splits: dict[str, Dataset], processor) -> Trainer:
     """The trainer of `--task align` or `instruct`, ready to train."""
     model = load_talker(start)
-    model.config.untrained = False
+    is_fresh, model.config.untrained = model.config.untrained, False
     validation = splits.get("validation") if settings.arguments.eval_strategy != "no" else None
-    make = _aligning if settings.task.task == "align" else _instructing
-    return make(settings, model, splits["train"], validation, processor)
+    if settings.task.task == "align":
+        return _aligning(settings, model, splits["train"], validation, processor, is_fresh)
+    return _instructing(settings, model, splits["train"], validation, processor)
 
 
-def _aligning(settings, model, train, validation, processor):
+def _aligning(settings, model, train, validation, processor, is_fresh):
     _, data, _, options, arguments = settings
     tokenizer, image_token_id = processor.tokenizer, model.config.image_token_id
     model.to(arguments.device)
@@ -60,7 +61,8 @@ def _aligning(settings, model, train, validation, processor):
             rows and align.with_features(rows, model, processor, data.num_crops, folder)
             for rows in (train, validation)
         )
-    alignment = align.Alignment(model, options.feature_dropout, align.common_beginning(train, image_token_id))
+    beginning = align.common_beginning(train, image_token_id)
+    alignment = align.Alignment(model, options.feature_dropout, beginning, train, is_fresh)
     collate = align.Collator(tokenizer.pad_token_id, image_token_id, options.token_dropout)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)

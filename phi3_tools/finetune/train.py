@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from phi3_tools.finetune import pairs
+from phi3_tools.finetune.align import save_aligned
 from phi3_tools.finetune.data import FEATURES, Collator, endless, sample, with_features
 from phi3_tools.finetune.report import figures_of_classes, figures_of_search
 from phi3_tools.finetune.settings import TALK, Settings, TaskOptions, last_checkpoint, steps_done
@@ -341,7 +342,7 @@ def train(
         trainer._load_from_checkpoint(trainer.state.best_model_checkpoint or str(last))
     else:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if options.train == "lora" or not of_pairs:
+    if options.train == "lora" or not (of_pairs or options.task == "align"):
         trainer.save_model(str(output / ADAPTER if options.train == "lora" else output))
     if trainer.is_world_process_zero():
         if of_pairs:
@@ -351,7 +352,7 @@ def train(
             base.config.untrained = False
             PeftModel.from_pretrained(base, output / ADAPTER).merge_and_unload().save_pretrained(output)
         elif options.task == "align":
-            trainer.model.model.save_pretrained(output)
+            save_aligned(trainer.model, output, processor.image_processor.num_crops)
         processor.save_pretrained(output)
         if options.train == "lora":
             _clean_adapter(output / ADAPTER, options.model)
@@ -449,7 +450,7 @@ def _pair_trainer(settings, start, splits, collate):
     if arguments.train_batch_size > most:
         print(f"Batches hold {most} images, because there are {most} texts, and a batch has each once.")
         arguments.per_device_train_batch_size = most
-    prompts = {name: embedder.prompts.get("query" if name == TEXT else "document") for name in rows.column_names}
+    prompts = {name: embedder.prompts.get("query" if name == TEXT else "document", "") for name in rows.column_names}
     evaluator = None
     if "validation" in splits and arguments.eval_strategy != "no":
         evaluator = pairs.PairEvaluator(splits["validation"], collate, arguments.eval_batch_size)

