@@ -5,9 +5,6 @@ CHECK = .venv-check
 RUN = $(VENV)/bin/python
 MODEL ?=
 IMAGES ?=
-# What holds the modules at the top; these run on requirements.txt alone.
-MODULE_TESTS = tests/test_configuration.py tests/test_processing.py tests/test_modeling.py tests/test_language_model.py \
-  tests/test_loading.py tests/test_golden.py
 
 .PHONY: demo app test check versions lint types format tiny compare benchmark clean
 
@@ -23,8 +20,7 @@ test: $(VENV)/transformers-tests $(VENV)/browser $(VENV)/quantizers lint
 check: $(CHECK)/ready
 	$(CHECK)/bin/ruff check .
 	$(CHECK)/bin/ruff format --check .
-	$(CHECK)/bin/pyright --pythonpath $(CHECK)/bin/python *_phi3_embed.py
-	$(CHECK)/bin/python -m pytest --numprocesses=2 -m "not full_size" $(MODULE_TESTS)
+	$(CHECK)/bin/python -m pytest -m "not full_size and not slow" @tests/modules.txt
 
 # The modules' tests on the oldest transformers that requirements.txt admits, the one before, and the newest.
 versions: $(VENV)/ready

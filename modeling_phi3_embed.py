@@ -500,6 +500,11 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
             config = copy.deepcopy(config)
             config.text_config = None
         super().__init__(config)
+        # AutoModel keeps the class that it loads for the config's class, and would give it for every later checkpoint
+        # of the same code, whole or not, where `auto_map` names another.
+        kept = AutoModel._model_mapping._extra_content
+        if __name__.startswith("transformers_modules.") and type(self.config) in kept:
+            del kept[type(self.config)]
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -813,6 +818,7 @@ class Phi3VisionModel(Phi3EmbedModel):
         super().__init__(config)
         self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self.language_model.embed_tokens = None
+        (self.language_model._tp_plan or {}).pop("embed_tokens", None)
         self.post_init()
 
     @can_return_tuple
@@ -997,6 +1003,12 @@ class Phi3VisionForConditionalGeneration(Phi3EmbedPreTrainedModel, GenerationMix
             is_placeholder = self.model.vision_embed_tokens.is_placeholder(input_ids)
             check_placeholder_order(is_placeholder, input_ids)
             input_ids = input_ids.masked_fill(is_placeholder, image_token_id)
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))
+            if cache is not None and kwargs.get("pixel_values") is None and not kwargs.get("mm_encoder_outputs"):
+                # A step on a cache reads no values: what it would take for a word is an image that is missing.
+                past_length = int(cache.get_seq_length())
+                new = is_placeholder[:, self._num_cached(input_ids, past_length, kwargs.get("attention_mask")) :]
+                check_placeholders(new, new.long(), [])
         # What an assistant guesses is checked by the model that it assists.
         if image_token_id is not None and not getattr(generation_config, "is_assistant", False):
             suppressed = kwargs.pop("suppress_tokens", None)
@@ -1028,24 +1040,16 @@ class Phi3VisionForConditionalGeneration(Phi3EmbedPreTrainedModel, GenerationMix
         caches = {"past_key_values": past_key_values, "cache": cache}
         caches = {name: value for name, value in caches.items() if value is not None}
         past_length = int(next(iter(caches.values())).get_seq_length()) if caches else 0
-        length = input_ids.shape[1]
-        if attention_mask is not None and attention_mask.ndim == 2:
-            length = attention_mask.shape[1]
-        elif inputs_embeds is not None and length <= past_length:  # `input_ids` are what was generated
-            length += inputs_embeds.shape[1]
-        num_old = max(input_ids.shape[1] - (length - past_length), 0)  # of `input_ids` those that the cache has
-        is_placeholder = self.model.vision_embed_tokens.is_placeholder
+        length = self._length(input_ids, past_length, attention_mask, inputs_embeds)
         if caches and past_length == 0:
             is_first_iteration = True  # also of an assistant, which needs the images too
-        elif caches and is_first_iteration and not (kwargs.get("mm_encoder_outputs") or {}).get("image"):
-            new = input_ids[:, num_old:]
-            check_placeholders(is_placeholder(new), is_placeholder(new).long(), [])
         if past_length and self._crosses_rope_switch(past_length, length, attention_mask, kwargs.get("position_ids")):
             # The keys in the cache have the short rotary factors: compute the whole text again, with the long ones.
             if not is_first_iteration:
                 # Guesses of assisted decoding may copy placeholders out of the text, which no image belongs to.
                 input_ids = input_ids.clone()
-                input_ids[:, num_old:].masked_fill_(is_placeholder(input_ids[:, num_old:]), 0)
+                new = input_ids[:, self._num_cached(input_ids, past_length, attention_mask, inputs_embeds) :]
+                new.masked_fill_(self.model.vision_embed_tokens.is_placeholder(new), 0)
             if inputs_embeds is not None and (num_generated := length - inputs_embeds.shape[1]):
                 generated = self.get_input_embeddings()(input_ids[:, -num_generated:])
                 inputs_embeds = torch.cat((inputs_embeds, generated.to(inputs_embeds.dtype)), dim=1)
@@ -1059,6 +1063,19 @@ class Phi3VisionForConditionalGeneration(Phi3EmbedPreTrainedModel, GenerationMix
             **caches,
             **kwargs,
         )
+
+    @staticmethod
+    def _length(input_ids, past_length, attention_mask=None, inputs_embeds=None) -> int:
+        """How long the whole text is, what the cache has of it included."""
+        if attention_mask is not None and attention_mask.ndim == 2:
+            return attention_mask.shape[1]
+        if inputs_embeds is not None and input_ids.shape[1] <= past_length:  # `input_ids` are what was generated
+            return input_ids.shape[1] + inputs_embeds.shape[1]
+        return input_ids.shape[1]
+
+    def _num_cached(self, input_ids, past_length, *args) -> int:
+        """How many of `input_ids` the cache has."""
+        return max(input_ids.shape[1] - (self._length(input_ids, past_length, *args) - past_length), 0)
 
     def _crosses_rope_switch(self, past_length, length, attention_mask, position_ids) -> bool:
         """Whether the text gets the long rotary factors from here on, decided by positions: padding does not count."""

@@ -4,7 +4,6 @@ import nox
 
 nox.options.default_venv_backend = "venv"
 OLDEST, BEFORE, NEWEST = "5.18.0", "5.23.0", "5.24.0"  # the oldest is the bound of requirements.txt
-TESTS = ("configuration", "processing", "modeling", "language_model", "loading", "golden")
 
 
 @nox.session(python="3.11")
@@ -14,4 +13,4 @@ def modules(session, transformers):
         "torch==2.13.0", f"transformers=={transformers}", "-r", "requirements.txt", "-r", "tests/requirements.txt"
     )
     session.install("--no-deps", "--editable", ".")
-    session.run("pytest", "-m", "not full_size", *(f"tests/test_{name}.py" for name in TESTS), *session.posargs)
+    session.run("pytest", "-m", "not full_size and not slow", "@tests/modules.txt", *session.posargs)

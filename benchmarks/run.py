@@ -1,8 +1,8 @@
 """
-Time and peak memory of embedding, preprocessing, cold start, conversion and quantised loading, each beside the least
-that it could take, or beside float32.
+Time and peak memory of embedding, one space, preprocessing, cold start, conversion, quantised loading and the language
+model, each beside the least that it could take, or beside float32.
 
-    python benchmarks/run.py [--only embedding|preprocessing|cold-start|conversion|quantization] [--quick]
+    python benchmarks/run.py [--only PART] [--quick]
 
 Writes results.json and results.md beside this file; a part that is not run keeps its figures. A quick run has few
 rounds and writes nothing.
@@ -15,6 +15,8 @@ from pathlib import Path
 import cold_start
 import conversion
 import embedding
+import language_model
+import one_space
 import preprocessing
 import quantization
 from measure import machine
@@ -24,10 +26,12 @@ from rich.table import Table
 FOLDER = Path(__file__).resolve().parent
 PARTS = {
     "embedding": embedding,
+    "one-space": one_space,
     "preprocessing": preprocessing,
     "cold-start": cold_start,
     "conversion": conversion,
     "quantization": quantization,
+    "language-model": language_model,
 }
 COLUMNS = ("contender", "seconds", "x limit", "peak MiB", "x limit")
 

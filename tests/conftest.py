@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -17,7 +18,6 @@ from hub_server import HubServer  # noqa: E402
 from phi3_embed.configuration_phi3_embed import Phi3EmbedConfig  # noqa: E402
 from phi3_embed.modeling_phi3_embed import Phi3EmbedModel, Phi3VisionForConditionalGeneration  # noqa: E402
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor, Phi3EmbedProcessor  # noqa: E402
-from playwright.sync_api import sync_playwright  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
@@ -76,7 +76,8 @@ def small_model(tower=(), **kwargs):
 
 def whole_config(text=(), tower=(), **kwargs):
     """A small config with a language model."""
-    defaults = {"hidden_size": None, "vocab_size": None, "text_config": SMALL_TEXT | dict(text)}
+    text = copy.deepcopy(SMALL_TEXT) | dict(text)  # a config changes the rope_scaling that it is given
+    defaults = {"hidden_size": None, "vocab_size": None, "text_config": text}
     return small_config(tower, **(defaults | kwargs))
 
 
@@ -144,6 +145,8 @@ def hub():
 @pytest.fixture(scope="session")
 def browser():
     """Headless Chromium: the machine's, or else the one that playwright has installed."""
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
         # Without the switches Chromium calls its maker's hosts at each start; as root it runs only without a sandbox.
         switches = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -175,6 +178,15 @@ def whole_checkpoint(tmp_path_factory):
     source = published.save(folder / "source", published.weights(dtype=torch.float32), config)
     convert(str(source), folder / "model", whole=True, recipe="vlm2vec")
     return str(folder / "model")
+
+
+@pytest.fixture(scope="session")
+def embedding_checkpoint(tmp_path_factory):
+    """The small checkpoint's image embedding alone, as a user takes it out of the whole -> its folder."""
+    folder = tmp_path_factory.mktemp("embedding") / "phi3-embed"
+    Phi3EmbedModel.from_pretrained(ROOT).save_pretrained(folder)
+    Phi3EmbedProcessor.from_pretrained(ROOT, trust_remote_code=True).save_pretrained(folder)
+    return str(folder)
 
 
 # What makes the repository's root a checkpoint: the files that loading it takes.

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
+from phi3_embed.modeling_phi3_embed import Phi3EmbedModel
 from PIL import Image
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -478,7 +479,7 @@ TOWERS = {"dinov2": (Dinov2Model, Dinov2Config), "siglip": (SiglipVisionModel, S
 
 
 @pytest.mark.parametrize("name", ["clip", "vit", *TOWERS])
-def test_models_of_transformers_embed_by_their_own_processor(name, tmp_path):
+def test_loadedof_transformers_embed_by_their_own_processor(name, tmp_path):
     if name == "clip":
         path = save_clip(tmp_path / name)
     else:
@@ -522,7 +523,7 @@ def test_a_pooler_that_the_checkpoint_lacks_is_not_made_up(tmp_path):
     np.testing.assert_allclose(vectors, tokens[:, 0].numpy(), atol=1e-5)
 
 
-def test_captions_add_text_to_image_retrieval_for_models_with_a_text_side(folder, monkeypatch):
+def test_captions_add_text_to_image_retrieval_for_loadedwith_a_text_side(folder, monkeypatch):
     clip = save_clip(folder / "clip")
     save_all(folder, {"a": [noise(n) for n in range(3)]})
     rows = "".join(f"a/{n}.png,a {word} square\n" for n, word in enumerate(["red", "blue", "red blue"]))
@@ -602,7 +603,15 @@ def test_the_cookbooks_comparison_runs_as_written(tmp_path, monkeypatch):
     names = {"images": images, "load_phi3_model": load_phi3_model, "process_for_phi3_model": process_for_phi3_model}
     exec(COOKBOOK, names)
     assert names["clip_embeddings"].pooler_output.shape == (2, 8)
-    expected, _ = embed_here(tmp_path, [TINY], images)[0]
+    expected, _ = embed_here(tmp_path, [f"{TINY}:mean"], images)[0]
     np.testing.assert_allclose(names["phi3_embeddings"].numpy(), expected, atol=1e-4)
     with pytest.raises(ValueError, match="no folder phi3-vision-embed. Make it by"):
         load_phi3_model()
+    # A base lies in that folder; here the image embedding alone, of the same weights as the whole model's.
+    Phi3EmbedModel.from_pretrained(ROOT).save_pretrained("phi3-vision-embed")
+    loaded = [load_phi3_model(), load_phi3_model(fine_tuned=True), load_phi3_model(str(ROOT))]
+    assert [hasattr(model, "language_model") for model in loaded] == [False, True, True]
+    with torch.no_grad():
+        base, *others = (model.get_image_features(process_for_phi3_model(images)) for model in loaded)
+    for other in others:
+        torch.testing.assert_close(base, other)

@@ -17,7 +17,8 @@ REFUSED = {
     "--held-out 1.5": "--held-out is 1.5, but must be a share",
     "--rotate -5": "--rotate is -5.0, but must be degrees from 0 to 180",
     "--lora-rank 0": "--lora-rank is 0, but must be 1 or more",
-    "--words": "--words, --matryoshka and --mini-batch-size go with --task embedding",
+    "--words": "--words goes with --task embedding or align",
+    "--matryoshka 8": "--matryoshka, --mini-batch-size and --hard-negatives go with --task embedding",
     "--train head --flip": "--train head computes each image's features once",
     "--train head --streaming --max-steps 9": "--train head computes each image's features once",
     "--streaming": "--streaming needs --max-steps",
@@ -65,7 +66,7 @@ def test_learning_rate_and_metric_follow_from_what_is_trained_unless_given():
 
 
 def test_help_is_short_and_names_the_way_to_the_rest(capsys):
-    for option, least, most in (("--help", 40, 90), ("--help-all", 300, 2000)):
+    for option, least, most in (("--help", 40, 110), ("--help-all", 300, 2000)):
         with pytest.raises(SystemExit) as leaving:
             parse([option])
         lines = capsys.readouterr().out.splitlines()
@@ -85,7 +86,7 @@ def test_help_is_short_and_names_the_way_to_the_rest(capsys):
         ("", "--per-device-train-batch-size 8", "images a step was 16 and is 8.* times --gradient-accumulation-steps"),
         (EMBEDDING, f"{EMBEDDING} --mini-batch-size 4", None),
         (EMBEDDING, f"{EMBEDDING} --per-device-train-batch-size 8 --gradient-accumulation-steps 2", "images a step"),
-        ("", "--learning-rate 0.5", "learning_rate was 0.0003 and is 0.5. Give another --output"),
+        ("", "--learning-rate 0.5", "learning_rate was 0.0001 and is 0.5. Give another --output"),
         ("", "--adam-beta2 0.9", "adam_beta2 was 0.999 and is 0.9"),
         ("", "--flip", "flip was False and is True"),
         ("", "--save-steps 7", "save_steps was 500 and is 7"),

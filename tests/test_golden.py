@@ -4,7 +4,6 @@ import zlib
 
 import golden
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from phi3_embed.configuration_phi3_embed import CLIP_VIT_LARGE_PATCH14_336, Phi3EmbedConfig
@@ -13,7 +12,6 @@ from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor
 from PIL import Image
 from transformers import pipeline
 
-from phi3_tools import export  # noqa: E402
 from phi3_tools.checkpoint.layout import published_names
 
 close = {"atol": 6e-5, "rtol": 1e-5}
@@ -79,6 +77,7 @@ def test_preprocessing_equals_the_original(num_crops):
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["wide_nc1", "tall_nc1", "row_nc4", "grid_nc6"])
+@pytest.mark.full_size
 def test_image_tokens_equal_the_original_at_full_size(full_model, name, attn_implementation):
     arrays, note = golden.load(f"embedding_{name}")
     full_model.set_attn_implementation(attn_implementation)
@@ -92,6 +91,7 @@ def test_image_tokens_equal_the_original_at_full_size(full_model, name, attn_imp
     np.testing.assert_allclose(features[:, arrays["feature_index"]], arrays["features"], **close)
 
 
+@pytest.mark.full_size
 def test_a_pipelines_tokens_equal_the_original_at_full_size(full_model):
     arrays, note = golden.load("embedding_wide_nc1")
     full_model.set_attn_implementation("sdpa")
@@ -102,10 +102,14 @@ def test_a_pipelines_tokens_equal_the_original_at_full_size(full_model):
     np.testing.assert_allclose(tokens[arrays["token_index"]], arrays["tokens"], **close)
 
 
+@pytest.mark.full_size
 def test_onnx_tokens_equal_the_original_at_full_size(full_model, tmp_path):
     arrays, note = golden.load("embedding_wide_nc1")
     full_model.set_attn_implementation("sdpa")
     image_processor = Phi3EmbedImageProcessor(num_crops=note["num_crops"])
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from phi3_tools import export
+
     export.export(full_model, image_processor).save(tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     inputs = preprocess(note, pad_views=True)
@@ -115,6 +119,7 @@ def test_onnx_tokens_equal_the_original_at_full_size(full_model, tmp_path):
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.full_size
 def test_forward_equals_the_original_at_full_size(full_model, attn_implementation):
     arrays, note = golden.load("forward")
     full_model.set_attn_implementation(attn_implementation)
@@ -131,6 +136,7 @@ def test_forward_equals_the_original_at_full_size(full_model, attn_implementatio
     assert torch.equal(hidden[is_text], table[input_ids[is_text].clamp(min=0)])
 
 
+@pytest.mark.full_size
 def test_bfloat16_is_near_the_original(full_model):
     arrays, note = golden.load("embedding_wide_nc1")
     inputs = preprocess(note)

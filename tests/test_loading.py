@@ -4,12 +4,13 @@ import ast
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, infer_auto_device_map, load_checkpoint_and_dispatch
-from conftest import ROOT, run_python, small_config, small_model, small_pixels
-from phi3_embed.modeling_phi3_embed import Phi3EmbedModel
+from conftest import ROOT, copy_checkpoint, run_python, small_config, small_model, small_pixels
+from phi3_embed.modeling_phi3_embed import AUTO_MAP, Phi3EmbedModel
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor, Phi3EmbedProcessor
 from safetensors.torch import load_file
 
@@ -82,6 +83,7 @@ def test_a_saved_folder_carries_its_code_also_when_loaded_code_saves_it(tmp_path
     model = save(tmp_path / "first", tokenizer)
     code = """
 import sys
+from pathlib import Path
 from transformers import AutoModel, AutoProcessor
 AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).save_pretrained(sys.argv[2])
 AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True).save_pretrained(sys.argv[2])
@@ -90,10 +92,23 @@ AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True).save_pretrain
     for module in MODULES:
         assert (tmp_path / "second" / module).read_bytes() == (ROOT / module).read_bytes()
     auto_map = json.loads((tmp_path / "second" / "config.json").read_text())["auto_map"]
-    assert auto_map == json.loads((ROOT / "config.json").read_text())["auto_map"]
+    assert auto_map == AUTO_MAP
     again = load_file(tmp_path / "second" / "model.safetensors")
     assert again.keys() == model.state_dict().keys()
     assert all(torch.equal(again[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_whole_and_embedding_of_one_code_and_name_load_each_as_what_they_are(embedding_checkpoint, tmp_path):
+    whole = copy_checkpoint(tmp_path / Path(embedding_checkpoint).name)
+    code = """
+import sys
+from pathlib import Path
+from transformers import AutoModel
+for name in sys.argv[1:]:
+    print(type(AutoModel.from_pretrained(name, trust_remote_code=True)).__name__)
+"""
+    names = whole, embedding_checkpoint, whole
+    assert run_python(code, *names).split() == ["Phi3VisionModel", "Phi3EmbedModel", "Phi3VisionModel"]
 
 
 def test_the_modules_import_nothing_beyond_what_loading_needs():

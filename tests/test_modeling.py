@@ -505,6 +505,7 @@ def test_image_sizes_as_a_list_of_pairs(model):
     assert torch.equal(model(pixel_values=images["pixel_values"], image_sizes=pairs).last_hidden_state, wanted)
 
 
+@pytest.mark.slow  # a compiler runs
 def test_get_image_features_compiles_to_one_graph_and_agrees(model):
     torch._dynamo.reset()
     compiled = torch.compile(model.get_image_features, fullgraph=True, dynamic=True)

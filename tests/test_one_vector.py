@@ -6,7 +6,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
@@ -35,10 +34,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=["words", "images alone"])
-def by_hand(request, whole_checkpoint, folder):
+def by_hand(request, whole_checkpoint, embedding_checkpoint, folder):
     """The folder of a model, and its vectors by transformers alone: {kind of input: unit vector}."""
     _, image = folder
-    name = whole_checkpoint if request.param == "words" else str(ROOT)
+    name = whole_checkpoint if request.param == "words" else embedding_checkpoint
     model = AutoModel.from_pretrained(name, trust_remote_code=True, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
 

@@ -2,11 +2,14 @@
 
 import json
 
+import pytest
 import torch
 from conftest import ROOT, run_python
 from datasets import Dataset
 from PIL import Image
 from transformers import pipeline
+from transformers.decision import DecisionConfig
+from transformers.pipelines import SUPPORTED_TASKS, any_to_any
 from transformers.pipelines.pt_utils import KeyDataset
 
 PICTURES = [Image.linear_gradient("L").resize(size) for size in [(60, 60), (200, 50), (50, 200), (70, 60), (150, 50)]]
@@ -74,3 +77,86 @@ def test_feature_extraction_gives_word_embeddings(repository):
     ids = extract.tokenizer("what is this").input_ids
     wanted = extract.model.get_input_embeddings().weight[ids]
     assert torch.equal(extract("what is this", return_tensors=True)[0], wanted)
+
+
+# Of the whole model
+
+
+def ask(text, *images):
+    parts = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+CHATS = [
+    ask("what digit is this ?", PICTURES[0]),
+    ask("which of the two is larger ?", *PICTURES[1:3]),
+    ask("the number seven"),
+]
+
+
+def few():
+    """Anew for each call, because pipelines write into `processor_kwargs`."""
+    return {"max_new_tokens": 8, "return_full_text": False, "processor_kwargs": {"num_crops": 0}}
+
+
+def answers(outputs):
+    return [output["generated_text"] for outputs_of_chat in outputs for output in outputs_of_chat]
+
+
+@pytest.mark.parametrize("task", ["image-text-to-text", "any-to-any"])
+def test_chats_with_one_and_two_images_are_answered_in_a_batch_as_alone(task, monkeypatch):
+    monkeypatch.setattr(any_to_any, "requires_backends", lambda *_: None)  # it asks for torchvision, for videos
+    talk = pipeline(task, model=str(ROOT), trust_remote_code=True)
+    alone = [answers([talk(text=chat, **few())])[0] for chat in CHATS]
+    assert len({*alone}) == 3 and alone[2].split() == ["seven"]
+    assert answers(talk(text=CHATS[:2], batch_size=2, **few())) == alone[:2]
+    assert answers(talk(text=CHATS, **few())) == alone  # one by one: a batch of the pipeline has images in all or none
+    text = "<|user|>\n<|image_1|>\nwhat digit is this ?<|end|>\n<|assistant|>\n"
+    assert answers([talk(images=PICTURES[0], text=text, **few())]) == alone[:1]
+
+
+def test_text_generation_goes_on_with_texts_and_chats_in_batches():
+    write = pipeline("text-generation", model=str(ROOT), trust_remote_code=True)
+    few = {"max_new_tokens": 4, "return_full_text": False}
+    chats = [[{"role": "user", "content": f"the number {number}"}] for number in ("seven", "four")]
+    assert [answer.split() for answer in answers(write(chats, batch_size=2, **few))] == [["seven"], ["four"]]
+    texts = ["<|user|>\nthe number seven<|end|>\n<|assistant|>\n", "the number"]
+    assert answers(write(texts, batch_size=2, **few)) == answers([write(text, **few) for text in texts])
+
+
+def test_a_decision_is_made_by_the_logits_of_its_labels():
+    names = ["three", "seven"]
+    template = (
+        "<|user|>\n{% for part in state %}{{ '<|image_1|>' if part.type == 'image' else part.text }}{% endfor %}"
+        "{{ question.instructions }}<|end|>\n<|assistant|>\n"
+    )
+    config = DecisionConfig(labels={"choice": names}, chat_template=template, sanitize_control_tokens=False)
+    decide = pipeline("decision", model=str(ROOT), trust_remote_code=True, decision_config=config)
+    decide.processor.chat_template = decide.processor.chat_template["default"]
+    question = {"type": "choice", "criteria": dict.fromkeys(names, "")}
+    for name in names:
+        told = {"state": [], "questions": {"which": question | {"instructions": f"the number {name}"}}}
+        assert decide(told)["which"]["choice"] == name
+    seen = {"state": "[it]", "assets": {"[it]": PICTURES[0]}}
+    seen["questions"] = {"which": question | {"instructions": "what digit is this ?"}}
+    assert 0 < decide(seen)["which"]["probabilities"]["seven"] < 1
+
+
+def test_feature_extraction_of_a_whole_checkpoint_gives_the_states_of_the_text():
+    extract = pipeline("feature-extraction", model=str(ROOT), trust_remote_code=True)
+    inputs = extract.tokenizer("the number seven", return_tensors="pt")
+    with torch.inference_mode():
+        wanted = extract.model(**inputs).last_hidden_state
+    torch.testing.assert_close(extract("the number seven", return_tensors=True), wanted)
+
+
+SERVED = {
+    *("image-text-to-text", "any-to-any", "text-generation", "decision"),
+    *("image-feature-extraction", "feature-extraction"),
+}
+
+
+@pytest.mark.parametrize("task", sorted(SUPPORTED_TASKS.keys() - SERVED))
+def test_a_task_without_a_head_in_the_checkpoint_is_refused(task):
+    with pytest.raises((ValueError, OSError), match="Could not load model|lacks .*classifier|feature extractor"):
+        pipeline(task, model=str(ROOT), trust_remote_code=True)

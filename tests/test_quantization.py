@@ -80,11 +80,46 @@ def test_bitsandbytes_loads_and_is_saved_so(settings, layer, cosine, tmp_path):
     assert cosine < float(given[0]) < 1 and float(given[1]) < 1e-5 and int(given[2]) > 10
 
 
-def test_the_readmes_snippet_runs_as_printed():
-    (snippet,) = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    code = f"import os\nos.chdir({str(ROOT)!r})\n{snippet}"
-    count = "print(sum(type(each).__name__ == 'Int8Tensor' for each in model.state_dict().values()))"
-    assert int(run_python(code + count, PYTHONPATH=str(QUANTIZERS)).split()[-1]) > 10
+# Prints by kind the least cosine of a prompt's logits to those in float32, and whether the answer is the same.
+WHOLE = """
+import json, sys, torch
+from PIL import Image
+from torchao.quantization import Int8WeightOnlyConfig, PerGroup
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TorchAoConfig
+where = {"pretrained_model_name_or_path": sys.argv[1], "trust_remote_code": True}
+kinds = {
+    "torchao int8": TorchAoConfig(Int8WeightOnlyConfig(granularity=PerGroup(64))),
+    "bitsandbytes int8": BitsAndBytesConfig(load_in_8bit=True),
+    "bitsandbytes nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+}
+content = [{"type": "image", "image": Image.linear_gradient("L")}, {"type": "text", "text": "what digit is this ?"}]
+inputs = AutoProcessor.from_pretrained(**where).apply_chat_template(
+    [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+    return_tensors="pt", processor_kwargs={"num_crops": 0},
+)
+model = AutoModelForImageTextToText.from_pretrained(**where)
+found = {}
+with torch.inference_mode():
+    wanted, answer = model(**inputs).logits, model.generate(**inputs, max_new_tokens=4).tolist()
+    for kind, config in kinds.items():
+        model = AutoModelForImageTextToText.from_pretrained(quantization_config=config, device_map="cpu", **where)
+        cosine = torch.cosine_similarity(model(**inputs).logits.float(), wanted, dim=-1).min().item()
+        found[kind] = cosine, model.generate(**inputs, max_new_tokens=4).tolist() == answer
+print(json.dumps(found))
+"""
+
+
+def test_the_whole_model_answers_the_same_in_int8_and_nf4():
+    found = json.loads(run_python(WHOLE, ROOT, PYTHONPATH=str(QUANTIZERS)).splitlines()[-1])
+    for kind, least in (("torchao int8", 0.9998), ("bitsandbytes int8", 0.9998), ("bitsandbytes nf4", 0.98)):
+        cosine, same = found[kind]
+        assert least < cosine < 1 and same, found
+
+
+def test_the_pages_snippet_runs_as_printed():
+    (snippet,) = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "quantise.md").read_text(), re.DOTALL)
+    count = "print(sum(type(weight).__name__ == 'Int8Tensor' for weight in model.state_dict().values()))"
+    assert int(run_python(snippet + count, PYTHONPATH=str(QUANTIZERS)).split()[-1]) > 10
 
 
 @torch.inference_mode()

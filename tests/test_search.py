@@ -126,9 +126,8 @@ def test_an_index_of_another_model_or_of_other_crops_is_refused(folder, tmp_path
     ],
     ids=["config", "tower", "image_processor"],
 )
-def test_an_index_of_other_settings_is_refused(file, old, new, folder, tmp_path, capsys):
-    index, other = tmp_path / "index", tmp_path / "other"
-    copy_checkpoint(other)
+def test_an_index_of_other_settings_is_refused(file, old, new, folder, embedding_checkpoint, tmp_path, capsys):
+    index, other = tmp_path / "index", shutil.copytree(embedding_checkpoint, tmp_path / "other")
     picture = folder / "a" / "it's 0.png"
     run(capsys, "index", picture, index, *FEW_CROPS, "--model", other)
     AutoModel.from_pretrained(other, trust_remote_code=True).save_pretrained(other)  # the same model, saved anew
@@ -179,7 +178,7 @@ def test_vectors_that_are_not_finite_are_left_out(folder, tmp_path, capsys):
         (("index", "{folder}", "{none}", "--model", "{none}/model"), "There is no folder .*none.*a Hub id"),
         (("add", "{folder}", "{none}"), "There is no index .*none.*index SOURCE"),
         (("query", "{folder}/a/broken.png", "{index}"), "broken.png: it cannot be read as an image"),
-        (("query", "{none}", "{index}"), "none: it cannot be read as an image"),
+        (("query", "{none}.png", "{index}"), "none.png: it cannot be read as an image"),
         (("query", "{folder}/b/copy.png", "{index}", "--output", "{folder}"), "no name for a PNG"),
         (("query", "{folder}/b/copy.png", "{index}"), "holds no images"),
     ],
@@ -235,9 +234,9 @@ def test_images_are_found_by_words_and_by_both(kind, words_index, tmp_path, caps
     assert (tmp_path / "out.png").exists()
 
 
-def test_words_are_refused_where_there_are_none(folder, tmp_path, capsys):
+def test_words_are_refused_where_there_are_none(folder, embedding_checkpoint, tmp_path, capsys):
     index = tmp_path / "index"
-    run(capsys, "index", folder / "b" / "copy.png", index, *FEW_CROPS)
+    run(capsys, "index", folder / "b" / "copy.png", index, *FEW_CROPS, "--model", embedding_checkpoint)
     with pytest.raises(SystemExit, match="has no text side: it holds no words. Query it by the file of an image"):
         run(capsys, "query", "a red dress", index)
     with pytest.raises(SystemExit, match="The query is empty"):

@@ -12,6 +12,7 @@ import torch
 import transformers
 from conftest import ROOT, run_python
 from datasets import Dataset
+from phi3_embed.configuration_phi3_embed import SENTENCE_TRANSFORMERS_FILES
 from PIL import Image
 from sentence_transformers import (
     SentenceTransformer,
@@ -25,14 +26,14 @@ from transformers.image_utils import load_image
 
 from phi3_tools.images import digits_split  # noqa: E402
 
-FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+FILES = tuple(SENTENCE_TRANSFORMERS_FILES)
 PICTURES = [Image.linear_gradient("L").resize(size).convert("RGB") for size in [(60, 60), (200, 50), (50, 150)]]
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    """The small checkpoint; four crops show pictures of unequal size and keep the tests short."""
-    return SentenceTransformer(str(ROOT), trust_remote_code=True, processor_kwargs={"num_crops": 4})
+def tiny(embedding_checkpoint):
+    """The small checkpoint's image embedding; four crops show unequal images and keep the tests short."""
+    return SentenceTransformer(embedding_checkpoint, trust_remote_code=True, processor_kwargs={"num_crops": 4})
 
 
 @pytest.fixture
@@ -165,10 +166,9 @@ def test_a_classifier_with_its_image_processor_gives_the_embedding_too(small, re
     np.testing.assert_allclose(classifier.encode(PICTURES), small.encode(PICTURES), atol=1e-6, rtol=0)
 
 
-def test_every_saved_folder_has_the_files_of_this_repository(repository):
-    for name in FILES:
-        wanted = (ROOT / name).read_text()
-        assert (Path(repository) / name).read_text() == (ROOT / name).read_text() == wanted
+def test_every_saved_folder_has_the_files_of_sentence_transformers(repository):
+    for name, content in SENTENCE_TRANSFORMERS_FILES.items():
+        assert json.loads((Path(repository) / name).read_text()) == content
 
 
 def test_saving_leaves_a_modules_file_that_is_there(repository, tmp_path):
@@ -186,6 +186,8 @@ def test_a_wrong_environment_is_told_before_weights_are_read(repository, tmp_pat
 
 
 def test_the_stated_requirement_is_that_of_the_repository():
-    requirements = json.loads((ROOT / "config_sentence_transformers.json").read_text())["requirements"]
+    name = "config_sentence_transformers.json"
+    requirements = json.loads((ROOT / name).read_text())["requirements"]
+    assert requirements == SENTENCE_TRANSFORMERS_FILES[name]["requirements"]
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert f"transformers{requirements['transformers']['specifier']}" in lines

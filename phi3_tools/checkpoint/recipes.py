@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from phi3_tools.checkpoint.layout import from_module
+
 RECIPES = Path(__file__).parent / "recipes"
 MAX_SIZE = 2**16
 FORMS = ("text", "image", "text_with_image")
@@ -215,5 +217,8 @@ def sentence_transformers_files(recipe: Recipe, dimension: int) -> dict[str, dic
             "model_type": "SentenceTransformer",
             "similarity_fn_name": "cosine",
             "prompts": recipe.prompts,
+            "requirements": from_module("configuration_phi3_embed.SENTENCE_TRANSFORMERS_FILES")[
+                "config_sentence_transformers.json"
+            ]["requirements"],
         },
     }

@@ -1,15 +1,16 @@
 """`phi3-embed finetune`: trains, measures on images held out, and may push."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, set_seed
 from transformers import logging as transformers_logging
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from phi3_tools.finetune import report
+from phi3_tools.finetune import pairs, report
 from phi3_tools.finetune.conversations import load_conversations
 from phi3_tools.finetune.data import FEATURES, Collator, load_splits, sample
 from phi3_tools.finetune.settings import (
@@ -33,9 +34,11 @@ from phi3_tools.finetune.train import (
     word_ids,
     word_vectors,
 )
-from phi3_tools.models import PHI3_EMBED, find_model
-from phi3_tools.results import push, push_target, write_text
+from phi3_tools.images import TEXT
+from phi3_tools.models import PHI3_EMBED, find_model, load_embedder
+from phi3_tools.results import folder_beside, push, push_target, write_text
 
+START = "start"
 MEMORY = (
     "A batch does not fit in memory. The same command goes on from the last checkpoint with --gradient-checkpointing, "
     "with half the --per-device-train-batch-size and twice the --gradient-accumulation-steps (a classifier), or with "
@@ -54,6 +57,24 @@ def find_start(text: str) -> dict:
     if model.kind != PHI3_EMBED or model.pooling == "tower":
         raise ValueError(f"--model is {text}, but must be a phi3_embed model, whose vectors follow from all of it.")
     return model.pinned | ({"pooling_mode": model.pooling} if model.pooling else {})
+
+
+def image_embedding(start: dict, folder: Path) -> dict:
+    """
+    `start` where it is an image embedding; that of a whole checkpoint, which is named with a pooling, is put into
+    `folder` first, with what sentence-transformers needs.
+    """
+    where = {name: value for name, value in start.items() if name != "pooling_mode"}
+    if "pooling_mode" not in start or AutoConfig.from_pretrained(**where).text_config is None:
+        return start
+    if not folder.exists():
+        path, revision = where["pretrained_model_name_or_path"], where["code_revision"]
+        model_class = get_class_from_dynamic_module("modeling_phi3_embed.Phi3EmbedModel", path, revision=revision)
+        with folder_beside(folder) as beside:
+            model = model_class.from_pretrained(path, revision=where["revision"], dtype="auto")
+            model.save_pretrained(beside)
+            load_processor(start, None).save_pretrained(beside)
+    return find_model(str(folder)).pinned | {"pooling_mode": start["pooling_mode"]}
 
 
 def load_processor(start: dict, num_crops: int | None):
@@ -111,6 +132,28 @@ def measure(settings: Settings, start: dict, splits: dict, names: list[str], pro
     }
 
 
+def measure_pairs(settings: Settings, splits: dict) -> dict:
+    """Figures of search by words on the held-out images, of the untrained and of the fine-tuned model."""
+    _, data, _, options, arguments = settings
+    rows, split = {}, splits["test"]
+    for row, where in (("untrained", options.model), ("fine-tuned", arguments.output_dir)):
+        embedder = load_embedder(where, data.num_crops, device=str(arguments.device))
+        collate = Collator(None)
+        found = pairs.figures(
+            embedder.encode_texts, embedder.encode_images, split, collate, arguments.eval_batch_size, row
+        )
+        rows[row] = found()
+        for size in options.matryoshka:
+            rows[row] |= {f"{name}, {size} dimensions": value for name, value in found(size).items()}
+    texts = len(set(split[TEXT]))
+    return {
+        "held out": rows,
+        "held-out images": f"{len(split)} images with {texts} texts (one drawn at random is right in {1 / texts:.1%})",
+        "verdict": pairs.verdict(rows, texts),
+        "confusion": None,
+    }
+
+
 def run(arguments: list[str]) -> None:
     settings = parse(arguments)
     source, data, _, options, arguments = settings
@@ -119,7 +162,13 @@ def run(arguments: list[str]) -> None:
     if pushes:
         arguments.hub_model_id = push_target(arguments.hub_model_id or output.resolve().name, arguments.hub_token)
     start = find_start(options.model)
-    if options.task in TALK:
+    of_pairs = options.task == "embedding" and find_model(options.model).has_recipe
+    if of_pairs:
+        pairs.check(settings)
+        splits, names = pairs.load_pairs(source, data, arguments.seed), []
+    elif options.hard_negatives:
+        raise ValueError("--hard-negatives goes with whole checkpoints that embed texts and images by a recipe.")
+    elif options.task in TALK:
         splits, names = load_conversations(source, data, arguments.seed, options.question)
     else:
         splits, names = load_splits(source, data, arguments.seed, least=1 if options.task == "classification" else 2)
@@ -141,25 +190,33 @@ def run(arguments: list[str]) -> None:
         if is_main:
             write_text(output / ARGUMENTS, json.dumps(about, indent=2) + "\n")
         set_seed(arguments.seed)
-        history = train(settings, start, splits, names, processor)
+        if options.task == "embedding":
+            with arguments.main_process_first():
+                start = image_embedding(start, output / START)
+        history = train(settings, start, splits, names, processor, of_pairs)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if not is_main:
         return
     if not is_finished:
-        find = measure_answers if options.task in TALK else measure
-        metrics = find(settings, start, splits, names, processor) | {"history": history}
+        if of_pairs:
+            metrics = measure_pairs(settings, splits)
+        else:
+            find = measure_answers if options.task in TALK else measure
+            metrics = find(settings, start, splits, names, processor)
+        metrics["history"] = history
         report.draw_curves(history, output / report.CURVES)
         if metrics["confusion"] and len(names) <= report.MAX_CONFUSED:
             report.draw_confusion(*metrics["confusion"].values(), [*names, OTHER], output / report.CONFUSION)
         write_text(output / FIGURES, json.dumps(metrics, indent=2) + "\n")
+        shutil.rmtree(output / START, ignore_errors=True)
     metrics = json.loads((output / FIGURES).read_text())
     report.write_card(settings, about, metrics, names)
     table = report.table_of(metrics["held out"])
     print(f"Held out: {metrics['held-out images']}.", table, *metrics["verdict"], sep="\n")
     if pushes:
         # ARGUMENTS says where model and data lie; the card has the same without.
-        ignore = [ARGUMENTS, "checkpoint-*/**", f"{FEATURES}/**", "runs/**"]
+        ignore = [ARGUMENTS, "checkpoint-*/**", f"{FEATURES}/**", f"{START}/**", "runs/**"]
         private, token = arguments.hub_private_repo, arguments.hub_token
         print(f"Pushed to {push(output, arguments.hub_model_id, 'Fine-tune by phi3-embed', private, token, ignore)}")
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 
-from phi3_tools.finetune.data import TEST, VALIDATION, load_splits
+from phi3_tools.finetune.data import load_splits, split_at_random
 from phi3_tools.finetune.settings import QUESTIONS, DataOptions
 from phi3_tools.images import HUB_ID, IMAGE, LABEL, NAME, SPLITS, TEXT, UNDECODED, load_images, own_image, read_image
 from phi3_tools.results import name_some, one_line
@@ -46,13 +46,15 @@ def load_conversations(
         ValueError: the data does not serve; what is wrong and how to mend it.
     """
     if (splits := _load_messages(source)) is not None:
-        return _split({name: _conversations(rows, name, source) for name, rows in splits.items()}, options, seed), []
-    found = load_images(source, options.image_column, options.label_column)
+        return split_at_random(
+            {name: _conversations(rows, name, source) for name, rows in splits.items()}, options, seed
+        ), []
+    found = load_images(source, options.image_column, options.label_column, options.text_column)
     columns = next(iter(found.values())).column_names
     if TEXT in columns:
         asked = question or QUESTIONS[TEXT]
         splits = {name: _questions(rows, asked, rows[TEXT][:], source) for name, rows in found.items()}
-        return _split(splits, options, seed), []
+        return split_at_random(splits, options, seed), []
     if LABEL not in columns:
         raise ValueError(
             f"{source} has nothing to be said of its images: neither `messages` nor captions (`text`) nor classes "
@@ -178,24 +180,6 @@ def _check(images, messages):
     places = sum(part["type"] == "image" for message in messages for part in message["content"])
     if places != len(images):
         raise ValueError(f"it has {len(images)} images, and {places} places for them")
-
-
-def _split(found: dict[str, Dataset], options: DataOptions, seed: int) -> dict[str, Dataset]:
-    splits = {}
-    for ours, theirs in {"train": ("train",), "validation": VALIDATION, "test": TEST}.items():
-        if name := next((name for name in theirs if name in found), None):
-            splits[ours] = found[name]
-    if "train" not in splits:
-        splits["train"] = next(iter(found.values()))
-    if "test" not in splits and "validation" in splits:
-        splits["test"] = splits.pop("validation")
-    for name, share in (("test", options.held_out), ("validation", options.validation)):
-        if name not in splits and share:
-            if len(splits["train"]) < 2:
-                raise ValueError("The data has too few rows to hold some out.")
-            parts = splits["train"].train_test_split(share, seed=seed)
-            splits["train"], splits[name] = parts["train"], parts["test"]
-    return splits
 
 
 # Rows -> what a model takes

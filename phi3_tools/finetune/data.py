@@ -67,13 +67,17 @@ def load_splits(
     _check_labels(splits, feature.names, source, least)
     if "test" not in splits:
         splits["train"], splits["test"] = split_by_class(splits["train"], options.held_out, seed, least)
-    share = options.validation
-    if share is None:
-        share = VALIDATION_SHARE if VALIDATION_SHARE * len(splits["train"]) >= MIN_VALIDATION else 0
+    share = _validation_share(options, splits["train"])
     if "validation" not in splits and share:
         splits["train"], splits["validation"] = split_by_class(splits["train"], share, seed, least)
     splits["train"] = splits["train"].add_column(NUMBER, range(len(splits["train"])))
     return splits, feature.names
+
+
+def _validation_share(options, train):
+    if options.validation is not None:
+        return options.validation
+    return VALIDATION_SHARE if VALIDATION_SHARE * len(train) >= MIN_VALIDATION else 0
 
 
 def _check_labels(splits, names, source, least):
@@ -126,6 +130,26 @@ def split_by_class(split: Dataset, share: float, seed: int, least: int) -> tuple
     if rare := [names[label] for label in counts if held_out[label] < least]:
         print(f"Rare classes, of which fewer than {least} images are held out: {', '.join(sorted(rare))}.")
     return parts["train"], parts["test"]
+
+
+def split_at_random(found: dict[str, Dataset], options: DataOptions, seed: int) -> dict[str, Dataset]:
+    """As [`load_splits`] does, but the splits that are lacking are drawn from all rows alike."""
+    splits = {}
+    for ours, theirs in {"train": ("train",), "validation": VALIDATION, "test": TEST}.items():
+        if name := next((name for name in theirs if name in found), None):
+            splits[ours] = found[name]
+    if "train" not in splits:
+        splits["train"] = next(iter(found.values()))
+    if "test" not in splits and "validation" in splits:
+        splits["test"] = splits.pop("validation")
+    for name in ("test", "validation"):
+        share = options.held_out if name == "test" else _validation_share(options, splits["train"])
+        if name not in splits and share:
+            if len(splits["train"]) < 2:
+                raise ValueError("The data has too few rows to hold some out.")
+            parts = splits["train"].train_test_split(share, seed=seed)
+            splits["train"], splits[name] = parts["train"], parts["test"]
+    return splits
 
 
 def _stream_splits(splits, source, skip_broken):

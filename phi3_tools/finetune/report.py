@@ -15,6 +15,7 @@ from phi3_tools.results import new_figure, save_figure, without_path
 from phi3_tools.results import write_card as write_from_template
 
 CURVES, CONFUSION = "curves.png", "confusion.png"
+TO_TEXT = "image to text: recall@1"  # of texts and images in one space
 PIPELINES = {
     "classification": "image-classification",
     "embedding": "image-feature-extraction",
@@ -163,4 +164,5 @@ def write_card(settings: Settings, about: dict, metrics: dict, names: list[str])
         arguments=json.dumps(about | {"source": data, "model": without_path(options.model)}, indent=2),
         pipeline=task,
         answers=metrics.get("answers"),
+        by_words=TO_TEXT in rows["fine-tuned"],
     )

@@ -91,6 +91,7 @@ class DataOptions:
     _argument_group_name = "the data"
     image_column: str | None = _option(None, "The column of images. Default: the first one that holds images.")
     label_column: str | None = _option(None, "The column of classes. Default: label.")
+    text_column: str | None = _option(None, "The column of captions. Default: text or caption. Classes need none.")
     held_out: float = _option(0.2, "Share of the images to measure on, where the data has no test split.")
     validation: float | None = _option(
         None,
@@ -144,9 +145,10 @@ class TaskOptions:
     )
     task: Literal["classification", "embedding", "align", "instruct"] = _option(
         "classification",
-        "embedding: images of one label are drawn together and others apart, for search. Of whole models: align: the "
-        "projection learns to speak to the frozen language model; instruct: the model learns to answer. Both take "
-        "conversations, captions or classes.",
+        "embedding: images of one label are drawn together and others apart, for search; of a whole model that embeds "
+        "by a recipe, images and their texts (captions or classes). Of whole models: align: the projection learns to "
+        "speak to the frozen language model; instruct: the model learns to answer. Both take conversations, captions "
+        "or classes.",
     )
     train: Literal["all", "head", "lora"] = _option(
         "all",
@@ -164,6 +166,11 @@ class TaskOptions:
         None,
         "In the embedding task, so many images of a batch are in memory at once; all of it are still compared "
         "(GradCache, at 1.5 times the work).",
+    )
+    hard_negatives: int = _option(
+        0,
+        "In the embedding task of texts and images, so many images that lie near each text and are not its own; the "
+        "untrained model finds them among the training images.",
     )
     words: bool = _option(
         False,
@@ -184,10 +191,11 @@ class TaskOptions:
             value = getattr(self, name)
             _require(value is None or value > 0, name, value, "1 or more")
         _require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        _require(self.hard_negatives >= 0, "hard_negatives", self.hard_negatives, "0 or more")
         for name in ("feature_dropout", "token_dropout"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a share in [0, 1)")
-        if self.task != "embedding" and (self.matryoshka or self.mini_batch_size):
-            raise ValueError("--matryoshka and --mini-batch-size go with --task embedding.")
+        if self.task != "embedding" and (self.matryoshka or self.mini_batch_size or self.hard_negatives):
+            raise ValueError("--matryoshka, --mini-batch-size and --hard-negatives go with --task embedding.")
         if self.task not in ("embedding", "align") and self.words:
             raise ValueError("--words goes with --task embedding or align.")
         if self.task != "align" and (self.feature_dropout or self.token_dropout):

@@ -1,6 +1,7 @@
 """The trainings: a classifier by transformers' Trainer, an embedding by sentence-transformers'."""
 
 import json
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_p
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
-from sentence_transformers.base.sampler import GroupByLabelBatchSampler
+from sentence_transformers.base.sampler import BatchSamplers
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from sentence_transformers.util import all_gather_with_grad
 from sentence_transformers.util.distributed import all_gather
@@ -33,12 +34,14 @@ from transformers import (
     TrainingArguments,
 )
 
+from phi3_tools.finetune import pairs
 from phi3_tools.finetune.align import save_aligned
 from phi3_tools.finetune.data import FEATURES, Collator, endless, sample, with_features
 from phi3_tools.finetune.report import figures_of_classes, figures_of_search
 from phi3_tools.finetune.settings import TALK, Settings, TaskOptions, last_checkpoint, steps_done
 from phi3_tools.finetune.talk import load_talker, talk_trainer
-from phi3_tools.images import IMAGE, LABEL
+from phi3_tools.images import IMAGE, LABEL, TEXT
+from phi3_tools.models import find_model, load_sentence_transformer
 from phi3_tools.results import without_path, write_text
 
 ADAPTER = "adapter"
@@ -68,16 +71,18 @@ def load_model(where: dict, task: str, names: list[str]) -> PreTrainedModel:
 def choose_trained(model: PreTrainedModel, options: TaskOptions) -> PreTrainedModel | PeftModel:
     """The model with what is not to be trained frozen; with adapters for LoRA."""
     model.config.untrained = False
+    is_whole = hasattr(model, "language_model")
     for name, weight in model.named_parameters():
-        trained = not name.endswith(("wte.weight", "_GN"))  # these do not reach the vector of an image
+        # Without a language model these do not reach the vector of an image.
+        trained = is_whole or not name.endswith(("wte.weight", "_GN"))
         weight.requires_grad_(trained and not (options.train == "head" and ".img_processor." in name))
-    model.get_input_embeddings().weight.requires_grad_(options.words)
+    model.get_input_embeddings().weight.requires_grad_(options.words or is_whole)
     if options.train != "lora":
         return model
     targets = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (".img_processor." in name or ".img_projection" in name)
+        if isinstance(module, nn.Linear) and re.search(r"^language_model\.|\.img_processor\.|\.img_projection", name)
     ]
     saved = ["classifier"] if options.task == "classification" else None
     rank = options.lora_rank
@@ -215,8 +220,9 @@ class EmbeddingTrainer(SentenceTransformerTrainer):
         if isinstance(self.train_dataset, IterableDataset):
             return super().get_train_dataloader()
         args = self.args
-        batches = GroupByLabelBatchSampler(
-            self.train_dataset.with_format(None).select_columns(LABEL),
+        rows = self.train_dataset.with_format(None)
+        batches = self.get_batch_sampler(
+            rows.select_columns(LABEL) if LABEL in rows.column_names else rows,
             args.train_batch_size,
             args.dataloader_drop_last,
             self.data_collator.valid_label_columns,
@@ -257,6 +263,22 @@ class EmbeddingTrainer(SentenceTransformerTrainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
+class PairTrainer(EmbeddingTrainer):
+    """A trainer of `whole.model`, whose result is saved with the head and the recipe of `whole`."""
+
+    def __init__(self, *args, whole: PreTrainedModel, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.processing_class = None  # by whose special tokens the config would be changed
+        self.whole = whole
+
+    def save_whole(self, output: Path) -> None:
+        model = self.model[0].model
+        self.whole.model = model.merge_and_unload() if isinstance(model, PeftModel) else model
+        self.whole.config.untrained, self.whole.config.text_config.use_cache = False, True
+        self.model[0].model = self.whole
+        self.model.save_pretrained(str(output), create_model_card=False)
+
+
 class SearchEvaluator(BaseEvaluator):
     """Figures of search among the images of a split."""
 
@@ -281,8 +303,13 @@ def embed(
     return np.concatenate(vectors), np.concatenate(labels)
 
 
-def train(settings: Settings, start: dict, splits: dict, names: list[str], processor) -> list[dict]:
-    """Trains from `start` (see [`load_model`]), and leaves the best model whole in OUTPUT -> the trainer's history."""
+def train(
+    settings: Settings, start: dict, splits: dict, names: list[str], processor, of_pairs: bool = False
+) -> list[dict]:
+    """
+    Trains from `start` (see [`load_model`]), and leaves the best model whole in OUTPUT -> the trainer's history.
+    `of_pairs`: texts and images in one space.
+    """
     options, arguments = settings.task, settings.arguments
     output = Path(arguments.output_dir)
     has_validation = "validation" in splits and arguments.eval_strategy != "no"
@@ -298,6 +325,8 @@ def train(settings: Settings, start: dict, splits: dict, names: list[str], proce
         trainer = talk_trainer(settings._replace(arguments=arguments), start, splits, processor)
     elif options.task == "classification":
         trainer = _classifier_trainer(options, arguments, start, splits, names, collate)
+    elif of_pairs:
+        trainer = _pair_trainer(settings._replace(arguments=arguments), start, splits, collate)
     else:
         trainer = _embedding_trainer(options, arguments, start, splits, names, collate, processor)
     trainer.add_callback(SharedEpoch(collate))
@@ -313,26 +342,29 @@ def train(settings: Settings, start: dict, splits: dict, names: list[str], proce
         trainer._load_from_checkpoint(trainer.state.best_model_checkpoint or str(last))
     else:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if options.task != "align":
+    if options.train == "lora" or not (of_pairs or options.task == "align"):
         trainer.save_model(str(output / ADAPTER if options.train == "lora" else output))
     if trainer.is_world_process_zero():
-        if options.train == "lora":
+        if of_pairs:
+            trainer.save_whole(output)
+        elif options.train == "lora":
             base = load_talker(start) if options.task in TALK else load_model(start, options.task, names)
-            _merge(base, output, options.model)
+            base.config.untrained = False
+            PeftModel.from_pretrained(base, output / ADAPTER).merge_and_unload().save_pretrained(output)
         elif options.task == "align":
             save_aligned(trainer.model, output, processor.image_processor.num_crops)
         processor.save_pretrained(output)
+        if options.train == "lora":
+            _clean_adapter(output / ADAPTER, options.model)
         for folder in (output, output / ADAPTER):
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; arguments.json says it too
     return trainer.state.log_history
 
 
-def _merge(model, output, base):
-    """The whole model beside its adapter, whose files say nothing of where the base model lay."""
-    model.config.untrained = False
-    PeftModel.from_pretrained(model, output / ADAPTER).merge_and_unload().save_pretrained(output)
-    (output / ADAPTER / "README.md").unlink()
-    path = output / ADAPTER / "adapter_config.json"
+def _clean_adapter(folder, base):
+    """Its files say nothing of where the base model lay."""
+    (folder / "README.md").unlink()
+    path = folder / "adapter_config.json"
     write_text(
         path, json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": without_path(base)}, indent=2)
     )
@@ -371,12 +403,14 @@ def _embedding_trainer(options, arguments, start, splits, names, collate, proces
         processor_kwargs=code,
     )
     if not embedder.supports("image") or len(embedder) > 2:
-        raise ValueError(f"{name} has no modules.json of an image embedding: save it by `save_pretrained`.")
+        raise ValueError(
+            f"{name} has no modules.json of an image embedding, nor a recipe. Save an image embedding by "
+            f"`save_pretrained`, convert a whole checkpoint with --recipe, or give {name}:mean, its image embedding."
+        )
     embedder = SentenceTransformer(modules=[embedder[0]])  # the loss takes vectors of any length
     model = embedder[0].model
     model.config.pooling_mode = start.get("pooling_mode", model.config.pooling_mode)
-    if too_many := [size for size in options.matryoshka if not 0 < size < model.config.hidden_size]:
-        raise ValueError(f"--matryoshka is {too_many}, but must be below the model's {model.config.hidden_size}.")
+    _set_lengths(model.config, options)
     if options.words and not hasattr(processor, "tokenizer"):
         raise ValueError(f"--words needs a tokenizer, which {name} has none of.")
     splits = _frozen_features(model, splits, collate, options, arguments)
@@ -389,17 +423,64 @@ def _embedding_trainer(options, arguments, start, splits, names, collate, proces
     if options.matryoshka:
         loss = MatryoshkaLoss(embedder, loss, [*options.matryoshka, model.config.hidden_size])
     collate.pad_views = options.mini_batch_size is not None  # GradCache cuts batches by rows
-    given = [argument.name for argument in fields(TrainingArguments) if argument.init]
-    theirs = SentenceTransformerTrainingArguments(**{name: getattr(arguments, name) for name in given})
-    theirs.dataloader_drop_last = arguments.dataloader_drop_last  # which they turn on for several processes
     return EmbeddingTrainer(
         embedder,
-        theirs,
+        _their_arguments(arguments, BatchSamplers.GROUP_BY_LABEL),
         splits["train"],
         loss=loss,
         evaluator=evaluator,
         data_collator=EmbeddingCollator(collate),
     )
+
+
+def _pair_trainer(settings, start, splits, collate):
+    _, data, _, options, arguments = settings
+    whole = load_talker(start).to(arguments.device)
+    _set_lengths(whole.config, options)
+    whole.config.text_config.use_cache = False
+    embedder = load_sentence_transformer(find_model(options.model), data.num_crops, loaded=whole.model)
+    with arguments.main_process_first():
+        rows = pairs.rows_to_train(embedder, splits["train"], options.hard_negatives, arguments.eval_batch_size)
+    most = len(set(rows[TEXT]))
+    if arguments.world_size > 1 and most < len(rows):
+        raise ValueError(
+            "Several processes need a text of its own for each image: batches have each text once, but those of two "
+            "processes are compared with each other."
+        )
+    if arguments.train_batch_size > most:
+        print(f"Batches hold {most} images, because there are {most} texts, and a batch has each once.")
+        arguments.per_device_train_batch_size = most
+    prompts = {name: embedder.prompts.get("query" if name == TEXT else "document", "") for name in rows.column_names}
+    evaluator = None
+    if "validation" in splits and arguments.eval_strategy != "no":
+        evaluator = pairs.PairEvaluator(splits["validation"], collate, arguments.eval_batch_size)
+    embedder[0].model = choose_trained(whole.model, options)
+    return PairTrainer(
+        embedder,
+        _their_arguments(arguments, BatchSamplers.NO_DUPLICATES),
+        rows,
+        loss=pairs.make_loss(embedder, options),
+        evaluator=evaluator,
+        data_collator=pairs.PairCollator(embedder, collate, splits["train"], prompts),
+        whole=whole,
+    )
+
+
+def _set_lengths(config, options):
+    """What vectors may be cut to, which `phi3-embed search` and others read."""
+    if too_many := [size for size in options.matryoshka if not 0 < size < config.hidden_size]:
+        raise ValueError(f"--matryoshka is {too_many}, but must be below the model's {config.hidden_size}.")
+    if options.matryoshka:
+        config.matryoshka_dimensions = options.matryoshka
+
+
+def _their_arguments(arguments, batch_sampler):
+    given = [argument.name for argument in fields(TrainingArguments) if argument.init]
+    theirs = SentenceTransformerTrainingArguments(
+        **{name: getattr(arguments, name) for name in given}, batch_sampler=batch_sampler
+    )
+    theirs.dataloader_drop_last = arguments.dataloader_drop_last  # which they turn on for several processes
+    return theirs
 
 
 def _frozen_features(model, splits, collate, options, arguments):
