@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from measure import ROOT, machine
+from measure import machine
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
@@ -255,7 +255,6 @@ def search(arm: str, labels: np.ndarray, work: Path) -> dict:
 
 def variants(splits: dict[str, Dataset], names: list[str], number: int, work: Path) -> dict:
     """The first arm otherwise than it was aligned, beside itself, on some held-out photographs."""
-    sys.path.append(str(ROOT / ".venv" / "quantizers"))
     from torchao.quantization import Int8WeightOnlyConfig, PerGroup
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
@@ -374,7 +373,12 @@ def main():
     parser.add_argument("--save", type=Path, help="put the trained projection here")
     parser.add_argument("--aligned", type=Path, help=f"measure this projection in {FIRST!r}, and train none there")
     parser.add_argument("--training", default=TRAINING, help="options of finetune --task align")
-    parser.add_argument("--variants", type=int, default=0, help="so many photographs in lower precision and HD too")
+    parser.add_argument(
+        "--variants",
+        type=int,
+        default=0,
+        help="so many photographs in lower precision and HD too, with PYTHONPATH=.venv/quantizers",
+    )
     given = parser.parse_args()
     if unknown := {*given.arms} - {*ARMS}:
         parser.error(f"there is no arm {min(unknown)!r}")
