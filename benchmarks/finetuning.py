@@ -17,15 +17,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from measure import ROOT, machine
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
-from sentence_transformers import SentenceTransformer
 from sklearn.datasets import load_sample_images
-
-from phi3_tools import train_tiny
 
 FOLDER = Path(__file__).resolve().parent
 SIDE = 40
@@ -44,9 +40,6 @@ TRAININGS = {
     "head": "--num-crops 0 --train head",
     "head, embedding": "--num-crops 0 --train head --task embedding",
 }
-WORDS = "--task embedding --num-crops 0 --validation 0 --per-device-train-batch-size 10"
-WORD_TRAININGS = {"all": f"{WORDS} --learning-rate 1e-3", "lora": f"{WORDS} --train lora --learning-rate 3e-3"}
-WORD_STEPS = 60
 
 
 def make_patches(folder, num_training, num_held_out):
@@ -78,23 +71,6 @@ def finetune(source, model, output, arguments):
     return json.loads(Path(output, "metrics.json").read_text())["held out"], time.perf_counter() - start
 
 
-def make_wordless(folder):
-    """The small checkpoint with a fresh language model and fresh word embeddings: its tower knows digits, no words."""
-    embedder = SentenceTransformer(str(ROOT), trust_remote_code=True, device="cpu")
-    model_class = train_tiny.from_module("modeling_phi3_embed.Phi3EmbedModel")
-    embedder[0].model = train_tiny.make_whole(model_class.from_pretrained(ROOT), embedder.tokenizer)
-    words = embedder[0].model.get_input_embeddings().weight
-    torch.nn.init.normal_(words, std=words.std().item())
-    embedder.save_pretrained(folder, create_model_card=False)
-
-
-def run_words(max_steps, arguments):
-    """[`finetune`] of the digits with their names: texts and images in one space."""
-    with tempfile.TemporaryDirectory() as folder:
-        make_wordless(f"{folder}/start")
-        return finetune("digits", f"{folder}/start", f"{folder}/out", f"{arguments} --max-steps {max_steps}")
-
-
 def rows_of(measured):
     """A row of figures each for the untrained model and for each training."""
     first = next(iter(measured.values()))["held out"]
@@ -118,29 +94,7 @@ def markdown(measured, setting):
     lines += [f"| {name} | {' | '.join(row)} |" for name, row in cells.items()]
     seconds = ", ".join(f"{name} {part['seconds']:.0f} s" for name, part in measured.items())
     about = ", ".join(f"{key} {value}" for key, value in setting["machine"].items())
-    lines += [
-        "",
-        f"Evaluation included it took: {seconds}. Machine: {about}.",
-        "",
-        *words_markdown(setting["words"]),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def words_markdown(measured):
-    rows = rows_of(measured)
-    columns = list(rows["frozen"])
-    seconds = ", ".join(f"{name} {part['seconds']:.0f} s" for name, part in measured.items())
-    return [
-        "Digits and their names in one space, by the last token: the small checkpoint with a fresh language model and "
-        f"fresh word embeddings, fine-tuned for {WORD_STEPS} steps of ten digits; 360 digits are held out. Chance is "
-        f"10% but for recall@5. It took: {seconds}.",
-        "",
-        f"| | {' | '.join(columns)} |",
-        f"|---|{'---:|' * len(columns)}",
-        *(f"| {name} | {' | '.join(f'{row[column]:.1%}' for column in columns)} |" for name, row in rows.items()),
-    ]
+    return "\n".join([*lines, "", f"Evaluation included it took: {seconds}. Machine: {about}.", ""])
 
 
 def main():
@@ -152,22 +106,13 @@ def main():
     for name, arguments in TRAININGS.items():
         figures, seconds = run(training, held_out, arguments)
         measured[name] = {"held out": figures, "seconds": seconds}
-    words = {}
-    for name, arguments in WORD_TRAININGS.items():
-        figures, seconds = run_words(2 if quick else WORD_STEPS, arguments)
-        words[name] = {"held out": figures, "seconds": seconds}
     rows = rows_of(measured)
     table = Table("", *rows["frozen"], title="Patches of photographs")
     for name, row in rows.items():
         table.add_row(name, *(f"{row[column]:.1%}" if column in row else "" for column in rows["frozen"]))
     Console().print(table)
     if not quick:
-        setting = {
-            "words": words,
-            "training": training * len(PARTS),
-            "held_out": held_out * len(PARTS),
-            "machine": machine(),
-        }
+        setting = {"training": training * len(PARTS), "held_out": held_out * len(PARTS), "machine": machine()}
         (FOLDER / "finetuning.json").write_text(json.dumps({"trainings": measured, **setting}, indent=1) + "\n")
         (FOLDER / "finetuning.md").write_text(markdown(measured, setting))
 

@@ -34,6 +34,6 @@ def test_help_tells_shapes_dtypes_and_errors(method):
         "pixel_values: torch.Tensor",
         "`torch.LongTensor` of shape `(",
         "Returns:\n        [`Phi3Embed",
-        "Raises:\n        ValueError: ",
+        "Raises:\n        ValueError",
     ):
         assert part in text
