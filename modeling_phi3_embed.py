@@ -460,7 +460,7 @@ class Phi3EmbedEmbeddings(nn.Module):
     def get_placeholder_mask(
         self,
         input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.FloatTensor,
+        inputs_embeds: torch.FloatTensor | None,
         image_tokens: tuple[torch.FloatTensor, ...],
     ) -> torch.BoolTensor:
         """Where the image tokens go, `(batch_size, sequence_length)`; each image's must stand together, in order."""
@@ -474,7 +474,7 @@ class Phi3EmbedEmbeddings(nn.Module):
         else:
             raise ValueError("`inputs_embeds` need an `image_token_id` in the config to tell where images go.")
         check_placeholders(is_placeholder, number, [tokens.shape[0] for tokens in image_tokens])
-        return is_placeholder.to(inputs_embeds.device)
+        return is_placeholder.to(self.wte.weight.device if inputs_embeds is None else inputs_embeds.device)
 
 
 Model = TypeVar("Model", bound="Phi3EmbedPreTrainedModel")
@@ -1063,6 +1063,23 @@ class Phi3VisionForConditionalGeneration(Phi3EmbedPreTrainedModel, GenerationMix
             **caches,
             **kwargs,
         )
+
+    def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size=1, inputs_embeds=None):
+        # As in transformers 5.24. Releases before repeat each image alone, where a text has several.
+        if (images := mm_encoder_output.get("image")) is not None:
+            embeddings = self.model.vision_embed_tokens
+            is_text = input_ids is not None and input_ids.numel()
+            is_placeholder = embeddings.get_placeholder_mask(
+                input_ids if is_text else None, inputs_embeds, images.pooler_output
+            )
+            ends = is_placeholder.sum(-1).cumsum(0)  # of each text, in image tokens
+            tokens, begin = [], 0
+            image_ends = torch.tensor([len(image) for image in images.pooler_output]).cumsum(0)
+            for end in (image_ends[:, None] <= ends.cpu()).sum(0).tolist():
+                tokens += images.pooler_output[begin:end] * expand_size
+                begin = end
+            images.pooler_output = tuple(tokens)
+        return mm_encoder_output
 
     @staticmethod
     def _length(input_ids, past_length, attention_mask=None, inputs_embeds=None) -> int:

@@ -139,7 +139,7 @@ def test_inputs_embeds_generate_the_same(model, answers):
     assert model.generate(inputs_embeds=embeds, **inputs, **GREEDY).tolist() == [answers[0], answers[2]]
 
 
-@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
 def test_turns_go_on_with_a_kept_cache_and_new_images(model, name):
     first = prompt(2)
     done = model.generate(**first, **GREEDY, return_dict_in_generate=True)
@@ -202,7 +202,9 @@ def long_prompt(length, pad=0):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"cache_implementation": "static"}, {"num_beams": 3}, {"prefill_chunk_size": 16}]
+    "options",
+    # Transformers before 5.24 hands all images to the first chunk.
+    [{}, {"cache_implementation": "static"}, {"num_beams": 3}, *[{"prefill_chunk_size": 16}] * (CACHE == "cache")],
 )
 @pytest.mark.parametrize("pad", [0, 30])
 def test_a_text_that_crosses_into_the_long_factors_is_computed_again(model, encodings, options, pad):
@@ -468,6 +470,7 @@ def test_half_precision(checkpoint, model):
     )
 
 
+@pytest.mark.skipif(CACHE != "cache", reason="longrope before transformers 5.24 branches on values of a tensor")
 @torch.no_grad()
 def test_prefill_and_decode_compile_without_a_break(model, answers):
     torch._dynamo.reset()
