@@ -215,8 +215,8 @@ def test_a_part_matches_itself_by_mouse_and_by_keys(page, side):
     said = page.locator("#match-said")
     expect(said).to_contain_text("The more golden a part")
     expect(page.locator("#first .heat")).to_be_visible()
-    # Four crops lie two by two: 48 patches in a line, or 24 tokens.
-    expect(page.locator("#first .map")).to_have_attribute("data-cols", {"CLIP": "48", "Phi-3": "24"}[side])
+    # The 24 patches of a line of the global view, and the tokens of a line of 2 x 2 crops; before it were 4 x 4.
+    expect(page.locator("#first .map")).to_have_attribute("data-cols", "24")
     shown = page.locator("#first .map").bounding_box()
     page.locator("#first .map").click(position={"x": 0.3 * shown["width"], "y": 0.4 * shown["height"]})
     rows, cols = (int(page.locator("#first .map").get_attribute(f"data-{name}")) for name in ("rows", "cols"))
