@@ -1,22 +1,25 @@
 """`phi3-embed finetune --task align` and `--task instruct`: what is said of images, on small models."""
 
+import importlib.util
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT  # noqa: F401
+from conftest import ROOT
 from parts import save_language_model, save_tower
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from phi3_tools.checkpoint.assemble import run as assemble
-from phi3_tools.finetune import align, command
-from phi3_tools.finetune.settings import last_checkpoint
+from phi3_tools.finetune import align, command, talk
+from phi3_tools.finetune.conversations import load_conversations
+from phi3_tools.finetune.settings import DataOptions, last_checkpoint
 from phi3_tools.finetune.talk import LORA_TARGETS
 from phi3_tools.models import PROJECTION
 
@@ -139,3 +142,34 @@ def test_instructing_trains_adapters_of_the_language_model_and_the_projection(al
     }
     assert len(changed) == 2 * 4 and all(re.fullmatch(LORA_TARGETS, name.removesuffix(".weight")) for name in changed)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def towers():
+    """benchmarks/towers.py."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("benchmark_of_towers", ROOT / "benchmarks" / "towers.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path.remove(str(ROOT / "benchmarks"))
+    return module
+
+
+def test_the_benchmark_counts_as_exact_what_the_model_answers(aligned, images, towers):
+    splits, names = load_conversations(str(images), DataOptions(validation=0), 1)
+    (model, processor), rows = load(aligned[0]), splits["test"]
+    found = towers.ask(model, processor, rows, names, 0, "Asked")
+    answers, _ = talk.ask(model, processor, rows, 0, 4, "Answered")
+    assert (found["exact"] > 0).tolist() == [[answer == name for name in names] for answer in answers]
+    assert found["exact"].any() and found["scores"].shape == (len(rows), len(names))
+
+
+def test_words_that_find_their_photographs_first_have_full_precision(towers):
+    labels = np.array([0, 0, 1, 1])
+    right = np.log([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.1, 0.9]])
+    assert towers.average_precision(right, labels) == (1, 1)
+    swapped = np.log([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7], [0.2, 0.8]])  # the first is likeliest to be called 1
+    assert towers.average_precision(swapped, labels) == (
+        0.5,
+        pytest.approx(((1 + 2 / 4) / 2 + (1 / 2 + 2 / 3) / 2) / 2),
+    )
