@@ -388,7 +388,7 @@ def test_a_model_that_gives_nan_has_no_figures_and_the_others_have(folder, monke
     assert "6 of 6 vectors hold NaN" in values["broken"]["undefined"] and values["pixels"]["value"] > 0
 
 
-def test_a_picture_that_one_model_refuses_is_left_out_of_all(folder, monkeypatch, capsys):
+def test_a_image_that_one_model_refuses_is_left_out_of_all(folder, monkeypatch, capsys):
     strict = save_vit(folder / "strict", CLIPImageProcessorPil(do_resize=False, do_center_crop=False))
     images = [noise(n, (32, 32)) for n in range(4)]
     save_all(folder, {"a": [*images[:2], noise(9, (32, 48))], "b": images[2:]})
@@ -536,7 +536,7 @@ def test_captions_add_text_to_image_retrieval_for_loadedwith_a_text_side(folder,
     assert 0 <= values["clip"]["value"] <= 1 and values["clip"]["n"] == 3
 
 
-def test_several_captions_a_picture_are_refused(folder, monkeypatch):
+def test_several_captions_a_image_are_refused(folder, monkeypatch):
     save_all(folder, {"a": [noise(n) for n in range(2)]})
     rows = "".join(json.dumps({"file_name": f"a/{n}.png", "caption": ["one", "other"]}) + "\n" for n in range(2))
     (folder / "pictures" / "metadata.jsonl").write_text(rows)

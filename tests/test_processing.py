@@ -86,14 +86,14 @@ def test_every_mode_of_pillow_is_what_pillow_makes_of_it(image_processor, mode):
     assert torch.equal(views(image_processor, image), views(image_processor, as_rgb))
 
 
-def test_16_bit_pictures_are_scaled_not_clipped(image_processor):
+def test_16_bit_images_are_scaled_not_clipped(image_processor):
     grey = RGB[..., 0]
     deep = Image.fromarray(grey.astype(np.uint16) * 257)
     assert deep.mode == "I;16"
     assert torch.equal(views(image_processor, deep), views(image_processor, grey))
 
 
-def test_grey_arrays_and_flat_pictures(image_processor):
+def test_grey_arrays_and_flat_images(image_processor):
     grey = RGB[..., 0]
     assert torch.equal(views(image_processor, grey), views(image_processor, Image.fromarray(grey)))
     assert torch.equal(views(image_processor, grey[None]), views(image_processor, grey))

@@ -206,7 +206,7 @@ def test_a_users_mistake_is_told_in_a_line(source, folder, told, tmp_path):
         main(["embed", str(tmp_path / source), str(tmp_path / folder), *more])
 
 
-def test_other_pictures_are_not_mixed_into_a_folder(tmp_path):
+def test_other_images_are_not_mixed_into_a_folder(tmp_path):
     shards = [{"path": "a.png", "size": 1}]
     embed_ray.begin(tmp_path, shards, {"num_crops": 1})
     embed_ray.begin(tmp_path, shards, {"num_crops": 1})

@@ -70,7 +70,7 @@ def test_an_index_follows_its_folder_by_content(folder, tmp_path, capsys):
     assert all(before.get(row["hash"], row["vector"]) == row["vector"] for row in rows(index))
 
 
-def test_pictures_come_and_go_one_by_one(folder, tmp_path, capsys):
+def test_images_come_and_go_one_by_one(folder, tmp_path, capsys):
     index, new = tmp_path / "index", tmp_path / "new.png"
     run(capsys, "index", folder, index, *FEW_CROPS)
     Image.new("L", (8, 8), 77).save(new)

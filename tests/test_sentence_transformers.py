@@ -52,7 +52,7 @@ def digits(tmp_path_factory):
     return tuple([str(folder / f"{number}.png") for number in numbers] for numbers in zip(*pairs))
 
 
-def test_pictures_of_every_kind_give_the_pooled_vector_normalised(tiny, tmp_path):
+def test_images_of_every_kind_give_the_pooled_vector_normalised(tiny, tmp_path):
     picture = PICTURES[1]
     picture.save(tmp_path / "picture.png")
     path = str(tmp_path / "picture.png")
@@ -64,7 +64,7 @@ def test_pictures_of_every_kind_give_the_pooled_vector_normalised(tiny, tmp_path
         np.testing.assert_allclose(tiny.encode(kind), wanted, atol=1e-6, rtol=0)
 
 
-def test_a_batch_of_unequal_pictures_equals_each_alone(tiny):
+def test_a_batch_of_unequal_images_equals_each_alone(tiny):
     together = tiny.encode(PICTURES, batch_size=3)
     for picture, vector in zip(PICTURES, together):
         np.testing.assert_allclose(vector, tiny.encode(picture), atol=1e-6, rtol=0)
