@@ -521,7 +521,7 @@ def label_loss(temperature=0.1):
 
 def test_images_are_drawn_to_the_words_of_their_classes_which_the_tokenizer_must_know(repository, tmp_path):
     words = make_images(tmp_path / "words", dict(zip(("dog", "picture", "cat"), COLORS.values())))
-    options = f"{SHORT} --eval-strategy no --task embedding --words --train head --max-steps 12 --learning-rate 3e-3"
+    options = f"{SHORT} --eval-strategy no --task embedding --words --train head --max-steps 40 --learning-rate 3e-3"
     rows = finetune(repository, words, tmp_path / "out", options)["held out"]
     # Measured: 0 and 100 %.
     assert rows["untrained"]["accuracy"] < 0.5 and rows["fine-tuned"]["accuracy"] > 0.8
@@ -630,7 +630,7 @@ BAD_DATA = {
     "a class with one image": (one_class_of_one, "", "The class 'red' has 1 left .* 1 must be held out"),
     "labels that differ": (unknown_label_in_test, "", "labels differ between splits: 'test' has green, which 'train'"),
     "an empty split": (empty_split, "--skip-broken", "The split 'test' of .* is empty"),
-    "a missing column": (unreadable, "--label-column kind", "no column 'kind': it is a folder of images"),
+    "a missing column": (unreadable, "--label-column kind", "no column 'kind' in a folder of images without"),
     "unreadable images": (unreadable, "", r"(?s)1 of 10 images are broken.*--skip-broken.*red/bad.png"),
     "one class": (one_class, "", "one and the same label. Give two classes or more"),
     "no classes": (flat, "", "has no labels. Its images lie in no subfolders"),
