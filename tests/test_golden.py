@@ -106,22 +106,6 @@ def test_a_pipelines_tokens_equal_the_original_at_full_size(full_model):
 
 
 @pytest.mark.full_size
-def test_onnx_tokens_equal_the_original_at_full_size(full_model, tmp_path):
-    arrays, note = golden.load("embedding_wide_nc1")
-    full_model.set_attn_implementation("sdpa")
-    image_processor = Phi3EmbedImageProcessor(num_crops=note["num_crops"])
-    onnxruntime = pytest.importorskip("onnxruntime")
-    from phi3_tools import export
-
-    export.export(full_model, image_processor).save(tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    inputs = preprocess(note, pad_views=True)
-    (tokens,) = session.run(["last_hidden_state"], {key: inputs[key].numpy() for key in export.INPUTS})
-    np.testing.assert_allclose(tokens[0, arrays["token_index"]], arrays["tokens"], **close)
-    (tmp_path / "model.onnx").unlink()  # 1.3 GB
-
-
-@pytest.mark.full_size
 def test_forward_equals_the_original_at_full_size(full_model):
     arrays, note = golden.load("forward")
     full_model.set_attn_implementation("sdpa")
