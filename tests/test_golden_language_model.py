@@ -190,7 +190,7 @@ def test_all_32_layers_equal_the_original_at_full_size():
     with torch.device("meta"):
         embedding, model = Phi3EmbedModel(config), Phi3VisionForConditionalGeneration(config)
         weights = rule_made(embedding, "model.")
-    embedding = Phi3EmbedModel.from_pretrained(None, config=embedding.config, state_dict=weights)
+    embedding = Phi3EmbedModel.from_pretrained(None, config=embedding.config, state_dict=weights, dtype=torch.float32)
     states, language_model = {}, model.model.language_model
     language_model.rotary_emb = type(language_model.rotary_emb)(language_model.config)
 

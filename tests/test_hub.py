@@ -15,7 +15,7 @@ from safetensors.torch import save as to_bytes
 from test_finetune import small_head, small_image_processor
 from test_loading import EMBED, MODULES, save
 
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "hub.md").read_text()
 WEIGHTS = "model.safetensors"
 
 # Of a machine that has run EMBED.
@@ -203,9 +203,8 @@ with torch.no_grad():
     assert stranger(embed) != wanted
 
 
-def test_the_readmes_way_is_one_commit_that_loads_by_its_hash(hub, tmp_path):
-    section = re.search(r"\n## From and to the Hub\n(.*?)\n## ", README, re.DOTALL)[1]
-    repo_id = re.search(r'"(someone/[^"]+)"', section)[1]
+def test_the_pages_way_is_one_commit_that_loads_by_its_hash(hub, tmp_path):
+    repo_id = re.search(r'"(someone/[^"]+)"', PAGE)[1]
     (tmp_path / repo_id.partition("/")[2]).mkdir()
     (tmp_path / repo_id.partition("/")[2] / "README.md").write_text("---\nlicense: mit\n---\nmy card\n")
     before = """
@@ -220,7 +219,7 @@ os.chdir(sys.argv[2])
 assert all(map(lambda name: model.state_dict()[name].equal(weights[name]), weights))
 print(commit)
 """
-    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     commit = run_python(before + "\n".join(blocks) + after, ROOT, tmp_path, **hub.environment(tmp_path))
     assert commit.splitlines()[-1] == hub.head(repo_id)
     assert len(hub.repos[repo_id].commits) == 2  # the Hub's own, which creates the repo, and ours
@@ -229,7 +228,7 @@ print(commit)
     assert b"my card" in files["README.md"]
 
 
-def test_weights_of_an_earlier_push_are_removed_by_the_readmes_way_alone(hub, folder, author, stranger, numbers):
+def test_weights_of_an_earlier_push_are_removed_by_the_pages_way_alone(hub, folder, author, stranger, numbers):
     for repo_id in ("someone/plain", "someone/clean"):
         hub.add_repo(repo_id, folder)
     author(EMBED, folder, "{}")
@@ -242,7 +241,7 @@ from huggingface_hub import HfApi
 model.save_pretrained("sharded", max_shard_size="50KB")
 HfApi().upload_folder(repo_id="someone/clean", folder_path="sharded", delete_patterns=sys.argv[1])
 """,
-        re.search(r'delete_patterns="(.*?)"', README)[1],
+        re.search(r'delete_patterns="(.*?)"', PAGE)[1],
     )
     assert WEIGHTS not in hub.files("someone/clean")
     assert stranger(EMBED, "someone/clean", "{}").splitlines()[1] == changed.strip()
@@ -392,10 +391,10 @@ def test_where_loading_fails_nothing_half_is_kept(pattern, kind, message, hub, r
     assert stranger(EMBED, repo_id, "{}") == numbers
 
 
-def test_a_wrong_byte_loads_and_is_found_by_the_check_that_the_readme_names(hub, repo_id, folder, stranger, numbers):
+def test_a_wrong_byte_loads_and_is_found_by_the_check_that_the_page_names(hub, repo_id, folder, stranger, numbers):
     hub.fail("GET /repos/", kind="flip", at=100_003)
     assert stranger(EMBED, repo_id, "{}") != numbers
-    said = re.search(r"hf\s+cache\s+verify\s+\S+", README)[0].split()[1:-1]
+    said = re.search(r"hf\s+cache\s+verify\s+\S+", PAGE)[0].split()[1:-1]
     verify = [Path(sys.executable).with_name("hf"), *said, repo_id]
     environment = os.environ | hub.environment(stranger.home)
     done = subprocess.run(verify, env=environment, capture_output=True, text=True, timeout=300)
