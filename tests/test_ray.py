@@ -68,6 +68,8 @@ def begin(cluster, source, folder, *more):
         *SCRIPT,
         source,
         folder,
+        "--model",
+        f"{ROOT}:mean",
         "--num-crops",
         "1",
         "--shard-size",

@@ -14,7 +14,6 @@ import numpy as np
 import openai
 import psutil
 import pytest
-from conftest import ROOT
 from fastapi import HTTPException
 from PIL import Image
 from sentence_transformers import SentenceTransformer
@@ -227,8 +226,8 @@ def test_json_of_every_kind_is_answered_in_words(address, body):
     assert answer.status_code in (400, 404) and answer.json()["error"]["message"], answer.text
 
 
-def test_a_model_of_images_alone_refuses_texts_and_chats_in_words():
-    api = serve.Api(find_model(str(ROOT)), 0, "float32", serve.Limits())
+def test_a_model_of_images_alone_refuses_texts_and_chats_in_words(embedding_checkpoint):
+    api = serve.Api(find_model(embedding_checkpoint), 0, "float32", serve.Limits())
     api.setup("cpu")
     ask = serve.ChatRequest(model="phi3-embed", messages=[{"role": "user", "content": "a"}], max_tokens=1)
     for request in (serve.EmbeddingRequest(model="phi3-embed", input=["/etc/hostname"]), ask):
