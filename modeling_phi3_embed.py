@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel, GenerationMixin, Phi3ForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import (
@@ -909,7 +909,6 @@ class Phi3VisionForConditionalGeneration(Phi3EmbedPreTrainedModel, GenerationMix
     _keys_to_ignore_on_load_unexpected = None
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _tied_weights_keys = {"lm_head.weight": "model.vision_embed_tokens.wte.weight"}
-    _tp_plan = Phi3ForCausalLM._tp_plan
 
     def __init__(self, config: Phi3EmbedConfig):
         super().__init__(config)

@@ -190,7 +190,7 @@ def test_texts_and_texts_with_images_are_embedded_by_a_template(cluster, whole_c
         ("other.parquet", "out", "has no column of images, but 'picture'"),
         ("numbers.parquet", "out", "has no column of images, but 'image'"),
         ("broken.tar", "out", "broken.tar cannot be read as an uncompressed tar file"),
-        ("one.png", "out --text-column words", "embeds images alone. Leave out --text-column"),
+        ("one.png", f"out --text-column words --model {ROOT}:mean", "embeds images alone. Leave out --text-column"),
         ("one.png", "out --template x", "--template is 'x', but must say where the text goes"),
         ("empty", "empty/out", "lies in .*empty, so that vectors would be taken for images"),
     ],
@@ -274,7 +274,7 @@ def test_16_bit_images_keep_their_greys_and_what_is_refused_is_an_error_of_that_
     Image.fromarray(greys.astype(np.uint16) * 257).save(tmp_path / "b.png")
     Image.new("F", (9, 9), 300.0).save(tmp_path / "c.tiff")
     (shard,) = make_shards(tmp_path, 3)
-    row = embed_ray.Preprocess(find_model(str(ROOT)), 1, None)(shard)
+    row = embed_ray.Preprocess(find_model(f"{ROOT}:mean"), 1, None)(shard)
     assert row["errors"][:2] == ["", ""] and "must be in 0..255" in row["errors"][2]
     views = row["pixel_values"]
     assert len(views) == 4 and (views[:2] == views[2:]).all()
