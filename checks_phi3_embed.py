@@ -7,6 +7,7 @@ values are left out of a traced graph (`torch.compile`, `torch.export`), which k
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers.utils import TransformersKwargs, torch_compilable_check
@@ -15,6 +16,8 @@ from .configuration_phi3_embed import POOLING_MODES, Phi3EmbedConfig
 
 # Images of this label do not count in the loss: `ignore_index` of PyTorch's cross-entropy.
 IGNORED_LABEL = -100
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 FLOATING_POINT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -37,6 +40,17 @@ def check_arguments(function: Callable, kwargs: dict, passed_on_to: Callable | N
             f"{function.__name__}() got {', '.join(f'`{name}`' for name in unknown)}. Accepted are "
             f"{', '.join(f'`{name}`' for name in named)}, and transformers' own, such as `output_hidden_states`."
         )
+
+
+def check_weight_files(folder: str | Path) -> None:
+    """A folder that was cloned without Git LFS has pointers in place of its weights. Of a Hub id there are none."""
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise ValueError(
+                        f"{path} is a Git LFS pointer in place of the weights. Run `git lfs pull` in its folder."
+                    )
 
 
 def check_tensor(name: str, value: torch.Tensor) -> None:

@@ -14,6 +14,7 @@ import copy
 import inspect
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -46,6 +47,7 @@ from .checks_phi3_embed import (
     check_placeholder_order,
     check_placeholders,
     check_pooling_mode,
+    check_weight_files,
     is_features,
     is_padded,
 )
@@ -529,8 +531,11 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
         of another shape with `ignore_mismatched_sizes=True`.
 
         Raises:
-            ValueError: the checkpoint lacks weights; they are named. Or it is in Microsoft's layout.
+            ValueError: the checkpoint lacks weights; they are named. Or it is in Microsoft's layout, or Git LFS has
+                not fetched it.
         """
+        if pretrained_model_name_or_path is not None:
+            check_weight_files(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         if kwargs.get("config") is None and pretrained_model_name_or_path is not None:
             config, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **kwargs)
             if "img_processor" in config:

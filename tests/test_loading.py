@@ -73,8 +73,8 @@ def folder_output(tmp_path_factory, tokenizer):
     return run_python(EMBED, path, json.dumps(options))
 
 
-@pytest.mark.parametrize("layout", [folder_layout, subfolder_layout, cache_layout])
-def test_auto_classes_load_in_a_fresh_process_offline(layout, tmp_path, tokenizer, folder_output):
+@pytest.mark.parametrize("layout", [subfolder_layout, cache_layout])
+def test_auto_classes_load_alike_in_fresh_processes_offline(layout, tmp_path, tokenizer, folder_output):
     name, options = layout(tmp_path, tokenizer)
     assert run_python(EMBED, name, json.dumps(options), HF_HOME=str(tmp_path)) == folder_output
 
@@ -120,6 +120,15 @@ def test_the_modules_import_nothing_beyond_what_loading_needs():
             for name in names:
                 top = name.partition(".")[0]
                 assert top in {"torch", "transformers", "numpy", "PIL"} | sys.stdlib_module_names, f"{module}: {name}"
+
+
+@pytest.mark.parametrize("subfolder", ["", "small"])
+def test_a_git_lfs_pointer_in_place_of_the_weights_is_told(subfolder, tmp_path):
+    small_model().save_pretrained(tmp_path / subfolder)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (tmp_path / subfolder / "model.safetensors").write_text(pointer)
+    with pytest.raises(ValueError, match="model.safetensors is a Git LFS pointer .* Run `git lfs pull`"):
+        Phi3EmbedModel.from_pretrained(tmp_path, subfolder=subfolder)
 
 
 # Placing
