@@ -226,6 +226,13 @@ def _folder_version(folder):
     return digest.hexdigest()
 
 
+def check_no_pointer(path: Path) -> None:
+    """Raises ValueError if a file is a Git LFS pointer."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer in place of the weights. Run `git lfs pull` in its folder.")
+
+
 def file_hash(path: Path) -> str:
     """
     SHA-256 of a file, as hex digits. That of weights is kept, with the file's size and time, in the user's cache.
@@ -234,10 +241,8 @@ def file_hash(path: Path) -> str:
         ValueError: it is a Git LFS pointer.
     """
     path = Path(path).resolve()
+    check_no_pointer(path)
     with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(f"{path} is a Git LFS pointer in place of the weights. Run `git lfs pull` in its folder.")
-        file.seek(0)
         if path.suffix not in WEIGHTS:
             return hashlib.file_digest(file, "sha256").hexdigest()
         stat, kept = path.stat(), CACHE / "hashes" / hashlib.sha256(str(path).encode()).hexdigest()

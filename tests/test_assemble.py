@@ -158,8 +158,35 @@ def test_assembled_towers_are_compared_as_any_other_model(assembled, tmp_path):
     )
 
 
-def change_config(folder, **changes):
-    path = Path(folder) / "config.json"
+CODE = "someone/other--code.Class"
+
+
+def test_code_that_a_part_names_is_neither_run_nor_passed_on(tmp_path, monkeypatch):
+    parts = {"tower": save_tower(tmp_path / "tower", "dinov2")}
+    parts["language_model"] = save_language_model(tmp_path / "text", "llama")
+    auto_map = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoImageProcessor"), CODE)
+    auto_map |= {"AutoTokenizer": ["", CODE], "AutoProcessor": CODE}
+    for folder in parts.values():
+        for path in Path(folder).glob("*config.json"):
+            change_config(folder, path.name, auto_map=auto_map, custom_pipelines={"x": {"impl": CODE}})
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
+    run(tmp_path / "both", **parts)
+    for path in (tmp_path / "both").glob("*.json"):
+        assert "someone" not in path.read_text() and "--" not in path.read_text(), path.name
+
+
+@pytest.mark.parametrize("part", ["tower", "language_model"])
+def test_a_git_lfs_pointer_in_place_of_a_parts_weights_is_told(part, tmp_path):
+    parts = {"tower": save_tower(tmp_path / "tower", "dinov2")}
+    parts["language_model"] = save_language_model(tmp_path / "text", "llama")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    Path(parts[part], "model.safetensors").write_text(pointer)
+    with pytest.raises(ValueError, match="is a Git LFS pointer in place of the weights. Run `git lfs pull`"):
+        run(tmp_path / "both", **parts)
+
+
+def change_config(folder, name="config.json", **changes):
+    path = Path(folder) / name
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return folder
 

@@ -322,6 +322,11 @@ def test_the_base_that_an_adapter_names_is_no_path(named, adapter, source, tmp_p
 
 
 def test_weights_with_an_adapter_beside_them_are_a_question(adapter, source, tmp_path):
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+        both = shutil.copytree(adapter, tmp_path / name)
+        (both / name).write_text("{}")
+        with pytest.raises(ValueError, match="has weights, and an adapter beside them"):
+            convert(str(both), tmp_path / "output", allow_pickle=True)
     for path in adapter.iterdir():
         shutil.copy(path, source)
     with pytest.raises(ValueError, match=f"has weights, and an adapter beside them.*--base {source}"):
@@ -330,6 +335,12 @@ def test_weights_with_an_adapter_beside_them_are_a_question(adapter, source, tmp
     convert(str(adapter), tmp_path / "other", base=str(source))
     both = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("output", "other")]
     assert both[0] == both[1]
+
+
+def test_a_missing_peft_is_named(adapter, source, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match="Merging an adapter takes peft: `pip install peft`"):
+        convert(str(adapter), tmp_path / "output", base=str(source))
 
 
 FULL = """

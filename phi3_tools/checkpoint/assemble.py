@@ -31,11 +31,12 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from phi3_tools import ROOT
 from phi3_tools.checkpoint.packages import PREFIX, fetch_package
-from phi3_tools.models import PARTS, PROJECTION
+from phi3_tools.models import PARTS, PROJECTION, check_no_pointer
 from phi3_tools.results import console, folder_beside, one_line, without_path, write_card
 
 IMAGE_TOKEN = "<|image|>"
 VOCABULARY_MULTIPLE = 64
+ACTING = ("auto_map", "custom_pipelines")  # what of a config or a tokenizer names code
 MERGED = 2  # patches a side that make one token
 # What of a Llama config Phi-3's has too, under the same name and with the same meaning.
 SHARED_SETTINGS = (
@@ -176,8 +177,8 @@ def assemble(parts: Parts, aligned: Path | None = None) -> Assembled:
     notes += more
     named = {name: without_path(getattr(parts, name)) for name in ("tower", "language_model")}
     config = _config_class()(
-        vision_config=vision_tower.config.to_dict(),
-        text_config=text_model.config.to_dict(),
+        vision_config=_own_settings(vision_tower.config),
+        text_config=_own_settings(text_model.config),
         image_token_id=image_token_id,
         layer_idx=parts.layer_idx,
         untrained=aligned is None,
@@ -188,6 +189,11 @@ def assemble(parts: Parts, aligned: Path | None = None) -> Assembled:
     model.generation_config = text_model.generation_config
     processor = _processor(config, image_settings, parts.num_crops, tokenizer)
     return Assembled(model, processor, notes)
+
+
+def _own_settings(config):
+    """A part's settings without the code that they may name, which would act wherever the result is loaded."""
+    return {name: value for name, value in config.to_dict().items() if name not in ACTING}
 
 
 def _config_class():
@@ -225,15 +231,17 @@ def load_tower(source: str, crop_size: int | None = None) -> tuple[PreTrainedMod
 
 
 def _load(auto_class, folder, role, **kwargs):
+    for path in Path(folder).glob("*.safetensors"):
+        check_no_pointer(path)
     try:
-        return auto_class.from_pretrained(folder, **kwargs)
+        return auto_class.from_pretrained(folder, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder} cannot be loaded as the {role}: {one_line(error)}") from error
 
 
 def _image_settings(folder, source):
     try:
-        own = AutoImageProcessor.from_pretrained(folder)
+        own = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{source} has no image processor ({one_line(error)}), so the mean and standard deviation that the tower "
@@ -308,6 +316,8 @@ def load_language_model(source: str) -> tuple[Phi3ForCausalLM, PreTrainedTokeniz
         )
     model = _load(AutoModelForCausalLM, folder, "language model", dtype=None if kwargs else "auto", **kwargs).eval()
     tokenizer = _load(AutoTokenizer, folder, "tokenizer", padding_side="left", **kwargs)
+    for name in ACTING:
+        tokenizer.init_kwargs.pop(name, None)
     if tokenizer.chat_template is None:
         raise ValueError(f"The tokenizer of {source} has no chat template. Give an instruct model, which has one.")
     if model_type == "llama":
@@ -409,6 +419,7 @@ def _join(config, tower, text_model, aligned):
 
 def _load_projection(projector, path):
     try:
+        check_no_pointer(path)
         projector.load_state_dict(load_file(path))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} is no projection between these two: {one_line(error)}") from error

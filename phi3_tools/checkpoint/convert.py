@@ -35,7 +35,7 @@ from phi3_tools import results
 from phi3_tools.checkpoint import layout, recipes
 from phi3_tools.checkpoint import source as sources
 from phi3_tools.checkpoint.adapter import Adapter
-from phi3_tools.checkpoint.layout import ADAPTER, DTYPES, INDEX, PICKLE, PREPROCESSOR, WEIGHTS
+from phi3_tools.checkpoint.layout import ADAPTER, DTYPES, INDEX, PICKLE, PICKLE_INDEX, PREPROCESSOR, WEIGHTS
 from phi3_tools.checkpoint.source import Entry, Source, library_errors
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -76,7 +76,7 @@ def convert(
     way = _choose_recipe(recipe, source_name, whole)
     with work_folder(output) as partial:
         source, adapter = sources.open_source(source_name, revision, partial / "source"), None
-        if ADAPTER in source.files and {WEIGHTS, INDEX} & source.files and base is None:
+        if ADAPTER in source.files and {WEIGHTS, INDEX, PICKLE, PICKLE_INDEX} & source.files and base is None:
             raise ValueError(
                 f"{source_name} has weights, and an adapter beside them. Move {ADAPTER} away to convert the weights "
                 f"as they are, or give `--base {source_name}` to merge the adapter into them."
