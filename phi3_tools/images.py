@@ -608,11 +608,20 @@ def _shards_of_table(path, source, columns, shard_size):
         return
     try:
         with tarfile.open(path, "r:") as tar:
-            members = {member.name: [member.offset_data, member.size] for member in tar if member.isfile()}
+            listed = [member for member in tar if not member.isdir()]
     except tarfile.TarError as error:
         raise ValueError(f"{path} cannot be read as an uncompressed tar file: {error}. Mend or remove it.") from error
+    members = {member.name: [member.offset_data, member.size] for member in listed if member.isfile()}
+    images = [name for name in members if is_image_name(name)]
+    stems = {os.path.splitext(name)[0] for name in images}
+    left_out = [
+        f"{path}#{member.name}: it is no image by its name, or no regular file"
+        for member in listed
+        if not (member.isfile() and os.path.splitext(member.name)[0] in stems)
+    ]
+    say_left_out(left_out, len(listed), "members")
     rows = []
-    for name in filter(is_image_name, members):
+    for name in images:
         stem = os.path.splitext(name)[0]
         beside = {LABEL: members.get(f"{stem}.cls"), TEXT: members.get(f"{stem}.txt")}
         rows.append({NAME: name, IMAGE: members[name]} | {ours: place for ours, place in beside.items() if place})
@@ -650,10 +659,10 @@ def _find_image_column(schema, name, source, text_column):
     return name
 
 
-def own_image(image: dict | bytes | None, root: str | Path) -> dict | None:
+def own_image(image: dict | bytes | None, root: str | Path | None) -> dict | None:
     """
     A cell of a table -> an undecoded image, or `None`. The data does not decide which files are opened: a path counts
-    only if there are no bytes, and if it lies in the data's own folder, `root`.
+    only if there are no bytes, and if it lies in the data's own folder, `root`, where it has one.
     """
     if isinstance(image, bytes):
         return {"bytes": image, "path": None}
@@ -661,6 +670,8 @@ def own_image(image: dict | bytes | None, root: str | Path) -> dict | None:
         return None
     if image["bytes"] is not None:
         return {"bytes": image["bytes"], "path": image.get("path")}
+    if root is None:
+        return None
     path = Path(root, image["path"]).resolve()
     return {"bytes": None, "path": str(path)} if path.is_relative_to(Path(root).resolve()) else None
 

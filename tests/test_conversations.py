@@ -1,13 +1,14 @@
 """Conversations about images, as trainings of a whole model take them."""
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from PIL import Image
 from transformers import AutoProcessor
 
-from phi3_tools.finetune.conversations import encode, load_conversations
+from phi3_tools.finetune.conversations import _conversations, encode, load_conversations
 from phi3_tools.finetune.settings import DataOptions
 from phi3_tools.finetune.talk import truth
 
@@ -42,6 +43,16 @@ def test_the_answer_alone_is_learnt_and_must_fit_into_the_context(tmp_path):
     assert processor.decode(learnt, skip_special_tokens=True).strip() == "seven"
     with pytest.raises(ValueError, match="takes .* tokens, and the language model reads 20"):
         encode(row, processor, 0, 20)
+
+
+def test_a_dataset_on_the_hub_opens_no_file_of_the_machine(tmp_path, monkeypatch):
+    save(tmp_path, [])
+    monkeypatch.chdir(tmp_path)
+    row = {"images": [{"path": "digit.png", "bytes": None}], "messages": [ASKED, SAID]}
+    with pytest.raises(ValueError, match="outside of the data's own folder"):
+        _conversations([row], "train", "data")
+    row["images"][0]["bytes"] = Path("digit.png").read_bytes()
+    assert len(_conversations([row], "train", "data")) == 1
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
+from PIL import ImageOps
 
 from phi3_tools.images import (
+    _own_columns,
     image_bytes,
     image_hash,
     load_images,
@@ -124,6 +126,15 @@ def test_links_are_followed_once_and_dead_ones_are_named(folder, tmp_path, capsy
     assert "loop: its images are taken already" in said and "Left out 3 of 9 files" in said
 
 
+def test_photographs_of_phones_are_read(folder):
+    pytest.importorskip("pillow_heif")
+    read_image(load_images(folder)["train"][0]["image"])  # from here on Pillow knows the format
+    PILImage.new("RGB", (64, 48), (200, 100, 50)).save(folder / "cat" / "phone.heic")
+    row = next(row for row in load_images(folder)["train"] if row["name"] == "cat/phone.heic")
+    image = read_image(row["image"])
+    assert image.size == (64, 48) and np.abs(np.asarray(image, int) - (200, 100, 50)).max() < 10
+
+
 def test_a_name_that_is_not_utf8_is_named(folder, capsys):
     (folder / "cat" / os.fsdecode(b"caf\xe9.png")).write_bytes(png())
     assert len(names(folder)) == 4
@@ -172,7 +183,7 @@ def test_a_parquet_file_with_columns_of_other_names(tmp_path):
         load_images(path, image_column="score")
 
 
-def test_parquet_of_plain_bytes_and_of_many_files_with_splits(tmp_path):
+def test_parquet_of_plain_bytes_and_of_many_files_with_splits(tmp_path, capfd):
     table = pa.table({"photo": pa.array([png(0), png(1), None], pa.binary()), "label": ["x", "y", "x"]})
     for name in ("train-00000", "train-00001", "test-00000"):
         pq.write_table(table, tmp_path / f"{name}.parquet")
@@ -181,6 +192,7 @@ def test_parquet_of_plain_bytes_and_of_many_files_with_splits(tmp_path):
         assert {split: len(list(rows)) for split, rows in splits.items()} == {"test": 3, "train": 6}
         assert image_bytes(next(iter(splits["test"]))["image"]) == png(0)
     assert load_images(tmp_path)["train"].features["label"].names == ["x", "y"]
+    assert "Downloading" not in "".join(capfd.readouterr())  # nothing is
 
 
 def write_image_column(path, *images):
@@ -215,6 +227,18 @@ def test_data_does_not_decide_which_files_are_opened(path, tmp_path):
         assert read_image(own).size == (20, 10)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_on_the_hub_opens_no_file_of_the_machine(streaming, tmp_path):
+    make_images(tmp_path, "secret.png")
+    rows = [{"bytes": None, "path": str(tmp_path / "secret.png")}, {"bytes": png(), "path": "own.png"}]
+    split = Dataset.from_dict({"image": rows}, Features({"image": Image(decode=False)})).cast_column("image", Image())
+    split = split.to_iterable_dataset() if streaming else split
+    secret, own = _own_columns(split, dict.fromkeys(("image", "label", "text")), "someone/data")
+    with pytest.raises(ValueError, match="names a file outside of the data's own folder"):
+        image_bytes(secret["image"])
+    assert image_bytes(own["image"]) == png()
+
+
 def test_a_webdataset_with_captions_and_classes(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         for name, content in (
@@ -235,6 +259,23 @@ def test_a_webdataset_with_captions_and_classes(tmp_path):
         png(1),
         png(2),
     ]
+
+
+def test_members_of_a_tar_file_that_are_no_images_are_named(tmp_path, capsys):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, kind in (
+            ("a.png", tarfile.REGTYPE),
+            ("a.json", tarfile.REGTYPE),
+            ("film.mpg", tarfile.REGTYPE),
+            ("link.png", tarfile.SYMTYPE),
+        ):
+            about = tarfile.TarInfo(name)
+            about.type, about.linkname = kind, "/etc/hostname" if kind == tarfile.SYMTYPE else ""
+            about.size = len(png()) if kind == tarfile.REGTYPE else 0
+            archive.addfile(about, io.BytesIO(png()))
+    assert names(tmp_path / "x.tar") == ["a.png"]
+    said = capsys.readouterr().out
+    assert "Left out 2 of 4 members" in said and "#film.mpg: " in said and "#link.png: " in said
 
 
 def test_tables_beside_images_are_left_out_and_named(folder, capsys):
@@ -294,6 +335,29 @@ def test_broken_images_are_named_and_left_out_on_request_only(folder, capsys):
         readable(split)
     assert readable(split, skip_broken=True)["label"] == [0, 0, 1, 1]
     assert "dog/bad.jpg" in capsys.readouterr().out
+
+
+def tiff_with_a_lost_part():
+    file = io.BytesIO()
+    PILImage.new("L", (9, 9)).save(file, "TIFF", tiffinfo={0xA005: 8})
+    return file.getvalue()
+
+
+STUMBLES = {
+    "cut.qoi": (b"qoif" + bytes([0, 0, 0, 9, 0, 0, 0, 9, 3, 0]), IndexError),
+    "tag.tif": (tiff_with_a_lost_part(), KeyError),
+    "header.dds": (b"DDS " + bytes([124, 0, 0, 0]) + bytes(120), NotImplementedError),
+}
+
+
+@pytest.mark.parametrize("name", STUMBLES)
+def test_a_file_at_which_pillow_stumbles_is_a_broken_image(name, folder, capsys):
+    content, error = STUMBLES[name]
+    (folder / "dog" / name).write_bytes(content)
+    with pytest.raises(error):
+        ImageOps.exif_transpose(PILImage.open(folder / "dog" / name))
+    assert len(readable(load_images(folder)["train"], skip_broken=True)) == 4
+    assert f"dog/{name}: it cannot be read as an image" in capsys.readouterr().out
 
 
 def test_16_bit_images_keep_their_greys(tmp_path):

@@ -116,7 +116,9 @@ def _load_messages(source: str) -> dict[str, list[dict]] | None:
 
 def _conversations(rows: list[dict], split: str, source: str) -> Dataset:
     """Rows in the Hub's convention or LLaVA's -> rows of `FEATURES`."""
-    root = Path(source) if Path(source).is_dir() else Path(source).parent
+    root = None  # of a dataset on the Hub, whose images are bytes
+    if Path(source).exists():
+        root = Path(source) if Path(source).is_dir() else Path(source).parent
     done = {name: [] for name in FEATURES}
     for number, row in enumerate(rows):
         name = f"row {number} of {split!r} in {source}"
