@@ -41,6 +41,7 @@ REFUSED = {
     '--train lora --gradient-checkpointing --gradient-checkpointing-kwargs {"use_reentrant":true}': "get no gradients",
     f"{EMBEDDING} --per-device-train-batch-size 1": "is 1, but an embedding compares the images of a batch",
     f"{EMBEDDING} --per-device-train-batch-size 5": "an even number, 4 or more",
+    f"{EMBEDDING} --streaming --max-steps 9 --per-device-train-batch-size 1": "is 1, but an embedding compares",
     f"{EMBEDDING} --label-smoothing-factor 0.1": "has no classes to smooth",
     f"{EMBEDDING} --auto-find-batch-size": "so a smaller one trains otherwise",
     f"{EMBEDDING} --train-sampling-strategy sequential": "two images of a label side by side",

@@ -144,6 +144,14 @@ def test_instructing_trains_adapters_of_the_language_model_and_the_projection(al
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.parametrize("task", ["align", "instruct"])
+def test_all_conversations_validate_a_training_that_drops_its_last_batch(task, aligned, images, tmp_path):
+    options = f"{ALIGN.replace('align', task)} --max-steps 1 --dataloader-drop-last --gradient-checkpointing"
+    by_step = "--eval-strategy steps --eval-steps 1 --save-strategy steps --save-steps 1"
+    history = finetune(images, aligned[0], tmp_path, f"{options} {by_step}")["history"]
+    assert sum("eval_loss" in entry for entry in history) == 1
+
+
 @pytest.fixture(scope="module")
 def towers():
     """benchmarks/towers.py."""

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, Phi3Model, PreTrainedModel, Trainer
 
 from phi3_tools.finetune.conversations import encode
+from phi3_tools.finetune.data import ValidatesAll
 from phi3_tools.models import PARTS, PROJECTION
 from phi3_tools.results import write_beside, write_text
 
@@ -235,7 +236,7 @@ def common_beginning(rows: Dataset, image_token_id: int) -> torch.LongTensor:
     return first[:length]
 
 
-class AlignTrainer(Trainer):
+class AlignTrainer(ValidatesAll, Trainer):
     """A Trainer whose checkpoints hold the projection alone."""
 
     def evaluate(self, *args, **kwargs):

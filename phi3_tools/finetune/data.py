@@ -288,6 +288,17 @@ class Collator:
         return image
 
 
+class ValidatesAll:
+    """A Trainer that validates on all rows, whatever `--dataloader-drop-last` says of those to train with."""
+
+    def get_eval_dataloader(self, *args, **kwargs):
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+
 def with_features(split: Dataset, model, collate: Collator, folder: Path, batch_size: int) -> Dataset:
     """
     A split with the tower's features in place of images: `(views, patches, C)` in float32, on disk, and found there by

@@ -360,7 +360,8 @@ def _check(data: DataOptions, changes: Changes, task: TaskOptions, arguments: Tr
             "--mini-batch-size."
         )
     batch = arguments.train_batch_size
-    if task.task == "embedding" and not data.streaming and (batch < 4 or batch % 2):
+    # A stream comes as it lies, and not two by two.
+    if task.task == "embedding" and (batch < 4 or (batch % 2 and not data.streaming)):
         raise ValueError(
             f"--per-device-train-batch-size is {batch}, but an embedding compares the images of a batch, two of a "
             "label: give an even number, 4 or more."

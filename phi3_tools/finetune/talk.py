@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from phi3_tools.finetune import align
 from phi3_tools.finetune.conversations import MESSAGES, conversation, encode
+from phi3_tools.finetune.data import ValidatesAll
 from phi3_tools.finetune.settings import Settings
 from phi3_tools.images import NAME
 
@@ -66,7 +67,7 @@ def _aligning(settings, model, train, validation, processor, is_fresh):
     collate = align.Collator(tokenizer.pad_token_id, image_token_id, options.token_dropout)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
-        arguments.gradient_checkpointing = False
+        arguments.gradient_checkpointing = arguments.activation_checkpointing = False  # its old name and its new one
     words = Path(arguments.output_dir) / align.WORDS
     if options.words and not words.exists():
         ids, rate, seed = tokenizer.all_special_ids, arguments.learning_rate, arguments.seed
@@ -99,6 +100,10 @@ class InstructCollator:
         return batch
 
 
+class InstructTrainer(ValidatesAll, SFTTrainer):
+    pass
+
+
 def _instructing(settings, model, train, validation, processor):
     _, data, _, options, arguments = settings
     given = [argument.name for argument in fields(TrainingArguments) if argument.init]
@@ -111,7 +116,7 @@ def _instructing(settings, model, train, validation, processor):
     if options.train == "lora":
         rank = options.lora_rank
         adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, modules_to_save=["projector"])
-    return SFTTrainer(
+    return InstructTrainer(
         model,
         theirs,
         # TRL's own batches leave out the starts of sequence that our processor puts around images.

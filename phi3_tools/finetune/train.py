@@ -36,7 +36,7 @@ from transformers import (
 
 from phi3_tools.finetune import pairs
 from phi3_tools.finetune.align import save_aligned
-from phi3_tools.finetune.data import FEATURES, Collator, endless, sample, with_features
+from phi3_tools.finetune.data import FEATURES, Collator, ValidatesAll, endless, sample, with_features
 from phi3_tools.finetune.report import figures_of_classes, figures_of_search
 from phi3_tools.finetune.settings import TALK, Settings, TaskOptions, last_checkpoint, steps_done
 from phi3_tools.finetune.talk import load_talker, talk_trainer
@@ -204,14 +204,8 @@ class LogAtCheckpoints(TrainerCallback):
     on_epoch_end = on_step_end
 
 
-class ClassifierTrainer(Trainer):
-    def get_eval_dataloader(self, *args, **kwargs):
-        """Of all images, whatever `--dataloader-drop-last` says of those to train with."""
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return super().get_eval_dataloader(*args, **kwargs)
-        finally:
-            self.args.dataloader_drop_last = drop_last
+class ClassifierTrainer(ValidatesAll, Trainer):
+    pass
 
 
 class EmbeddingTrainer(SentenceTransformerTrainer):
