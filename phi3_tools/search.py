@@ -226,6 +226,8 @@ def _written(index: Path, made_by: dict[str, Any], embedder: Embedder | None = N
             fields["vector"] = pa.list_(pa.float32(), width)
             schema = pa.schema(list(fields.items()), {MADE_BY: json.dumps(made_by)})
             lancedb.connect(index).create_table(TABLE, schema=schema, exist_ok=True)
+        if (now := _read_made_by(index)) != json.loads(json.dumps(made_by)):
+            raise ValueError(f"{index} was made meanwhile by {_described(now)}. Give another folder for yours.")
         table = _open_table(index)
         _remove_duplicates(table)
         yield table

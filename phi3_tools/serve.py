@@ -354,6 +354,8 @@ class Api(litserve.LitAPI):
                     )
                     content.append({"type": "image"})
             conversation.append({"role": message.role, "content": content})
+        if len(uris) > self.limits.inputs:
+            raise _refuse(f"`messages` have {len(uris)} images, but a request may have {self.limits.inputs}.")
         images = iter(open_data_uris(uris, self.limits, self.embedder.open_image))
         for part in (part for message in conversation for part in message["content"] if part["type"] == "image"):
             part["image"] = next(images)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import httpx
 import numpy as np
+import pillow_heif
 import published
 import pytest
 import torch
@@ -130,9 +131,11 @@ def test_of_several_files_the_good_are_taken_and_the_others_named(page, tmp_path
     write_digit(tmp_path / "good.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
     (tmp_path / "broken.heic").write_bytes(b"no image")
+    pillow_heif.from_pillow(Image.new("RGB", (64, 48))).save(tmp_path / "good.heic")
     (tmp_path / "heavy.png").write_bytes(bytes(33 * 2**20))
     Image.new("1", (9000, 8000)).save(tmp_path / "wide.png")
-    upload(page, *(tmp_path / name for name in ("broken.png", "heavy.png", "good.png", "wide.png", "broken.heic")))
+    names = ("broken.png", "heavy.png", "good.png", "wide.png", "broken.heic", "good.heic")
+    upload(page, *(tmp_path / name for name in names))
     said = page.locator(".toast-body")
     for text in (
         "broken.png cannot be read as an image",
@@ -141,7 +144,8 @@ def test_of_several_files_the_good_are_taken_and_the_others_named(page, tmp_path
         "broken.heic cannot be read as an image",
     ):
         expect(said).to_contain_text(text)
-    expect(said).not_to_contain_text(re.compile("/|good.png"))
+    expect(said).not_to_contain_text(re.compile("/|good"))
+    expect(page.locator("#images [role=option]").nth(1)).to_have_text("good.heic")
     page.locator(".toast-close").click()
     expect(chosen(page)).to_have_text("good.png")
     upload(page, tmp_path / "broken.png")  # alone it changes nothing
@@ -167,6 +171,43 @@ def test_what_is_dropped_is_taken_and_can_be_removed(page, temporary):
     expect(chosen(page)).to_have_text("motorcycle, left")
     expect(page.get_by_text("dropped.png")).to_have_count(0)
     expect(remove).to_be_disabled()
+
+
+def test_it_begins_with_a_photograph_and_each_tab_says_what_to_look_for_and_to_try(page):
+    from app import TRY
+
+    expect(chosen(page)).to_have_text("motorcycle, left")
+    expect(page.get_by_label("16", exact=True)).to_be_checked()
+    expect(page.locator(".column.Similar")).to_contain_text("Compare those of one list, never of both")
+    names = {*page.locator("#images [role=option] span").all_inner_texts()}
+    for tab in ("Similar", "Crops", "Matches"):
+        page.get_by_role("tab", name=tab).click()
+        expect(page.locator(f".column.{tab}")).to_contain_text("Look for")
+        for label, (first, second, *_) in TRY[tab].items():
+            expect(page.locator(f".column.{tab}").get_by_role("button", name=label)).to_be_visible()
+            assert {first, second} <= names
+
+
+def test_on_a_tablet_nothing_covers_the_title_and_names_are_whole(page, tmp_path):
+    page.set_viewport_size({"width": 820, "height": 1180})
+    name = "a long name of a photograph that somebody took in the holidays of last summer.png"
+    write_digit(tmp_path / name)
+    upload(page, tmp_path / name)
+    expect(chosen(page)).to_have_text(name)
+    title, wrong = page.evaluate(
+        """() => {
+            const box = document.querySelector("h1").getBoundingClientRect();
+            const at = (share) => document.elementFromPoint(box.x + share * box.width, box.y + box.height / 2).tagName;
+            const wrong = [...document.querySelectorAll("#images [role=option]")].filter((option) => {
+                const image = option.querySelector("img"), name = option.querySelector("span");
+                const below = name.getBoundingClientRect().top - image.getBoundingClientRect().bottom;
+                return below < 0 || name.scrollHeight > name.clientHeight || name.scrollWidth > name.clientWidth;
+            });
+            return [[0.01, 0.5, 0.99].map(at), wrong.map((option) => option.innerText)];
+        }"""
+    )
+    assert title == ["H1"] * 3 and wrong == []
+    assert page.evaluate("document.documentElement.scrollWidth") == 820
 
 
 def test_the_page_is_used_by_keyboard_in_few_tab_stops(page):
@@ -266,6 +307,10 @@ app.sight, app.collection, app.MAX_UPLOADS = app.Sight(sys.argv[1]), [], 4
 before = peak()
 uploads, *_ = app.upload([f"{sys.argv[2]}/{number}.png" for number in range(31)], [photograph])
 size = photograph.image.size
+app.MAX_UPLOADS_OF_ALL, said = 4, []
+app.gr.Warning = lambda text, **_: said.append(text)
+app.upload([sys.argv[2] + "/another.png"], [])  # in a session that has none yet
+assert said == ["1 more: the page is full. Try again in an hour."], said
 print(size, len(uploads), peak() - before)
 del uploads, photograph
 print(len(app.uploads_of_all))
@@ -395,3 +440,12 @@ def test_a_model_that_is_not_there_is_told_in_a_line():
     ):
         with pytest.raises(ValueError, match=text):
             Sight(name)
+
+
+def test_a_git_lfs_pointer_in_place_of_weights_is_told_in_a_line(tmp_path):
+    from sight import Sight
+
+    model = copy_checkpoint(tmp_path / "model")
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ValueError, match="is a Git LFS pointer in place of the weights. Run `git lfs pull`"):
+        Sight(str(model))

@@ -1,9 +1,11 @@
 """Searching by picture, at the command line."""
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 
 import lancedb
@@ -13,6 +15,7 @@ import torch
 from conftest import ROOT, copy_checkpoint
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
+from filelock import FileLock
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
@@ -265,6 +268,34 @@ def test_two_commands_at_once_store_each_image_once(folder, tmp_path):
     assert len(rows(index)) == len({row["hash"] for row in rows(index)}) == 12
 
 
+@pytest.mark.parametrize("command", ["add", "remove"])
+def test_other_commands_wait_for_the_one_that_writes(command, folder, tmp_path, capsys):
+    index, done = tmp_path / "index", threading.Event()
+    run(capsys, "index", folder / "a", index, *FEW_CROPS)
+    with FileLock(index / search.LOCK):
+        other = threading.Thread(target=lambda: (main(["search", command, str(folder), str(index)]), done.set()))
+        other.start()
+        stop, said = time.monotonic() + 60, ""
+        while "Waiting for it." not in said:
+            assert time.monotonic() < stop
+            said += capsys.readouterr().out
+            time.sleep(0.01)
+        assert not done.wait(0.2) and len(rows(index)) == 6
+    other.join(60)
+    assert done.is_set() and len(rows(index)) == (12 if command == "add" else 0)
+
+
+def test_an_index_that_was_made_meanwhile_by_other_settings_takes_no_images(folder, tmp_path):
+    index = tmp_path / "index"
+    found, made_by = search._agree(index, None, num_crops=0)
+    embedder = load_embedder(found, 0)
+    with search._written(index, made_by, embedder):
+        pass
+    other = search._agree(index, None, num_crops=1)[1]
+    with pytest.raises(ValueError, match="was made meanwhile by .*num_crops 0"), search._written(index, other):
+        pytest.fail("it was opened")
+
+
 def test_duplicates_of_an_earlier_version_are_removed(folder, tmp_path, capsys):
     index = tmp_path / "index"
     run(capsys, "index", folder, index, *FEW_CROPS)
@@ -283,23 +314,40 @@ def test_rows_that_leave_a_parquet_file_leave_the_index(tmp_path, capsys):
     assert sorted(row["path"] for row in rows(index)) == [f"{data}#row 0", f"{data}#row 1"]
 
 
-def test_a_kill_in_the_middle_loses_nothing_and_doubles_nothing(tmp_path):
+def test_a_full_disk_is_told_in_a_line_where_lancedb_meets_it(tmp_path, capsys):
+    """It raises a plain `RuntimeError`."""
+    index, pictures = tmp_path / "index", tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(4):  # noise, so that thumbnails are large
+        pixels = np.random.default_rng(number).integers(0, 256, (300, 300, 3), np.uint8)
+        Image.fromarray(pixels).save(pictures / f"{number}.png")
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+    try:
+        with pytest.raises(SystemExit, match="phi3-embed search: The disk is full: .*File too large") as error:
+            run(capsys, "index", pictures, index, *FEW_CROPS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert "\n" not in str(error.value)
+    assert "Added 4." in run(capsys, "index", pictures, index, *FEW_CROPS)
+
+
+def test_a_kill_in_the_middle_loses_nothing_and_doubles_nothing(tmp_path, capsys):
     folder, index = tmp_path / "pictures", tmp_path / "index"
     folder.mkdir()
     training, *_ = digits_split()
     for number, digit in enumerate(training[:48]):
         Image.fromarray(digit).resize((300, 600)).save(folder / f"{number}.png")
-    command = [*COMMAND, "index", str(folder), str(index), "--num-crops", "2"]
-    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = ["index", str(folder), str(index), "--num-crops", "2"]
+    killed = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while killed.poll() is None and not ((index / "images.lance").exists() and len(rows(index)) >= 16):
         time.sleep(0.05)
     killed.kill()
     assert killed.wait() == -9
     before = {row["hash"]: row["vector"] for row in rows(index)}
     assert 16 <= len(before) < 48
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    said = run(capsys, *arguments)
     after = rows(index)
     assert len(after) == len({row["hash"] for row in after}) == 48
-    assert f"Added {48 - len(before)}. Already there: {len(before)}." in done.stdout
+    assert f"Added {48 - len(before)}. Already there: {len(before)}." in said
     assert before.items() <= {row["hash"]: row["vector"] for row in after}.items()
