@@ -140,12 +140,12 @@ def assemble(
     ] = None,
 ):
     """Put any vision tower before any Phi-3 language model; the projection between them is trained, or to be."""
-    from phi3_tools.checkpoint.assemble import run
-
     if aligned is None and None in (tower, language_model):
         raise ValueError(
             "Give --tower and --language-model, or a trained projection between known packages: --aligned."
         )
+    from phi3_tools.checkpoint.assemble import run
+
     parts = {"tower": tower, "language_model": language_model, "crop_size": crop_size, "layer_idx": layer_idx}
     run(output, aligned, **parts, num_crops=num_crops)
 

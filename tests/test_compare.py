@@ -1,7 +1,8 @@
-"""examples/compare.py: figures of several models, the vectors that are kept, and the report in a browser."""
+"""`phi3-embed compare`: figures of several models, the vectors that are kept, and the report in a browser."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ from transformers import (
 
 from phi3_tools.cli import main
 from phi3_tools.compare import command as compare
-from phi3_tools.compare.report import measured_tasks, verdict
+from phi3_tools.compare.report import describe, measured_tasks, verdict
 from phi3_tools.compare.vectors import Key, embed
 from phi3_tools.cookbook import load_phi3_model, process_for_phi3_model
 from phi3_tools.images import DIGIT_NAMES as NAMES
@@ -269,6 +270,11 @@ def test_the_report_begins_with_a_verdict_and_tells_which_model_is_which(report,
     assert "On 30 images of 3 classes" in opening and "noise" in opening.split('id="verdict"')[1].split("</p>")[0]
     assert "CLIP’s side of the comparison" in opening and "32 × 32 pixels" in opening and "linear probe" in opening
     assert str(digits.parent) not in page and str(ROOT.parent) not in page and "phi3-embed compare" in page
+    for title, highest in (("Copies that find their original", "100%"), ("Share of pairs", r"\d+%")):  # of y axes
+        assert re.search(rf'{title}</div>\s*<div class="y"><span>{highest}</span>', page)
+    about = {"kind": "phi3_embed", "architecture": "clip_vision_model"}
+    meanings = {"mean": "of the crops in full detail and of the global view", "global": "the global view alone"}
+    assert all(words in describe(about | {"pooling": pooling}) for pooling, words in meanings.items())
 
 
 def made_up(values, differences):
@@ -355,8 +361,8 @@ def save_vit(path, image_processor=None, pooler=True, scale=1.0):
     return str(path)
 
 
-def test_clusters_of_too_few_images_have_a_value_without_an_interval(tmp_path, monkeypatch):
-    arguments = ["--model", f"{TINY}:tower", "--model", "pixels", "small-text", "--limit", 12, "--probe", 3]
+def test_clusters_of_too_few_images_have_a_value_without_an_interval(digits, tmp_path, monkeypatch):
+    arguments = ["--model", f"{TINY}:tower", "--model", "pixels", digits, "--limit", 12, "--probe", 3]
     results = compare_here(monkeypatch, tmp_path, *arguments, "--num-crops", 0)
     for name in ("NMI", "ARI"):
         assert not figure(results, name)["differences"]
@@ -372,12 +378,12 @@ def test_intervals_of_clusters_lie_around_their_value_and_hold_the_true_one():
         return np.stack((classes, np.where(rng.random(number) < 0.5, classes, rng.integers(0, 5, number))), axis=1)
 
     true, held = ari(draw(100_000)), 0
-    for _ in range(20):
+    for _ in range(8):
         made = summarise([Figure("", "ARI", {"A": draw(100), "B": draw(100)}, {}, ari)], 100, 0)[0]
         for value in made["values"].values():
             assert value["value"] - value["low"] == pytest.approx(value["high"] - value["value"])
             held += value["low"] <= true <= value["high"]
-    assert held >= 34
+    assert held >= 13  # of 16; at 95 % fewer are as good as impossible
 
 
 def test_a_model_that_gives_nan_has_no_figures_and_the_others_have(folder, monkeypatch):
@@ -388,7 +394,7 @@ def test_a_model_that_gives_nan_has_no_figures_and_the_others_have(folder, monke
     assert "6 of 6 vectors hold NaN" in values["broken"]["undefined"] and values["pixels"]["value"] > 0
 
 
-def test_a_image_that_one_model_refuses_is_left_out_of_all(folder, monkeypatch, capsys):
+def test_an_image_that_one_model_refuses_is_left_out_of_all(folder, monkeypatch, capsys):
     strict = save_vit(folder / "strict", CLIPImageProcessorPil(do_resize=False, do_center_crop=False))
     images = [noise(n, (32, 32)) for n in range(4)]
     save_all(folder, {"a": [*images[:2], noise(9, (32, 48))], "b": images[2:]})
@@ -447,12 +453,12 @@ def test_bad_input_is_told_in_a_line_before_the_work(case, folder, monkeypatch, 
 def test_poolings_of_one_pass_are_those_of_the_model(tmp_path):
     images = [Image.radial_gradient("L").resize(size).convert("RGB") for size in ((90, 30), (30, 90), (50, 50))]
     specs = [TINY, f"{TINY}:mean", f"{TINY}:global", f"{TINY}:tower"]
-    together = embed_here(tmp_path, specs, images, num_crops=4)
+    together = embed_here(tmp_path, specs, images, num_crops=2)
     for spec, (vectors, _) in zip(specs, together):
-        alone = embed_here(tmp_path / spec[-6:], [spec], images, num_crops=4)
+        alone = embed_here(tmp_path / spec[-6:], [spec], images, num_crops=2)
         np.testing.assert_allclose(vectors, alone[0][0], atol=1e-4)
     image_processor = AutoImageProcessor.from_pretrained(TINY, trust_remote_code=True)
-    inputs = image_processor(images, num_crops=4, return_tensors="pt")
+    inputs = image_processor(images, num_crops=2, return_tensors="pt")
     for pooling, found in zip(("mean", "global"), together[1:]):
         model = AutoModel.from_pretrained(TINY, trust_remote_code=True, pooling_mode=pooling).eval()
         with torch.no_grad():
@@ -479,7 +485,7 @@ TOWERS = {"dinov2": (Dinov2Model, Dinov2Config), "siglip": (SiglipVisionModel, S
 
 
 @pytest.mark.parametrize("name", ["clip", "vit", *TOWERS])
-def test_loadedof_transformers_embed_by_their_own_processor(name, tmp_path):
+def test_models_of_transformers_embed_by_their_own_processor(name, tmp_path):
     if name == "clip":
         path = save_clip(tmp_path / name)
     else:
@@ -523,7 +529,7 @@ def test_a_pooler_that_the_checkpoint_lacks_is_not_made_up(tmp_path):
     np.testing.assert_allclose(vectors, tokens[:, 0].numpy(), atol=1e-5)
 
 
-def test_captions_add_text_to_image_retrieval_for_loadedwith_a_text_side(folder, monkeypatch):
+def test_captions_add_text_to_image_retrieval_for_models_with_a_text_side(folder, monkeypatch):
     clip = save_clip(folder / "clip")
     save_all(folder, {"a": [noise(n) for n in range(3)]})
     rows = "".join(f"a/{n}.png,a {word} square\n" for n, word in enumerate(["red", "blue", "red blue"]))
@@ -536,7 +542,7 @@ def test_captions_add_text_to_image_retrieval_for_loadedwith_a_text_side(folder,
     assert 0 <= values["clip"]["value"] <= 1 and values["clip"]["n"] == 3
 
 
-def test_several_captions_a_image_are_refused(folder, monkeypatch):
+def test_several_captions_an_image_are_refused(folder, monkeypatch):
     save_all(folder, {"a": [noise(n) for n in range(2)]})
     rows = "".join(json.dumps({"file_name": f"a/{n}.png", "caption": ["one", "other"]}) + "\n" for n in range(2))
     (folder / "pictures" / "metadata.jsonl").write_text(rows)
@@ -612,6 +618,6 @@ def test_the_cookbooks_comparison_runs_as_written(tmp_path, monkeypatch):
     loaded = [load_phi3_model(), load_phi3_model(fine_tuned=True), load_phi3_model(str(ROOT))]
     assert [hasattr(model, "language_model") for model in loaded] == [False, True, True]
     with torch.no_grad():
-        base, *others = (model.get_image_features(process_for_phi3_model(images)) for model in loaded)
+        base, *others = (model.get_image_features(process_for_phi3_model(images[:1])) for model in loaded)
     for other in others:
         torch.testing.assert_close(base, other)

@@ -9,8 +9,6 @@ import torch
 from phi3_embed.configuration_phi3_embed import CLIP_VIT_LARGE_PATCH14_336, Phi3EmbedConfig
 from phi3_embed.modeling_phi3_embed import Phi3EmbedModel
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor
-from PIL import Image
-from transformers import pipeline
 
 from phi3_tools.checkpoint.layout import published_names
 
@@ -92,17 +90,6 @@ def test_image_tokens_equal_the_original_at_full_size(full_model, name, attn_imp
     np.testing.assert_allclose(tokens[arrays["token_index"]], arrays["tokens"], **close)
     assert_probes_close(tokens, arrays, **close)
     np.testing.assert_allclose(features[:, arrays["feature_index"]], arrays["features"], **close)
-
-
-@pytest.mark.full_size
-def test_a_pipelines_tokens_equal_the_original_at_full_size(full_model):
-    arrays, note = golden.load("embedding_wide_nc1")
-    full_model.set_attn_implementation("sdpa")
-    image_processor = Phi3EmbedImageProcessor(num_crops=note["num_crops"])
-    extract = pipeline("image-feature-extraction", model=full_model, image_processor=image_processor)
-    pictures = [Image.fromarray(golden.image(**picture)) for picture in note["images"]]
-    tokens = extract(pictures * 2, batch_size=2, return_tensors=True)[1][0].numpy()
-    np.testing.assert_allclose(tokens[arrays["token_index"]], arrays["tokens"], **close)
 
 
 @pytest.mark.full_size

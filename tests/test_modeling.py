@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import SMALL_TOWER, small_config, small_model, small_pixels
+from conftest import SMALL_TOWER, small_config, small_model, small_pixels, whole_model
 from phi3_embed.configuration_phi3_embed import CLIP_VIT_LARGE_PATCH14_336, Phi3EmbedConfig
 from phi3_embed.modeling_phi3_embed import (
     CLOSING_MODULES,
@@ -444,6 +444,16 @@ def test_a_tower_that_takes_more_or_else_than_pixels_is_an_error(model_type, mes
         build_vision_tower(small_config({"model_type": model_type}))
 
 
+def test_no_code_that_a_part_names_is_run(monkeypatch):
+    code = {"auto_map": dict.fromkeys(("AutoConfig", "AutoModel"), "someone/other--code.Class")}
+    fetch = "transformers.models.auto.auto_factory.get_class_from_dynamic_module"
+    monkeypatch.setattr(fetch, lambda *_, **__: pytest.fail("code was asked for"))
+    model = whole_model(text=code, tower=code)
+    for part in (model.model.vision_embed_tokens.img_processor, model.model.language_model):
+        assert type(part).__module__.startswith("transformers.models.")
+        assert part.config.auto_map == code["auto_map"]
+
+
 # Training
 
 
@@ -508,14 +518,16 @@ def test_image_sizes_as_a_list_of_pairs(model):
 @pytest.mark.slow  # a compiler runs
 def test_get_image_features_compiles_to_one_graph_and_agrees(model):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model.get_image_features, fullgraph=True, dynamic=True)
-    for grids in ([(2, 2), (1, 3)], [(1, 1), (2, 1)], [(3, 2), (0, 0)]):
+    for grids in ([(2, 2), (1, 3), (4, 1)], [(1, 8), (2, 1)], [(3, 2), (0, 0), (1, 1), (1, 2)]):
         images = small_pixels(*grids)
         wanted, outputs = model.get_image_features(**images), compiled(**images)
         assert len(outputs.last_hidden_state) == len(images["pixel_values"])  # no padding is encoded
-        for pair in zip(outputs.pooler_output, wanted.pooler_output):
+        for pair in zip(outputs.pooler_output, wanted.pooler_output, strict=True):
             assert_same(*pair)
         assert_same(outputs.image_embeds, wanted.image_embeds)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_resize_token_embeddings_moves_the_end_of_the_vocabulary():

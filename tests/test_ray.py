@@ -1,4 +1,4 @@
-"""examples/embed_ray.py on a local Ray of two nodes, with a worker and a driver killed."""
+"""`phi3-embed embed` on a local Ray of two nodes, with a worker and a driver killed."""
 
 import io
 import os
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import CHECKPOINT_FILES, ROOT, copy_checkpoint, run_python
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from ray.cluster_utils import Cluster
@@ -35,7 +35,7 @@ TIMEOUT = 240  # seconds; processes of Ray start slowly
 def cluster():
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 2**28})
     for _ in range(2):
-        cluster.add_node(num_cpus=2, object_store_memory=2**28)
+        cluster.add_node(num_cpus=1, object_store_memory=2**28)
     yield cluster
     cluster.shutdown()
 
@@ -167,18 +167,27 @@ def test_parquet_and_webdataset_give_the_same_vectors(cluster, files, vectors, t
 def test_texts_and_texts_with_images_are_embedded_by_a_template(cluster, whole_checkpoint, tmp_path):
     model = SentenceTransformer(whole_checkpoint, trust_remote_code=True, processor_kwargs={"num_crops": 1})
     model[0].processing_kwargs["image"]["num_crops"] = 1
-    images = [Image.new("RGB", (60, 40), colour) for colour in ("red", "blue")]
-    texts, said = ["a dress", ""], ["It is a dress.", None]
-    Dataset.from_dict({"image": images, "words": texts}).to_parquet(tmp_path / "both.parquet")
-    Dataset.from_dict({"words": texts}).to_parquet(tmp_path / "texts.parquet")
-    for source, wanted in (("both", {"text": said[0], "image": images[0]}), ("texts", said[0])):
-        more = ["--model", whole_checkpoint, "--text-column", "words", "--template", "It is {text}."]
-        driver = begin(cluster, tmp_path / f"{source}.parquet", tmp_path / source, *more)
-        printed, errors = driver.communicate(timeout=TIMEOUT)
-        assert driver.returncode == 0, errors
-        first, second = pq.read_table(tmp_path / source).to_pylist()
-        np.testing.assert_allclose(first["embedding"], model.encode_document(wanted), atol=1e-6)
-        assert second["embedding"] is None and second["error"] == "the row holds no text"
+    image = Image.new("RGB", (60, 40), "red")
+    rows = {"image": [image, None, image], "words": ["a dress", "a dress", ""]}
+    Dataset.from_dict(rows, Features({"image": ImageFeature(), "words": Value("string")})).to_parquet(
+        tmp_path / "both.parquet"
+    )
+    more = ["--model", whole_checkpoint, "--text-column", "words", "--template", "It is {text}."]
+    driver = begin(cluster, tmp_path / "both.parquet", tmp_path / "out", *more)
+    errors = driver.communicate(timeout=TIMEOUT)[1]
+    assert driver.returncode == 0, errors
+    both, text, none = pq.read_table(tmp_path / "out").to_pylist()
+    said = "It is a dress."
+    for row, wanted in ((both, {"text": said, "image": image}), (text, said)):
+        np.testing.assert_allclose(row["embedding"], model.encode_document(wanted), atol=1e-6)
+    assert none["embedding"] is None and none["error"] == "the row holds no text"
+
+
+def test_a_table_of_texts_alone_is_read_by_a_template(whole_checkpoint, tmp_path):
+    Dataset.from_dict({"words": ["a dress", ""]}).to_parquet(tmp_path / "texts.parquet")
+    (shard,) = make_shards(tmp_path / "texts.parquet", 2, text_column="words")
+    row = embed_ray.Preprocess(find_model(whole_checkpoint), 1, "It is {text}.")(shard)
+    assert row["items"] == [(None, "It is a dress.")] and row["errors"] == ["", "the row holds no text"]
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,19 @@
-"""A program on the public surface, for pyright to check; it is not run."""
+"""A program on the public surface, for pyright to check by all its basic rules; it is not run."""
+
+# pyright: basic
 
 from pathlib import Path
 from typing import assert_type
 
 import numpy as np
 import torch
-from phi3_embed.configuration_phi3_embed import Phi3EmbedConfig
-from phi3_embed.modeling_phi3_embed import Phi3EmbedForImageClassification, Phi3EmbedModel, Phi3ImageEmbedding
-from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor, Phi3EmbedProcessor
 from PIL import Image
 from torch import nn
 from transformers import AutoTokenizer, BatchFeature
+
+from configuration_phi3_embed import Phi3EmbedConfig
+from modeling_phi3_embed import Phi3EmbedForImageClassification, Phi3EmbedModel, Phi3ImageEmbedding
+from processing_phi3_embed import Phi3EmbedImageProcessor, Phi3EmbedProcessor
 
 config = Phi3EmbedConfig(pooling_mode="global", vision_config={"model_type": "dinov2"}, num_labels=3)
 assert_type(config.crop_size, int)
