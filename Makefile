@@ -20,6 +20,7 @@ test: $(VENV)/transformers-tests $(VENV)/browser $(VENV)/quantizers lint
 check: $(CHECK)/ready
 	$(CHECK)/bin/ruff check .
 	$(CHECK)/bin/ruff format --check .
+	$(CHECK)/bin/pyright --pythonpath $(CHECK)/bin/python *_phi3_embed.py tests/typed_program.py
 	$(CHECK)/bin/python -m pytest -m "not full_size and not slow" @tests/modules.txt
 
 # The modules' tests on the oldest transformers that requirements.txt admits, the one before, and the newest.

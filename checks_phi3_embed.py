@@ -301,24 +301,25 @@ def check_image_tokens(tokens: torch.Tensor, grid: tuple[int, int], num_tokens: 
 
 def check_labels(config: Phi3EmbedConfig, labels: torch.Tensor, num_images: int) -> None:
     check_tensor("labels", labels)
-    is_single_label = config.num_labels > 1 and (
+    num_labels: int = config.num_labels
+    is_single_label = num_labels > 1 and (
         config.problem_type == "single_label_classification"
         or (config.problem_type is None and not labels.is_floating_point())
     )
-    shapes = [(num_images,)] if is_single_label else [(num_images, config.num_labels)]
-    if config.num_labels == 1:
+    shapes = [(num_images,)] if is_single_label else [(num_images, num_labels)]
+    if num_labels == 1:
         shapes.append((num_images,))
     if tuple(labels.shape) not in shapes or labels.is_floating_point() == is_single_label:
         raise ValueError(
             f"`labels` are of shape {tuple(labels.shape)} and dtype {labels.dtype}, but with `num_labels` "
-            f"{config.num_labels} and `problem_type` {config.problem_type!r} must be "
+            f"{num_labels} and `problem_type` {config.problem_type!r} must be "
             f"{'ints' if is_single_label else 'floating point'} of shape {shapes[-1]}."
         )
     if not is_single_label or torch.compiler.is_compiling():
         return
-    wrong = labels[(labels >= config.num_labels) | ((labels < 0) & (labels != IGNORED_LABEL))]
+    wrong = labels[(labels >= num_labels) | ((labels < 0) & (labels != IGNORED_LABEL))]
     if len(wrong):
         raise ValueError(
-            f"`labels` hold {wrong[0].item()}, but must be from 0 to {config.num_labels - 1}, or {IGNORED_LABEL} for "
+            f"`labels` hold {wrong[0].item()}, but must be from 0 to {num_labels - 1}, or {IGNORED_LABEL} for "
             "images that do not count."
         )

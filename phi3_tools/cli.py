@@ -162,6 +162,10 @@ def compare(
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     text_column: TextColumn = None,
+    question: Annotated[
+        str | None,
+        typer.Option(help="asked about the images; their captions or classes are the answers", show_default=False),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="a random sample of so many images", show_default=False)
     ] = None,
@@ -179,7 +183,7 @@ def compare(
     from phi3_tools.compare.command import run
 
     columns = {"image_column": image_column, "label_column": label_column, "text_column": text_column}
-    settings = {"limit": limit, "probe": probe, "num_crops": num_crops, "resamples": resamples}
+    settings = {"question": question, "limit": limit, "probe": probe, "num_crops": num_crops, "resamples": resamples}
     run(model, source, output, split, **columns, **settings, batch_size=batch_size, seed=seed, cache=cache)
 
 

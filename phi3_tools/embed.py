@@ -10,6 +10,7 @@ that have no file. Some processes read and preprocess shards while others have t
 a cluster, whose machines all see source, output and model; without it Ray is started here.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -35,7 +36,7 @@ from phi3_tools.models import (
     load_model,
     pick_device,
 )
-from phi3_tools.results import one_line, say_left_out, write_beside, write_text
+from phi3_tools.results import is_disk_full, one_line, say_left_out, write_beside, write_text
 
 
 def run(
@@ -220,6 +221,8 @@ def embed(shards, folder, copies, model, num_crops, template, dtype):
     try:
         _follow_progress(done, shards, copies)
     except ray.exceptions.RayTaskError as error:
+        if is_disk_full(error):
+            raise OSError(errno.ENOSPC, "a worker has no space left to write to") from error
         raise ValueError(f"{one_line(error.cause)}. What is done is kept: the same command goes on.") from error
 
 

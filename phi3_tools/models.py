@@ -355,6 +355,45 @@ def embed_words(model, tokenizer, words: Sequence[str]) -> np.ndarray:
     return torch.nn.functional.normalize(vectors, dim=-1).numpy(force=True)
 
 
+def encode_conversation(messages: list[dict], processor, num_crops: int | None = None) -> dict[str, torch.Tensor]:
+    """
+    Messages as a chat template takes them -> `input_ids` and `labels` `(length,)`, -100 where the assistant says
+    nothing, and their images' pixels.
+
+    Raises:
+        ValueError: the template marks no answers.
+    """
+    inputs = processor.apply_chat_template(
+        [messages],
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        processor_kwargs={"return_tensors": "pt"} | ({} if num_crops is None else {"num_crops": num_crops}),
+    )
+    input_ids = inputs.pop("input_ids")[0]
+    is_answer = torch.as_tensor(inputs.pop("assistant_masks"))[0].bool()
+    if not is_answer.any():
+        raise ValueError("The processor's chat template marks no answers: it needs {% generation %}.")
+    return {**inputs, "input_ids": input_ids, "labels": input_ids.masked_fill(~is_answer, -100)}
+
+
+@torch.inference_mode()
+def score_answer(model, inputs: dict[str, torch.Tensor]) -> tuple[bool, float]:
+    """
+    What [`encode_conversation`] gives -> whether a whole model would answer so to the letter, as each token of the
+    answers is the likeliest after those before it, and their loss a token.
+    """
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    labels = inputs.pop("labels")[1:]
+    places = (labels != -100).nonzero().squeeze(1)
+    inputs["input_ids"] = inputs["input_ids"][None]
+    logits, labels = model(**inputs, logits_to_keep=places).logits[0].float(), labels[places]
+    ends = torch.isin(labels, torch.tensor(model.generation_config.eos_token_id, device=labels.device))
+    is_before_end = ends.cumsum(0) - ends.long() == 0  # what a template says after the end, no model has to
+    is_exact = ((logits.argmax(-1) == labels) | ~is_before_end).all().item()
+    return is_exact, torch.nn.functional.cross_entropy(logits, labels).item()
+
+
 def _load_pixels(model, num_crops, dtype, device, loaded):
     def encode(images, poolings):
         small = [image.convert("RGB").resize((PIXELS_SIDE,) * 2, Image.Resampling.BILINEAR) for image in images]

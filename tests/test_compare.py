@@ -36,6 +36,7 @@ from transformers import (
     ViTMAEConfig,
     ViTMAEModel,
     ViTModel,
+    pipeline,
 )
 
 from phi3_tools.cli import main
@@ -43,6 +44,7 @@ from phi3_tools.compare import command as compare
 from phi3_tools.compare.report import describe, measured_tasks, verdict
 from phi3_tools.compare.vectors import Key, embed
 from phi3_tools.cookbook import load_phi3_model, process_for_phi3_model
+from phi3_tools.digits import NAME_IT, ask
 from phi3_tools.images import DIGIT_NAMES as NAMES
 from phi3_tools.images import digits_split
 from phi3_tools.measures import Figure, ari, gram, linear_cka, recall, retrieval, same_class_retrieval, summarise, unit
@@ -540,6 +542,29 @@ def test_captions_add_text_to_image_retrieval_for_models_with_a_text_side(folder
     assert figure(results, "recall@1")["values"]["pixels"]["undefined"] == "there are no two classes"
     values = [each for each in results["figures"] if each["group"] == "Image to text"][0]["values"]
     assert 0 <= values["clip"]["value"] <= 1 and values["clip"]["n"] == 3
+
+
+def test_whole_models_are_asked_and_their_answers_kept(digits, folder, embedding_checkpoint, monkeypatch, capsys):
+    specs = ["--model", TINY, "--model", f"{TINY}:tower", "--model", embedding_checkpoint, "--model", "pixels"]
+    arguments = [*specs, digits, "--num-crops", 0, "--probe", 1, "--question", NAME_IT]
+    results = compare_here(monkeypatch, folder, *arguments)
+    exact, loss = figure(results, "exact answers")["values"], figure(results, "loss a token")["values"]
+    whole, embedding = ROOT.name, f"{ROOT.name} (tower)"
+    assert exact[whole]["value"] > 0.9 and 0 <= loss[whole]["low"] <= loss[whole]["value"] < 0.2
+    assert exact[whole] == exact[embedding]  # of one language model, whatever makes the vectors
+    assert exact["pixels"]["undefined"] == exact["phi3-embed"]["undefined"] == "it has no language model"
+    assert "Answering with the right words" in (folder / "out" / "report.html").read_text()
+    # What a model is likeliest to say is what it says.
+    answer = pipeline("image-text-to-text", model=TINY, trust_remote_code=True)
+    paths = [next((digits / name).glob("[0-9]*.png")) for name in NAMES[:3]]
+    settings = {"return_full_text": False, "max_new_tokens": 8, "processor_kwargs": {"num_crops": 0}}
+    told = [answer(text=ask(NAME_IT, [Image.open(path)]), **settings)[0]["generated_text"] for path in paths]
+    assert [text.strip() for text in told] == [*NAMES[:3]]
+    capsys.readouterr()
+    assert compare_here(monkeypatch, folder, *arguments)["figures"] == results["figures"]
+    assert "Answers by" not in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--question has no right answers here"):
+        compare_here(monkeypatch, folder, "--model", TINY, digits / "one", "--question", "?")
 
 
 def test_several_captions_an_image_are_refused(folder, monkeypatch):

@@ -11,6 +11,8 @@ from phi3_embed import configuration_phi3_embed, processing_phi3_embed
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
 
+from phi3_tools.cli import main
+
 
 @pytest.mark.parametrize("module", [configuration_phi3_embed, processing_phi3_embed])
 def test_examples_in_docstrings(module, monkeypatch):
@@ -51,5 +53,5 @@ def test_the_demo_runs_on_a_folder_and_names_what_it_cannot_read(tmp_path):
     done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=300, env=os.environ)
     assert done.returncode == 0, done.stderr
     assert "broken.png" in done.stdout.replace("\n", "") and "recall@1" in done.stdout and "Drawn: " in done.stdout
-    done = subprocess.run([*command[:4], tmp_path / "none"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and "There is no" in done.stderr
+    with pytest.raises(SystemExit, match="phi3-embed demo: There is no"):
+        main(["demo", str(tmp_path / "none")])

@@ -97,6 +97,8 @@ def test_sentence_transformers_gives_the_last_token_of_what_the_authors_write(na
     if name == "dse":
         np.testing.assert_allclose(model.encode_document("a cat"), by_hand("passage: a cat</s>"), atol=1e-6)
     np.testing.assert_allclose(model.encode_document(IMAGE), wanted["image"], atol=1e-6)
+    with pytest.raises(Exception, match="A text is empty, so it has no vector"):
+        model.encode(["a cat", " "])
 
 
 def test_a_model_is_saved_and_loaded_again_with_its_recipe(by_recipe, tmp_path):

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,6 +31,11 @@ COLORS = {"dog": (30, 30, 200), "front": (30, 200, 30), "cat": (200, 30, 30)}
 ALIGN = "--task align --validation 0.2 --num-crops 0 --per-device-train-batch-size 8 --disable-tqdm true"
 
 LONG = f"{ALIGN} --words --num-train-epochs 30 --learning-rate 3e-3 --token-dropout 0.2 --feature-dropout 0.1"
+
+FOUR_STEPS = (
+    "--validation 0 --num-crops 0 --max-steps 4 --logging-steps 1 --save-strategy steps --save-steps 2 "
+    "--per-device-train-batch-size 8 --disable-tqdm true"
+)
 
 
 def make_images(folder, per_class=10):
@@ -58,6 +65,11 @@ def start(tmp_path_factory):
 def finetune(source, model, output, options):
     command.run([str(source), "--model", str(model), "--output", str(output), *options.split()])
     return json.loads((Path(output) / "metrics.json").read_text())
+
+
+def losses(folder):
+    history = json.loads((Path(folder) / "metrics.json").read_text())["history"]
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
 
 def load(folder):
@@ -142,6 +154,54 @@ def test_instructing_trains_adapters_of_the_language_model_and_the_projection(al
     }
     assert len(changed) == 2 * 4 and all(re.fullmatch(LORA_TARGETS, name.removesuffix(".weight")) for name in changed)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("train", ["lora", "all"])
+def test_a_killed_instructing_goes_on_as_if_it_had_not_been(train, aligned, images, tmp_path):
+    options = f"--task instruct --train {train} {FOUR_STEPS}"
+    finetune(images, aligned[0], tmp_path / "whole", options)
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    shutil.rmtree(last_checkpoint(tmp_path / "killed"))
+    (tmp_path / "killed" / "metrics.json").unlink()
+    finetune(images, aligned[0], tmp_path / "killed", options)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "whole"))
+    assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+
+# The launched processes train one after the other.
+TRAININGS = """
+import sys
+import torch
+from phi3_tools.finetune import command
+torch.distributed.destroy_process_group = lambda: None
+for words in sys.argv[1:]:
+    command.run(words.split())
+    assert torch.distributed.get_world_size() == 2
+"""
+
+
+@pytest.mark.hub
+def test_two_processes_align_and_instruct_as_one_does_and_push(aligned, images, start, hub, tmp_path):
+    (tmp_path / "script.py").write_text(TRAININGS)
+    trainings = {"align": start, "instruct": aligned[0]}
+    commands = []
+    for task, model in trainings.items():
+        finetune(images, model, tmp_path / "alone" / task, f"--task {task} {FOUR_STEPS}")
+        halved = f"--task {task} {FOUR_STEPS.replace('batch-size 8', 'batch-size 4')}"
+        push = f"--push-to-hub --hub-model-id someone/{task}"
+        commands.append(f"{images} --model {model} --output {tmp_path / task} {halved} {push}")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(tmp_path / "script.py")]
+    environment = os.environ | hub.environment(tmp_path / "home")
+    done = subprocess.run(
+        [sys.executable, *launcher, *commands], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    for task in trainings:
+        assert losses(tmp_path / task) == pytest.approx(losses(tmp_path / "alone" / task), abs=1e-4)
+        pushed = hub.files(f"someone/{task}", "main")
+        assert {"README.md", "model.safetensors", "modeling_phi3_embed.py", "metrics.json"} <= pushed.keys()
+        assert not any(str(tmp_path).encode() in content for content in pushed.values())
 
 
 @pytest.mark.parametrize("task", ["align", "instruct"])

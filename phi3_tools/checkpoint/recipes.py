@@ -155,16 +155,18 @@ def chat_template(recipe: Recipe) -> str:
     {%- endif -%}
   {%- endfor -%}
 {%- endfor -%}
-{%- if not seen.images -%}TEXT
+{%- if not seen.images and not seen.text.strip() -%}EMPTY
+{%- elif not seen.images -%}TEXT
 {%- elif not seen.text -%}IMAGE
 {%- else -%}BOTH
 {%- endif -%}
 """
     replaced = {
+        "EMPTY": '{{- raise_exception("A text is empty, so it has no vector. Give words.") -}}',
         "TAG": _expression(recipe.image_tag, {"number": "seen.number"}),
         **{key: _form(recipe, name) for key, name in zip(("TEXT", "IMAGE", "BOTH"), FORMS)},
     }
-    return re.sub(r"\b(TAG|TEXT|IMAGE|BOTH)\b", lambda match: replaced[match[0]], collected)
+    return re.sub(r"\b(EMPTY|TAG|TEXT|IMAGE|BOTH)\b", lambda match: replaced[match[0]], collected)
 
 
 def _form(recipe, name):

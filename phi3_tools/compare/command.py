@@ -26,6 +26,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from phi3_tools import measures
+from phi3_tools.compare.answers import EXACT, LOSS, answer
 from phi3_tools.compare.changes import CHANGES, CHANGES_VERSION, SHRINKS
 from phi3_tools.compare.report import data_uri, format_cost, format_value, write_report
 from phi3_tools.compare.vectors import VECTORS, Embedded, Key, embed
@@ -37,9 +38,10 @@ from phi3_tools.results import check_writable, console, say_left_out, without_pa
 PACKAGES = ("torch", "transformers", "sentence-transformers", "scikit-learn", "scipy", "numpy", "pillow")
 RETRIEVAL, HELD_OUT, CLUSTERING = "Same-class retrieval", "Classification of held-out images", "Clustering"
 ROBUSTNESS, DETAIL, TO_IMAGE, TO_TEXT = "Robustness", "Fine detail", "Text to image", "Image to text"
+ANSWERS = "Answers"
 ALL, ALL_CHANGES = "all", "mean of all changes"
 CKA_IMAGES = 200
-LOWER_IS_BETTER = ("moved", "fall of recall@1")
+LOWER_IS_BETTER = ("moved", "fall of recall@1", LOSS)
 
 
 class Item(NamedTuple):
@@ -64,6 +66,7 @@ def run(
     image_column: str | None = None,
     label_column: str | None = None,
     text_column: str | None = None,
+    question: str | None = None,
     limit: int | None = None,
     probe: int = 100,
     num_crops: int | None = None,
@@ -85,6 +88,8 @@ def run(
     found = [find_model(text) for text in dict.fromkeys(models)]
     columns = {"image_column": image_column, "label_column": label_column, "text_column": text_column}
     items, classes, facts = load_items(source, split, limit, seed, **columns)
+    if question and not any(item.words for item in items):
+        raise ValueError("--question has no right answers here: the images have neither captions nor classes.")
 
     probed = np.sort(np.random.default_rng(seed).permutation(len(items))[:probe])
     texts = [item.words for item in items if item.words]
@@ -97,6 +102,8 @@ def run(
     units = {label: units_of(space) for label, space in spaces.items() if label not in undefined}
     of_all = {label: space[ALL] for label, space in units.items()}
     figures = measure(items, probed, units, {label: embedded[label].texts for label in units}, undefined, seed)
+    if question:
+        figures += measure_answers(dict(zip(embedded, found)), items, question, num_crops, cache)
     with console.status("Resampling"):
         results = {
             "about": {"command": command_again(found, arguments)} | about(arguments, items, started) | facts,
@@ -282,6 +289,26 @@ def measure(items, probed, units, texts, undefined, seed) -> list[Figure]:
     return figures
 
 
+def measure_answers(models: dict[str, Model], items, question, num_crops, cache) -> list[Figure]:
+    """What [`answer`] gives of all models."""
+    samples, undefined = {}, {}
+    for label, model in models.items():
+        try:
+            samples[label] = answer(model, items, question, num_crops, cache)
+        except Undefined as reason:
+            undefined[label] = str(reason)
+    return [
+        Figure(
+            ANSWERS,
+            name,
+            {label: values[name] for label, values in samples.items()},
+            undefined,
+            higher_is_better=name != LOSS,
+        )
+        for name in (EXACT, LOSS)
+    ]
+
+
 def compare_spaces(units: dict[str, np.ndarray], resamples: int, seed: int) -> list[dict]:
     """How alike each two spaces are: linear CKA on a sample of the images, and shared neighbours among all."""
     if len(units) < 2:
@@ -346,7 +373,8 @@ def command_again(models: list[Model], arguments) -> str:
     words = ["phi3-embed", "compare", without_path(arguments["source"])]
     for model in models:
         words += ["--model", model.pinned_text.replace(model.name, without_path(model.name))]
-    for name in ("split", "image_column", "label_column", "text_column", "limit", "probe", "num_crops", "seed"):
+    columns = ("image_column", "label_column", "text_column")
+    for name in ("split", *columns, "question", "limit", "probe", "num_crops", "seed"):
         if arguments[name] is not None:
             words += [f"--{name.replace('_', '-')}", str(arguments[name])]
     return shlex.join(words)

@@ -43,11 +43,12 @@ TASKS = {
         "finding the original of a small copy",
     ),
     ("Text to image", "recall@1"): ("Finding an image by words (recall@1)", "finding an image by words"),
+    ("Answers", "exact answers"): ("Answering with the right words", "answering with the right words"),
     ("Image to text", "recall@1"): ("Finding the words for an image (recall@1)", "finding the words for an image"),
 }
 FAMILIES = {"clip_vision_model": "CLIP", "clip": "CLIP", "siglip_vision_model": "SigLIP", "siglip": "SigLIP"}
 FAMILIES |= {"dinov2": "DINOv2", "vit": "ViT"}
-DECIMALS = ("NMI", "ARI", "moved")
+DECIMALS = ("NMI", "ARI", "moved", "loss a token")
 
 
 def is_decimal(figure):

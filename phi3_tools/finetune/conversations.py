@@ -11,12 +11,12 @@ from pathlib import Path
 
 import datasets
 import pyarrow.parquet as pq
-import torch
 from datasets import Dataset
 
 from phi3_tools.finetune.data import load_splits, split_at_random
 from phi3_tools.finetune.settings import QUESTIONS, DataOptions
 from phi3_tools.images import HUB_ID, IMAGE, LABEL, NAME, SPLITS, TEXT, UNDECODED, load_images, own_image, read_image
+from phi3_tools.models import encode_conversation
 from phi3_tools.results import name_some, one_line
 
 MESSAGES, IMAGES = "messages", "images"
@@ -219,21 +219,11 @@ def encode(row: dict, processor, num_crops: int | None, longest: int) -> dict:
     Raises:
         ValueError: it is longer than `longest` tokens, an image cannot be read, or the template marks no answers.
     """
-    inputs = processor.apply_chat_template(
-        [conversation(row, processor)],
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        processor_kwargs={"return_tensors": "pt"}
-        | ({} if num_crops is None or not row[IMAGES] else {"num_crops": num_crops}),
-    )
-    input_ids = inputs.pop("input_ids")[0]
-    is_answer = torch.as_tensor(inputs.pop("assistant_masks"))[0].bool()
-    if not is_answer.any():
-        raise ValueError("The processor's chat template marks no answers: it needs {% generation %}.")
-    if len(input_ids) > longest:
+    inputs = encode_conversation(conversation(row, processor), processor, num_crops if row[IMAGES] else None)
+    length = len(inputs["input_ids"])
+    if length > longest:
         raise ValueError(
-            f"{row[NAME]} takes {len(input_ids)} tokens, and the language model reads {longest}. Shorten the text, or "
+            f"{row[NAME]} takes {length} tokens, and the language model reads {longest}. Shorten the text, or "
             "give fewer --num-crops."
         )
-    return {**inputs, "input_ids": input_ids, "labels": input_ids.masked_fill(~is_answer, -100)}
+    return inputs

@@ -8,7 +8,6 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
-from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -18,6 +17,7 @@ from phi3_tools.finetune.conversations import MESSAGES, conversation, encode
 from phi3_tools.finetune.data import ValidatesAll
 from phi3_tools.finetune.settings import Settings
 from phi3_tools.images import NAME
+from phi3_tools.models import score_answer
 
 OTHER = "(other)"  # an answer that names no class
 # Held-out conversations that are answered, and of these how many are shown.
@@ -153,13 +153,7 @@ def ask(model: PreTrainedModel, processor, rows: Dataset, num_crops: int | None,
         output = model.generate(**inputs, max_new_tokens=most, do_sample=False)
         answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for row in batch:
-            whole = encode(row, processor, num_crops, longest)
-            labels = whole.pop("labels")[1:].to(model.device)
-            places = (labels != -100).nonzero().squeeze(1)
-            whole = {name: tensor.to(model.device) for name, tensor in whole.items()}
-            whole["input_ids"] = whole["input_ids"][None]
-            logits = model(**whole, logits_to_keep=places).logits[0].float()
-            losses.append(F.cross_entropy(logits, labels[places]).item())
+            losses.append(score_answer(model, encode(row, processor, num_crops, longest))[1])
     return [answer.strip() for answer in answers], float(np.mean(losses))
 
 
