@@ -1,10 +1,9 @@
 """What all tests share."""
 
 import copy
+import functools
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 # Before transformers is imported, here and in the processes that tests start: no test may reach for the network.
@@ -16,12 +15,33 @@ ROOT = Path(__file__).resolve().parent.parent
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from fresh import run_fresh  # noqa: E402
 from hub_server import HubServer  # noqa: E402
 from phi3_embed.configuration_phi3_embed import Phi3EmbedConfig  # noqa: E402
 from phi3_embed.modeling_phi3_embed import Phi3EmbedModel, Phi3VisionForConditionalGeneration  # noqa: E402
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor, Phi3EmbedProcessor  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers  # noqa: E402
-from transformers import PreTrainedTokenizerFast  # noqa: E402
+from transformers import PreTrainedTokenizerFast, dynamic_module_utils  # noqa: E402
+
+# transformers parses a checkpoint's code at each load, a third of a second; here that of one file once.
+parse_imports = dynamic_module_utils.get_imports
+parse_once = functools.cache(lambda path, _: parse_imports(path))
+dynamic_module_utils.get_imports = lambda path: parse_once(path, os.stat(path).st_mtime_ns)
+
+
+# Begun first, as they take longest: so no worker waits at the end for another.
+LONGEST = (
+    "test_finetune_command.py",
+    "test_typing.py",
+    "test_golden_language_model.py",
+    "test_golden.py",
+    "test_ray.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 SMALL_TOWER = {
     "model_type": "clip_vision_model",
@@ -210,15 +230,8 @@ def copy_checkpoint(folder):
     return folder
 
 
-def run_python(code, *arguments, **environment):
+def run_python(code, *arguments, run=run_fresh, **environment):
     """Runs code in a fresh process outside the repository -> what it printed. Fails as the process does."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"} | environment,
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run("-c", code, *arguments, env={"HF_HUB_DISABLE_PROGRESS_BARS": "1"} | environment)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -17,6 +17,7 @@ import published
 import pytest
 import torch
 from conftest import ROOT, copy_checkpoint, run_python
+from fresh import run_alone
 from PIL import Image
 from playwright.sync_api import expect
 from sklearn.datasets import load_digits
@@ -315,7 +316,7 @@ print(size, len(uploads), peak() - before)
 del uploads, photograph
 print(len(app.uploads_of_all))
 """
-    printed = run_python(code, ROOT, tmp_path, PYTHONPATH=str(ROOT / "space"))
+    printed = run_python(code, ROOT, tmp_path, run=run_alone, PYTHONPATH=str(ROOT / "space"))
     size, taken, megabytes, left = printed.rsplit(maxsplit=3)
     assert size == "(1224, 1632)"  # 48 megapixels on their side
     assert left == "0"  # with the session they are gone

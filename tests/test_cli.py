@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, copy_checkpoint, run_python
+from fresh import run_alone
 
 from phi3_tools.cli import error_line, main
 
@@ -28,7 +29,7 @@ main(["search", "index", "--help"])
 main(["embed", "--help"])
 print(sorted({"torch", "transformers", "datasets", "lancedb", "ray"} & set(sys.modules)))
 """
-    said = run_python(code)
+    said = run_python(code, run=run_alone)
     assert all(re.search(rf"^  {command} ", said, re.MULTILINE) for command in COMMANDS)
     assert "NAME[@REVISION]" in said and said.endswith("[]\n")
 
@@ -59,6 +60,8 @@ NAMES = {"sklearn": "scikit-learn", "sentence_transformers": "sentence-transform
 
 @pytest.mark.parametrize(("command", "package", "extra"), MISSING)
 def test_a_missing_package_is_told_in_a_line(command, package, extra, monkeypatch):
+    import transformers.trainer  # noqa: F401  # which asks for peft too, but only if it is there
+
     for name in [name for name in sys.modules if name.startswith("phi3_tools.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)

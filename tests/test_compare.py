@@ -1,7 +1,6 @@
 """`phi3-embed compare`: figures of several models, the vectors that are kept, and the report in a browser."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import torch
 from conftest import ROOT
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
+from fresh import run_fresh
 from phi3_embed.modeling_phi3_embed import Phi3EmbedModel
 from PIL import Image
 from safetensors.numpy import load_file
@@ -60,9 +60,7 @@ def command(*arguments):
 
 
 def run(*arguments, **environment):
-    return subprocess.run(
-        command(*arguments), cwd="/", env=os.environ | environment, capture_output=True, text=True, timeout=300
-    )
+    return run_fresh(*command(*arguments)[1:], env=environment)
 
 
 def compare_here(monkeypatch, folder, *arguments):

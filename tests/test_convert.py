@@ -15,6 +15,7 @@ import published
 import pytest
 import torch
 from conftest import ROOT, run_python
+from fresh import run_alone, run_fresh
 from hub_server import File, HubServer
 from peft import LoraConfig, PeftModel, get_peft_model
 from phi3_embed.configuration_phi3_embed import SENTENCE_TRANSFORMERS_FILES, Phi3EmbedConfig
@@ -85,7 +86,7 @@ print(json.dumps(outputs.pooler_output.float().tolist()))
 def test_one_command_makes_a_folder_that_a_fresh_process_loads(tmp_path):
     folder = published.save(tmp_path / "my source", num_crops=4, max_shard_size="3MB")
     output = tmp_path / "my output"
-    done = subprocess.run([*COMMAND, folder, output], cwd="/", capture_output=True, text=True, timeout=300)
+    done = run_fresh(ROOT / "convert_phi3_vision.py", folder, output)
     assert done.returncode == 0, done.stderr
     assert "6.58M" in done.stderr and f"{output} is complete. Its embedding of a fixed image begins 0." in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my output", "my source"]
@@ -748,7 +749,7 @@ def test_a_killed_conversion_goes_on_is_pushed_and_comes_back(hub, source, tmp_p
     hub.faults.clear()
 
     sent, commits = hub.bytes_sent(STORAGE), len(hub.repos["someone/embed"].commits)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = run_fresh(*command[1:], env=environment)
     assert done.returncode == 0, done.stderr
     assert "Fetching 0.007 GB of 0.014 GB from someone/phi3v at " in done.stdout
     header = header_size(source / "model.safetensors")
@@ -793,7 +794,9 @@ def test_of_the_published_sizes_a_tenth_is_fetched_and_little_memory_taken(hub, 
     output = tmp_path / "output"
     # Left alone, glibc keeps more and more of what is freed, at times 200 MB: that is not what the command takes.
     gives_back = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    said = run_python(MEASURE, "someone/phi3v", output, **hub.environment(tmp_path / "home"), **gives_back)
+    said = run_python(
+        MEASURE, "someone/phi3v", output, run=run_alone, **hub.environment(tmp_path / "home"), **gives_back
+    )
     assert "Fetching 0.823 GB of 8.293 GB" in said
     header = header_size(folder / "model-00001-of-00002.safetensors")
     wanted = (output / "model.safetensors").stat().st_size - header_size(output / "model.safetensors")

@@ -4,8 +4,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 
 import golden
 import numpy as np
@@ -13,6 +11,7 @@ import published
 import pytest
 import torch
 from conftest import run_python
+from fresh import run_fresh
 from peft import LoraConfig, PeftModel, get_peft_model
 from published import EMBED_TOKENS, WTE
 from safetensors.torch import load_file
@@ -225,10 +224,7 @@ def test_a_table_of_words_under_two_names_is_one_if_it_is_the_same(hub, tmp_path
     assert len(weights_of(tmp_path / "output")) == 86
     hub.add_repo("someone/two", published.save(tmp_path / "two", tensors | {WTE: tensors[EMBED_TOKENS] + 1}))
     code = "import sys; from phi3_tools.cli import main; main(['convert', 'someone/two', sys.argv[1], '--whole'])"
-    arguments = [sys.executable, "-c", code, tmp_path / "other"]
-    done = subprocess.run(
-        arguments, env=os.environ | hub.environment(tmp_path / "home"), capture_output=True, text=True, timeout=300
-    )
+    done = run_fresh("-c", code, tmp_path / "other", env=hub.environment(tmp_path / "home"))
     assert "has two different tables of word embeddings" in done.stderr and "Fetching" not in done.stdout
 
 

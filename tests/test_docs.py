@@ -1,12 +1,10 @@
 """Examples in docstrings, run as printed, and the demonstration."""
 
 import doctest
-import os
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
+from fresh import run_fresh
 from phi3_embed import configuration_phi3_embed, processing_phi3_embed
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
@@ -49,8 +47,7 @@ def test_the_demo_runs_on_a_folder_and_names_what_it_cannot_read(tmp_path):
         for size in (40, 60):
             Image.new("RGB", (size, 30 + number), color).save(folder / f"{size}.png")
     (tmp_path / "red" / "broken.png").write_bytes(b"no picture")
-    command = [sys.executable, "-m", "phi3_tools", "demo", tmp_path, "--output", tmp_path / "out" / "drawn.png"]
-    done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=300, env=os.environ)
+    done = run_fresh("-m", "phi3_tools", "demo", tmp_path, "--output", tmp_path / "out" / "drawn.png")
     assert done.returncode == 0, done.stderr
     assert "broken.png" in done.stdout.replace("\n", "") and "recall@1" in done.stdout and "Drawn: " in done.stdout
     with pytest.raises(SystemExit, match="phi3-embed demo: There is no"):

@@ -1,11 +1,8 @@
 """The scripts of examples/, as a user runs them."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 from conftest import ROOT
+from fresh import run_fresh
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
@@ -24,9 +21,7 @@ def images(tmp_path_factory):
 
 
 def run(script, *arguments, cwd):
-    command = [sys.executable, ROOT / "examples" / script, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    done = run_fresh(ROOT / "examples" / script, *arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,13 +1,11 @@
 """torch.compile, torch.export and ONNX: one graph for any number of images of any grids."""
 
-import subprocess
-import sys
-
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 from conftest import ROOT, small_model, small_pixels
+from fresh import run_fresh
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor
 from PIL import Image
 from torch._dynamo.utils import counters
@@ -88,8 +86,7 @@ def test_one_compiled_graph_takes_any_images():
 @torch.no_grad()
 def test_export_writes_onnx_with_its_preprocessing(tmp_path):
     folder = tmp_path / "onnx"
-    command = [sys.executable, "-m", "phi3_tools", "export", ROOT, folder]
-    done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=300)
+    done = run_fresh("-m", "phi3_tools", "export", ROOT, folder)
     assert done.returncode == 0, done.stderr
     assert "pooler_output: differs by" in done.stdout and "Warning" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["onnx"]

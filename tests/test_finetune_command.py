@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import os
 import resource
 import shutil
 import signal
@@ -18,6 +17,7 @@ import torch
 from conftest import ROOT, run_python
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
+from fresh import run_fresh
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -72,15 +72,8 @@ def finetune(model, source, output, options=ONE):
     return read_metrics(output)
 
 
-def launch(*arguments, launcher=("-m", "phi3_tools", "finetune"), timeout=200, **environment):
-    return subprocess.run(
-        [sys.executable, *map(str, launcher), *arguments],
-        cwd="/",
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+def launch(*arguments, launcher=("-m", "phi3_tools", "finetune"), **environment):
+    return run_fresh(*launcher, *arguments, env=environment)
 
 
 def read_metrics(folder):

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import struct
-import subprocess
 import sys
 import time
 
@@ -13,6 +12,7 @@ import published
 import pytest
 import torch
 from conftest import ROOT, run_python
+from fresh import run_fresh
 from safetensors.torch import load_file, save_file
 
 from phi3_tools.checkpoint.convert import convert
@@ -60,9 +60,8 @@ def test_code_that_a_source_names_is_neither_run_nor_passed_on(source, tmp_path,
         add(source / name, auto_map=autos, tokenizer_class=CODE, processor_class=CODE, pad_token=token)
     for name in ("preprocessor_config.json", "processor_config.json", "chat_template.json"):
         add(source / name, auto_map=autos, image_processor_type=CODE, processor_class=CODE)
-    command = [sys.executable, ROOT / "convert_phi3_vision.py", source, tmp_path / "output"]
-    environment = os.environ | hub.environment(tmp_path / "home")
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    environment = hub.environment(tmp_path / "home")
+    done = run_fresh(ROOT / "convert_phi3_vision.py", source, tmp_path / "output", env=environment)
     assert done.returncode == 0, done.stderr
     load = "import sys; from transformers import AutoModel, AutoProcessor\n"
     load += "for auto in (AutoModel, AutoProcessor): auto.from_pretrained(sys.argv[1], trust_remote_code=True)"
@@ -353,8 +352,7 @@ main(["convert", *sys.argv[1:]])
 
 def test_a_full_disk_is_told_in_a_line_where_the_tokenizers_library_meets_it(source, tmp_path):
     """It raises a plain `Exception`."""
-    arguments = [sys.executable, "-c", FULL, "300000", source, tmp_path / "output"]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    done = run_fresh("-c", FULL, "300000", source, tmp_path / "output")
     assert done.returncode == 1
     assert re.fullmatch(
         r"phi3-embed convert: The disk is full: .*Free some space\. .*goes on from there\.",

@@ -1,12 +1,10 @@
 """What README and docs show, run as printed: every block of Python alone, in a fresh process, in an empty folder."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
+from fresh import run_fresh
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A block, and what the text below says that it prints.
@@ -22,14 +20,7 @@ LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 @pytest.mark.hub
 @pytest.mark.parametrize(("code", "printed"), BLOCKS)
 def test_a_block_runs_alone_in_any_folder(code, printed, hub, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=os.environ | hub.environment(tmp_path / "home"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_fresh("-c", code, cwd=tmp_path, env=hub.environment(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(printed)
 

@@ -16,6 +16,7 @@ from conftest import ROOT, copy_checkpoint
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from filelock import FileLock
+from fresh import run_fresh
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
@@ -144,11 +145,10 @@ def test_an_index_of_other_settings_is_refused(file, old, new, folder, embedding
 
 def test_an_index_keeps_to_the_commit_of_its_model(folder, repository, hub, tmp_path):
     commit = hub.add_repo("someone/embedder", repository)
-    environment = os.environ | hub.environment(tmp_path / "home")
+    environment = hub.environment(tmp_path / "home")
 
     def search_there(*arguments):
-        command = [*COMMAND, *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+        return run_fresh("-m", "phi3_tools", "search", *arguments, cwd=tmp_path, env=environment)
 
     done = search_there("index", folder, "index", "--model", "someone/embedder", *FEW_CROPS)
     assert done.returncode == 0, done.stderr

@@ -2,10 +2,8 @@
 
 import importlib.util
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from fresh import run_fresh
 from parts import save_language_model, save_tower
 from PIL import Image
 from safetensors.torch import load_file
@@ -191,11 +190,8 @@ def test_two_processes_align_and_instruct_as_one_does_and_push(aligned, images, 
         halved = f"--task {task} {FOUR_STEPS.replace('batch-size 8', 'batch-size 4')}"
         push = f"--push-to-hub --hub-model-id someone/{task}"
         commands.append(f"{images} --model {model} --output {tmp_path / task} {halved} {push}")
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(tmp_path / "script.py")]
-    environment = os.environ | hub.environment(tmp_path / "home")
-    done = subprocess.run(
-        [sys.executable, *launcher, *commands], env=environment, capture_output=True, text=True, timeout=300
-    )
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", tmp_path / "script.py"]
+    done = run_fresh(*launcher, *commands, env=hub.environment(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     for task in trainings:
         assert losses(tmp_path / task) == pytest.approx(losses(tmp_path / "alone" / task), abs=1e-4)
