@@ -5,6 +5,7 @@ They raise ValueError (TypeError for unknown arguments), and say what was given 
 values are left out of a traced graph (`torch.compile`, `torch.export`), which knows none.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +23,18 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 FLOATING_POINT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@functools.cache
+def parameter_names(function: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
 def check_arguments(function: Callable, kwargs: dict, passed_on_to: Callable | None = None) -> None:
     """A misspelt argument would pass in silence among those that go on to the tower or the language model."""
     if torch.compiler.is_compiling():
         return
-    accepted = {*TransformersKwargs.__annotations__, "return_dict"}
-    if passed_on_to is not None:
-        accepted.update(inspect.signature(passed_on_to).parameters)
-    unknown = sorted(kwargs.keys() - accepted)
+    unknown = kwargs.keys() - TransformersKwargs.__annotations__.keys() - {"return_dict"}
+    if unknown and passed_on_to is not None:
+        unknown -= parameter_names(getattr(passed_on_to, "__func__", passed_on_to))
     if unknown:
         named = [
             name
@@ -37,7 +42,7 @@ def check_arguments(function: Callable, kwargs: dict, passed_on_to: Callable | N
             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         ]
         raise TypeError(
-            f"{function.__name__}() got {', '.join(f'`{name}`' for name in unknown)}. Accepted are "
+            f"{function.__name__}() got {', '.join(f'`{name}`' for name in sorted(unknown))}. Accepted are "
             f"{', '.join(f'`{name}`' for name in named)}, and transformers' own, such as `output_hidden_states`."
         )
 
