@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from fresh import run_fresh  # noqa: E402
+from fresh_process import run_fresh  # noqa: E402
 from hub_server import HubServer  # noqa: E402
 from phi3_embed.configuration_phi3_embed import Phi3EmbedConfig  # noqa: E402
 from phi3_embed.modeling_phi3_embed import Phi3EmbedModel, Phi3VisionForConditionalGeneration  # noqa: E402

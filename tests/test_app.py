@@ -17,7 +17,7 @@ import published
 import pytest
 import torch
 from conftest import ROOT, copy_checkpoint, run_python
-from fresh import run_alone
+from fresh_process import run_alone
 from PIL import Image
 from playwright.sync_api import expect
 from sklearn.datasets import load_digits

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, copy_checkpoint, run_python
-from fresh import run_alone
+from fresh_process import run_alone
 
 from phi3_tools.cli import error_line, main
 

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
-from fresh import run_fresh
+from fresh_process import run_fresh
 from phi3_embed.modeling_phi3_embed import Phi3EmbedModel
 from PIL import Image
 from safetensors.numpy import load_file

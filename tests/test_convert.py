@@ -15,7 +15,7 @@ import published
 import pytest
 import torch
 from conftest import ROOT, run_python
-from fresh import run_alone, run_fresh
+from fresh_process import run_alone, run_fresh
 from hub_server import File, HubServer
 from peft import LoraConfig, PeftModel, get_peft_model
 from phi3_embed.configuration_phi3_embed import SENTENCE_TRANSFORMERS_FILES, Phi3EmbedConfig

@@ -11,7 +11,7 @@ import published
 import pytest
 import torch
 from conftest import run_python
-from fresh import run_fresh
+from fresh_process import run_fresh
 from peft import LoraConfig, PeftModel, get_peft_model
 from published import EMBED_TOKENS, WTE
 from safetensors.torch import load_file

@@ -4,7 +4,7 @@ import doctest
 
 import pytest
 from conftest import ROOT
-from fresh import run_fresh
+from fresh_process import run_fresh
 from phi3_embed import configuration_phi3_embed, processing_phi3_embed
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor

@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import ROOT
-from fresh import run_fresh
+from fresh_process import run_fresh
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 

@@ -5,7 +5,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import ROOT, small_model, small_pixels
-from fresh import run_fresh
+from fresh_process import run_fresh
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor
 from PIL import Image
 from torch._dynamo.utils import counters

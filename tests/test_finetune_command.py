@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, run_python
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
-from fresh import run_fresh
+from fresh_process import run_alone, run_fresh
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -72,8 +72,8 @@ def finetune(model, source, output, options=ONE):
     return read_metrics(output)
 
 
-def launch(*arguments, launcher=("-m", "phi3_tools", "finetune"), **environment):
-    return run_fresh(*launcher, *arguments, env=environment)
+def launch(*arguments, launcher=("-m", "phi3_tools", "finetune"), run=run_fresh, **environment):
+    return run(*launcher, *arguments, env=environment)
 
 
 def read_metrics(folder):
@@ -682,7 +682,7 @@ resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 400_000
 cli.main(["finetune", *sys.argv[1:]])
 """
     options = f"{SHORT} --num-crops 40".replace("batch-size 8", "batch-size 32")
-    done = launch(*arguments_of(repository, images, tmp_path, options), launcher=("-c", code))
+    done = launch(*arguments_of(repository, images, tmp_path, options), launcher=("-c", code), run=run_alone)
     assert done.returncode == 1
     line = done.stderr.splitlines()[-1]
     assert line.startswith("phi3-embed finetune: A batch does not fit in memory. The same command goes on from the")

@@ -12,7 +12,7 @@ import published
 import pytest
 import torch
 from conftest import ROOT, run_python
-from fresh import run_fresh
+from fresh_process import run_fresh
 from safetensors.torch import load_file, save_file
 
 from phi3_tools.checkpoint.convert import convert

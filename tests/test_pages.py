@@ -4,7 +4,7 @@ import re
 
 import pytest
 from conftest import ROOT
-from fresh import run_fresh
+from fresh_process import run_fresh
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A block, and what the text below says that it prints.

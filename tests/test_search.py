@@ -16,7 +16,7 @@ from conftest import ROOT, copy_checkpoint
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from filelock import FileLock
-from fresh import run_fresh
+from fresh_process import run_fresh
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel

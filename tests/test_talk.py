@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from fresh import run_fresh
+from fresh_process import run_fresh
 from parts import save_language_model, save_tower
 from PIL import Image
 from safetensors.torch import load_file
