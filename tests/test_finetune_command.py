@@ -678,10 +678,10 @@ import resource, sys
 from phi3_tools import cli
 from phi3_tools.finetune import command
 pages = int(open("/proc/self/statm").read().split()[0])
-resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 400_000_000,) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 300_000_000,) * 2)
 cli.main(["finetune", *sys.argv[1:]])
 """
-    options = f"{SHORT} --num-crops 40".replace("batch-size 8", "batch-size 32")
+    options = f"{SHORT} --num-crops 256"
     done = launch(*arguments_of(repository, images, tmp_path, options), launcher=("-c", code), run=run_alone)
     assert done.returncode == 1
     line = done.stderr.splitlines()[-1]
