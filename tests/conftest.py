@@ -8,7 +8,7 @@ from pathlib import Path
 
 # Before transformers is imported, here and in the processes that tests start: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Two workers share two cores: more threads would only wait for each other.
+# The workers share two cores: more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
