@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from tqdm import tqdm
 
 from phi3_tools import ROOT
-from phi3_tools.results import name_some, one_line, say_left_out
+from phi3_tools.results import LFS_POINTER, name_some, one_line, say_left_out
 
 DIGITS, SMALL_TEXT = "digits", "small-text"
 ACCEPTED = (
@@ -47,7 +47,6 @@ NOT_BY_PILLOW = {".heic", ".heif", ".hif", ".jxl", ".svg", ".cr2", ".cr3", ".nef
 STUBS = {"BUFR", "GRIB", "HDF5", "MPEG"}  # formats that Pillow knows by name and cannot open
 
 HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>[\w./-]+))?")
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPLIT_SEED, HELD_OUT = 0, 0.2

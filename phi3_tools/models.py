@@ -33,7 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedConfig
 
-from phi3_tools.results import one_line, write_text
+from phi3_tools.results import check_no_pointer, one_line, write_text
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phi3-embed"
 PIXELS, PIXELS_SIDE = "pixels", 32
@@ -57,7 +57,6 @@ RECIPE_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_tr
 MAX_BYTES_TOGETHER = 3072
 # What of a folder makes its vectors: a change of any makes them others.
 COUNTED = (*WEIGHTS, ".json", ".jinja", ".py", ".txt", ".model")
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class Model(NamedTuple):
@@ -224,13 +223,6 @@ def _folder_version(folder):
         if path.is_file() and path.suffix in COUNTED:
             digest.update(f"{path.relative_to(folder)}\0{file_hash(path)}".encode())
     return digest.hexdigest()
-
-
-def check_no_pointer(path: Path) -> None:
-    """Raises ValueError if a file is a Git LFS pointer."""
-    with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(f"{path} is a Git LFS pointer in place of the weights. Run `git lfs pull` in its folder.")
 
 
 def file_hash(path: Path) -> str:

@@ -20,6 +20,8 @@ THUMBNAIL = 224
 TEMPLATES = Path(__file__).parent / "templates"
 # Of the errors of C libraries, of tokenizers and of LanceDB, which raise plain exceptions.
 DISK_IS_FULL = re.compile("No space left|os error 28|File too large|[Qq]uota|unexpected pos|file write failed")
+# What a clone without Git LFS has in place of a large file begins so.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 console = Console(soft_wrap=True)
 
 
@@ -45,6 +47,13 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """`text` in UTF-8, by [`write_beside`]."""
     write_beside(path, lambda beside: beside.write_text(text, "utf-8"))
+
+
+def check_no_pointer(path: Path) -> None:
+    """Raises ValueError if a file is a Git LFS pointer."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer in place of the weights. Run `git lfs pull` in its folder.")
 
 
 @contextmanager

@@ -31,8 +31,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from phi3_tools import ROOT
 from phi3_tools.checkpoint.packages import PREFIX, fetch_package
-from phi3_tools.models import PARTS, PROJECTION, check_no_pointer
-from phi3_tools.results import console, folder_beside, one_line, without_path, write_card
+from phi3_tools.models import PARTS, PROJECTION
+from phi3_tools.results import check_no_pointer, console, folder_beside, one_line, without_path, write_card
 
 IMAGE_TOKEN = "<|image|>"
 VOCABULARY_MULTIPLE = 64

@@ -35,11 +35,10 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_st
 from tqdm import tqdm
 
 from phi3_tools.checkpoint.layout import DTYPES, INDEX, PICKLE, PICKLE_INDEX, SMALL_FILES, TEXTS, WEIGHTS
-from phi3_tools.results import is_disk_full, one_line
+from phi3_tools.results import LFS_POINTER, is_disk_full, one_line
 
 MAX_TEXT_SIZE = 2**24  # bytes of a JSON file or a text; Phi-3's tokenizer.json has 1.9 million
 MAX_HEADER_SIZE = 2**24  # of a safetensors file; Phi-3-vision's have 70 thousand
-LFS_POINTER = b"version https://git-lfs.github.com/"
 MAX_RANK = 8  # dimensions of a tensor
 FOLDER = "a folder"
 MAX_RETRIES = 5
