@@ -8,7 +8,6 @@ language model is trained on top of it, which stays as it is: to answer, and to 
 """
 
 import functools
-import json
 import re
 import shutil
 import subprocess
@@ -155,7 +154,7 @@ def make_processor(tokenizer, crop_size=336):
     )
     processor_class = from_module("processing_phi3_embed.Phi3EmbedProcessor")
     processor_class.register_for_auto_class("AutoProcessor")
-    templates = {"default": CHAT_TEMPLATE.read_text(), recipes.TEMPLATE: recipes.chat_template(RECIPE)}
+    templates = recipes.chat_templates(CHAT_TEMPLATE.read_text(), RECIPE)
     return processor_class(image_processor, tokenizer, chat_template=templates)
 
 
@@ -431,8 +430,7 @@ def train_language_model(embedding_folder):
 def save(model, processor, folder):
     """A checkpoint without code, which lies at the root already, as sentence-transformers takes it too."""
     with folder_beside(folder) as whole:
-        for name, content in recipes.sentence_transformers_files(RECIPE, model.config.hidden_size).items():
-            write_text(whole / name, json.dumps(content, indent=2) + "\n")
+        recipes.write_files(RECIPE, model.config.hidden_size, whole)
         model.save_pretrained(whole)
         processor.tokenizer.chat_template = None
         processor.save_pretrained(whole)

@@ -1,7 +1,5 @@
 """A small whole checkpoint that embeds texts and images into one space, and images with captions to train it on."""
 
-import json
-
 import numpy as np
 from conftest import make_tokenizer, whole_model
 from datasets import Dataset, Features, Value
@@ -38,11 +36,9 @@ def save_embedder(folder, switch):
     image_token_id = tokenizer.convert_tokens_to_ids("<|image|>")
     whole_model({"original_max_position_embeddings": switch}, image_token_id=image_token_id).save_pretrained(folder)
     image_processor = Phi3EmbedImageProcessor(num_crops=1, size={"height": 56, "width": 56}, num_img_tokens=4)
-    template = {"default": "{{ messages[0].content }}", recipes.TEMPLATE: recipes.chat_template(RECIPE)}
+    template = recipes.chat_templates("{{ messages[0].content }}", RECIPE)
     Phi3EmbedProcessor(image_processor, tokenizer, chat_template=template).save_pretrained(folder)
-    for name, content in recipes.sentence_transformers_files(RECIPE, 48).items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(json.dumps(content))
+    recipes.write_files(RECIPE, 48, folder)
     return folder
 
 

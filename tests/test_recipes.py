@@ -62,8 +62,7 @@ def by_recipe(converted, tmp_path_factory):
         recipe = recipes.load(name)
         folder = shutil.copytree(converted, tmp_path_factory.mktemp("recipe") / name)
         (folder / "additional_chat_templates" / "embedding.jinja").write_text(recipes.chat_template(recipe))
-        for path, content in recipes.sentence_transformers_files(recipe, 96).items():
-            (folder / path).write_text(json.dumps(content))
+        recipes.write_files(recipe, 96, folder)
 
         def by_hand(text, *images):
             inputs = processor(

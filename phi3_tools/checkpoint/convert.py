@@ -313,10 +313,8 @@ def _write_config(config, dtype, recipe, output):
     whole = config.text_config is not None
     config.architectures, config.dtype = [layout.model_class(config).__name__], dtype
     config.auto_map = dict(layout.from_module(f"modeling_phi3_embed.{'WHOLE_AUTO_MAP' if whole else 'AUTO_MAP'}"))
-    if recipe and recipe.pooling == "lasttoken":
-        for file, content in recipes.sentence_transformers_files(recipe, config.hidden_size).items():
-            (output / file).parent.mkdir(exist_ok=True)
-            (output / file).write_text(json.dumps(content, indent=2) + "\n")
+    if recipe:
+        recipes.write_files(recipe, config.hidden_size, output)
     config.save_pretrained(output)
     if recipe is None and whole:  # the image embedding's, which are not what such a checkpoint was trained for
         for file in layout.from_module("configuration_phi3_embed.SENTENCE_TRANSFORMERS_FILES"):
@@ -353,9 +351,7 @@ def _write_processor(source, config, recipe, output):
     processor = processor_class(image_processor, tokenizer)
     if config.text_config is not None:
         tokenizer.padding_side = "left"
-        templates = {"default": (layout.ROOT / "chat_template.jinja").read_text()}
-        if recipe and recipe.pooling == "lasttoken":
-            templates[recipes.TEMPLATE] = recipes.chat_template(recipe)
+        templates = recipes.chat_templates((layout.ROOT / "chat_template.jinja").read_text(), recipe)
         tokenizer.chat_template, processor.chat_template = None, templates
         _write_generation_config(tokenizer, output)
     processor.save_pretrained(output)

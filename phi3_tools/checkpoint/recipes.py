@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from phi3_tools.checkpoint.layout import from_module
+from phi3_tools.results import write_text
 
 RECIPES = Path(__file__).parent / "recipes"
 MAX_SIZE = 2**16
@@ -139,6 +140,11 @@ def known_for(*checkpoints: str) -> Recipe | None:
     return next((recipe for recipe in map(load, names()) if set(recipe.checkpoints) & set(checkpoints)), None)
 
 
+def chat_templates(default: str, recipe: Recipe | None) -> dict[str, str]:
+    """The chat templates of a processor, by name: that of chats, and that of a recipe's forms."""
+    return {"default": default} | ({TEMPLATE: chat_template(recipe)} if recipe and recipe.pooling != "mean" else {})
+
+
 def chat_template(recipe: Recipe) -> str:
     """The forms as a chat template: a system message is the prompt, images and texts of the others the rest."""
     collected = """\
@@ -190,18 +196,21 @@ def _literal(text):
     return f'"{escaped}"'
 
 
-def sentence_transformers_files(recipe: Recipe, dimension: int) -> dict[str, dict | list]:
+def write_files(recipe: Recipe, dimension: int, folder: Path) -> None:
     """
-    The files, by their paths in a folder, by which sentence-transformers takes the last token of what
-    [`chat_template`] writes. It sends every input through the template where `modality_config` has `message`.
+    Writes the files by which sentence-transformers takes the last token of what [`chat_template`] writes. It sends
+    every input through the template where `modality_config` has `message`. For a mean of image tokens it writes none,
+    because that is what a saved model has files for by itself.
     """
+    if recipe.pooling == "mean":
+        return
     modules = "sentence_transformers.sentence_transformer.modules"
     output = {"method": "forward", "method_output_name": "last_hidden_state"}
     modalities = {"text": recipe.text, "image": recipe.image, "image+text": recipe.text_with_image}
     processing: dict[str, dict] = {"chat_template": {"chat_template": TEMPLATE}}
     if recipe.num_crops is not None:
         processing["image"] = {"num_crops": recipe.num_crops}
-    return {
+    files = {
         "modules.json": [
             {"idx": 0, "name": "0", "path": "", "type": f"{modules}.Transformer"},
             {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{modules}.Pooling"},
@@ -224,3 +233,5 @@ def sentence_transformers_files(recipe: Recipe, dimension: int) -> dict[str, dic
             ]["requirements"],
         },
     }
+    for name, content in files.items():
+        write_text(folder / name, json.dumps(content, indent=2) + "\n")
