@@ -496,7 +496,7 @@ def test_kept_features_give_what_images_give(pad_views, repository, images, tmp_
     settings = parse(arguments_of(repository, images, tmp_path, "--num-crops 4"))
     splits, names = data.load_splits(settings.source, settings.data, seed=0, least=1)
     start = command.find_start(repository)
-    model = train.load_model(start, "classification", names).eval()
+    model = train.load_model(start.pinned, "classification", names).eval()
     collate = data.Collator(command.load_processor(start, 4).image_processor, pad_views=pad_views)
     kept = data.with_features(splits["train"], model.base_model, collate, tmp_path, batch_size=5)
     wanted, got = (

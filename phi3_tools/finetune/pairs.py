@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
@@ -133,17 +132,11 @@ class PairCollator(SentenceTransformerDataCollator):
         return super().__call__(opened)
 
 
-class PairEvaluator(BaseEvaluator):
-    """Figures of search among the texts and images of a split."""
-
-    def __init__(self, split: Dataset, collate: Collator, batch_size: int):
-        super().__init__()
-        self.given = split, collate, batch_size
-
-    def __call__(self, model, output_path=None, epoch=-1, steps=-1):
-        encode_texts = partial(model.encode_query, show_progress_bar=False)
-        encode_images = partial(model.encode_document, show_progress_bar=False)
-        return figures(encode_texts, encode_images, *self.given, "Validation")()
+def figures_of(embedder: SentenceTransformer, split: Dataset, collate: Collator, batch_size: int) -> dict[str, float]:
+    """[`figures`] of a model while it is trained."""
+    encode_texts = partial(embedder.encode_query, show_progress_bar=False)
+    encode_images = partial(embedder.encode_document, show_progress_bar=False)
+    return figures(encode_texts, encode_images, split, collate, batch_size, "Validation")()
 
 
 def make_loss(embedder: SentenceTransformer, options: TaskOptions) -> torch.nn.Module:
