@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import torch
 from conftest import make_tokenizer, whole_model
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
@@ -44,6 +45,13 @@ def save_embedder(folder, switch):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content))
     return folder
+
+
+def last_token(model, processor, **given):
+    """The vector of what a processor is given, by hand: the last token's, of length 1."""
+    with torch.inference_mode():
+        last = model(**processor(**given, return_tensors="pt")).last_hidden_state[0, -1]
+    return (last / last.norm()).numpy()
 
 
 def make_image(color, number, rng):
