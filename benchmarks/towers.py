@@ -44,7 +44,7 @@ from phi3_tools.checkpoint.packages import fetch_package
 from phi3_tools.finetune.align import with_features
 from phi3_tools.finetune.conversations import conversation, load_conversations
 from phi3_tools.finetune.settings import DataOptions
-from phi3_tools.finetune.talk import truth
+from phi3_tools.finetune.talk import said
 from phi3_tools.measures import same_class_retrieval, unit
 from phi3_tools.models import PARTS, PROJECTION
 
@@ -226,7 +226,7 @@ def measure(arm: str, splits: dict[str, Dataset], names: list[str], work: Path) 
     folder = work / slug(arm)
     model, processor = load(folder / "aligned")
     found = kept(folder / "asked.npz", lambda: ask(model, processor, splits["test"], names, ARMS[arm][1], arm))
-    train, labels = (np.array([names.index(truth(row)) for row in splits[split]]) for split in ("train", "test"))
+    train, labels = (np.array([names.index(said(row)) for row in splits[split]]) for split in ("train", "test"))
     rows = with_features(splits["train"], model, processor, ARMS[arm][1], folder / "aligned" / "features")
     features = np.stack([row["features"].mean((0, 1)) for row in rows.select_columns("features")])
     told = probe(features, train, found["tower"]) == labels
@@ -269,7 +269,7 @@ def variants(arm: str, splits: dict[str, Dataset], names: list[str], number: int
     }
     folder, chosen = work / slug(arm), np.random.default_rng(0).permutation(len(splits["test"]))[:number]
     rows = splits["test"].select(chosen)
-    labels = np.array([names.index(truth(row)) for row in rows])
+    labels = np.array([names.index(said(row)) for row in rows])
     itself = {name: values[chosen] for name, values in np.load(folder / "asked.npz").items() if values.ndim}
     found = {"float32": itself}
     for name, (kwargs, num_crops) in contenders.items():
@@ -394,7 +394,7 @@ def main():
             seconds = align(arm, given.data, given.work, given.training, aligned)
             measured = measure(arm, splits, names, given.work)
             results["arms"][arm] = {"figures": measured["figures"], "seconds": seconds | measured["seconds"]}
-            labels = np.array([names.index(truth(row)) for row in splits["test"]])
+            labels = np.array([names.index(said(row)) for row in splits["test"]])
             results["search"][arm] = search(arm, labels, given.work)
             path.write_text(json.dumps(results | {"machine": machine()}, indent=1) + "\n")
     if given.variants:

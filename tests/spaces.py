@@ -1,6 +1,7 @@
 """A small whole checkpoint that embeds texts and images into one space, and images with captions to train it on."""
 
 import numpy as np
+import torch
 from conftest import make_tokenizer, whole_model
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
@@ -40,6 +41,13 @@ def save_embedder(folder, switch):
     Phi3EmbedProcessor(image_processor, tokenizer, chat_template=template).save_pretrained(folder)
     recipes.write_files(RECIPE, 48, folder)
     return folder
+
+
+def last_token(model, processor, **given):
+    """The vector of what a processor is given, by hand: the last token's, of length 1."""
+    with torch.inference_mode():
+        last = model(**processor(**given, return_tensors="pt")).last_hidden_state[0, -1]
+    return (last / last.norm()).numpy()
 
 
 def make_image(color, number, rng):

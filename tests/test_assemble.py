@@ -39,9 +39,8 @@ def test_a_tower_of_another_size_is_resampled_as_it_does_itself(tmp_path, model_
     original = AutoModel.from_pretrained(folder).eval()
     tower, _, notes = load_tower(folder, crop_size=84)
     pixels = torch.randn(2, 3, 84, 84)
-    kwargs = (
-        {"interpolate_pos_encoding": True} if model_type.startswith(("clip", "siglip", "vit", "deit", "mlcd")) else {}
-    )
+    has_option = model_type.startswith(("clip", "siglip", "vit", "deit", "mlcd"))
+    kwargs = {"interpolate_pos_encoding": True} if has_option else {}
     with torch.no_grad():
         expected = original(pixels, **kwargs).last_hidden_state
         assert torch.equal(tower(pixels).last_hidden_state, expected)
@@ -56,16 +55,9 @@ def test_an_odd_number_of_patches_goes_to_the_nearest_size_that_fits(tmp_path, o
 
 def test_the_tower_of_a_whole_clip_is_taken_with_its_own_mean_and_size(tmp_path):
     torch.manual_seed(0)
-    text = {
-        "vocab_size": 50,
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-    }
-    clip = AutoModel.from_config(
-        AutoConfig.for_model("clip", vision_config=SHAPE, text_config=text, projection_dim=16)
-    )
+    text = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("clip", vision_config=SHAPE, text_config=text, projection_dim=16)
+    clip = AutoModel.from_config(config)
     clip.save_pretrained(tmp_path)
     CLIPImageProcessorPil(image_mean=[0.4, 0.5, 0.6]).save_pretrained(tmp_path)
     tower, settings, _ = load_tower(str(tmp_path))
@@ -97,11 +89,17 @@ def test_a_full_vocabulary_grows_and_the_logits_of_its_words_stay(tmp_path):
     assert number == tokenizer.convert_tokens_to_ids("<|image|>") and notes
 
 
+def save_parts(folder, **settings):
+    """DINOv2's form and Llama's."""
+    tower = save_tower(folder / "tower", "dinov2", **settings)
+    return {"tower": tower, "language_model": save_language_model(folder / "text", "llama")}
+
+
 @pytest.fixture(scope="module")
 def assembled(tmp_path_factory):
     """DINOv2's form before Llama's, by the command -> the folders of tower, language model and both."""
     path = tmp_path_factory.mktemp("assembled")
-    tower, text = save_tower(path / "tower", "dinov2", image_size=70), save_language_model(path / "text", "llama")
+    tower, text = save_parts(path, image_size=70).values()
     main(["assemble", str(path / "both"), "--tower", tower, "--language-model", text, "--layer-idx", "-1"])
     return tower, text, str(path / "both")
 
@@ -154,17 +152,15 @@ def test_assembled_towers_are_compared_as_any_other_model(assembled, tmp_path):
     models = [word for pooling in ("tower", "mean") for word in ("--model", f"{assembled[2]}:{pooling}")]
     options = ["--output", str(tmp_path / "report"), "--cache", str(tmp_path / "cache"), "--num-crops", "1"]
     main(["compare", str(tmp_path / "images"), *models, *options, "--resamples", "100", "--probe", "2"])
-    assert {"both (tower)", "both (mean)"} <= set(
-        json.loads((tmp_path / "report" / "results.json").read_text())["figures"][0]["values"]
-    )
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert {"both (tower)", "both (mean)"} <= results["figures"][0]["values"].keys()
 
 
 CODE = "someone/other--code.Class"
 
 
 def test_code_that_a_part_names_is_neither_run_nor_passed_on(tmp_path, monkeypatch):
-    parts = {"tower": save_tower(tmp_path / "tower", "dinov2")}
-    parts["language_model"] = save_language_model(tmp_path / "text", "llama")
+    parts = save_parts(tmp_path)
     auto_map = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoImageProcessor"), CODE)
     auto_map |= {"AutoTokenizer": ["", CODE], "AutoProcessor": CODE}
     for folder in parts.values():
@@ -178,8 +174,7 @@ def test_code_that_a_part_names_is_neither_run_nor_passed_on(tmp_path, monkeypat
 
 @pytest.mark.parametrize("part", ["tower", "language_model"])
 def test_a_git_lfs_pointer_in_place_of_a_parts_weights_is_told(part, tmp_path):
-    parts = {"tower": save_tower(tmp_path / "tower", "dinov2")}
-    parts["language_model"] = save_language_model(tmp_path / "text", "llama")
+    parts = save_parts(tmp_path)
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     Path(parts[part], "model.safetensors").write_text(pointer)
     with pytest.raises(ValueError, match="is a Git LFS pointer in place of the weights. Run `git lfs pull`"):
@@ -234,10 +229,8 @@ def test_the_clothing_projection_belongs_between_two_packages_and_fits_nothing_e
     weights = load_file(CLOTHING / PROJECTION)
     assert weights["img_projection.0.weight"].shape == (576, 4 * 384) and weights["sub_GN"].shape[-1] == 4 * 384
     assert sum(path.stat().st_size for path in CLOTHING.iterdir()) < 5e6
-    small = {"tower": save_tower(tmp_path / "tower", "dinov2"), "language_model": None}
-    small["language_model"] = save_language_model(tmp_path / "text", "llama")
     with pytest.raises(ValueError, match="no projection between these two"):
-        run(tmp_path / "both", CLOTHING, **small)
+        run(tmp_path / "both", CLOTHING, **save_parts(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -51,19 +51,12 @@ from phi3_tools.measures import Figure, ari, gram, linear_cka, recall, retrieval
 from phi3_tools.models import find_model
 
 TINY = str(ROOT)
+COMPARE = ("-m", "phi3_tools", "compare")
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 SMALL_VISION = SMALL | {"image_size": 32, "patch_size": 8}
 
 
-def command(*arguments):
-    return [sys.executable, "-m", "phi3_tools", "compare", *map(str, arguments)]
-
-
-def run(*arguments, **environment):
-    return run_fresh(*command(*arguments)[1:], env=environment)
-
-
-def compare_here(monkeypatch, folder, *arguments):
+def compare_here(folder, *arguments):
     """As from the command line, in this process, which spares the imports -> results.json."""
     rest = ["--resamples", "100"] * ("--resamples" not in arguments)
     rest += ["--output", folder / "out", "--cache", folder / "vectors"]
@@ -107,7 +100,7 @@ def report(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     arguments = ["--model", f"{TINY}:mean", "--model", f"{TINY}:tower", "--model", "pixels", digits, "--num-crops", 1]
     arguments += ["--probe", 5, "--resamples", 200]
-    done = run(*arguments, "--output", folder / "out", "--cache", folder / "vectors")
+    done = run_fresh(*COMPARE, *arguments, "--output", folder / "out", "--cache", folder / "vectors")
     assert done.returncode == 0, done.stderr
     return folder / "out", arguments, done
 
@@ -121,16 +114,12 @@ def test_figures_have_intervals_and_paired_tests(report):
         found = figure(results, name)
         for value in found["values"].values():
             assert value["low"] <= value["value"] <= value["high"]
-        assert len(found["differences"]) == 3 and all(
-            0 < each["p"] <= each["p_adjusted"] for each in found["differences"]
-        )
+        assert len(found["differences"]) == 3
+        assert all(0 < difference["p"] <= difference["p_adjusted"] for difference in found["differences"])
         assert name in page
-    vectors = load_file(folder / "embeddings.safetensors")
-    assert {name: each.shape for name, each in vectors.items()} == {
-        f"{ROOT.name} (mean)": (30, 128),
-        f"{ROOT.name} (tower)": (30, 64),
-        "pixels": (30, 3072),
-    }
+    vectors, mean, tower = load_file(folder / "embeddings.safetensors"), f"{ROOT.name} (mean)", f"{ROOT.name} (tower)"
+    widths = {name: len(each[0]) for name, each in vectors.items()}
+    assert widths == {mean: 128, tower: 64, "pixels": 3072}
     labels = np.repeat(np.arange(3), 10)[np.argsort(np.repeat(["one", "two", "zero"], 10), kind="stable")]
     for name, each in vectors.items():
         expected = recall(unit(each), labels, 1)
@@ -144,15 +133,15 @@ def test_an_unreadable_file_is_named_counted_and_left_out_of_all(report):
     assert about["left_out"]["unreadable"] == 1 and about["images"] == 30 and about["arguments"]["seed"] == 0
 
 
-def test_a_second_run_embeds_nothing_and_gives_the_same(report, monkeypatch, capsys):
+def test_a_second_run_embeds_nothing_and_gives_the_same(report, capsys):
     folder, arguments, first = report
     before = json.loads((folder / "results.json").read_text())
-    after = compare_here(monkeypatch, folder.parent, *arguments)
+    after = compare_here(folder.parent, *arguments)
     assert "Embedding" in first.stderr and "Embedding" not in capsys.readouterr().err
     assert after["figures"] == before["figures"] and after["models"] == before["models"]
 
 
-def test_a_killed_run_goes_on_where_it_stopped(digits, tmp_path, monkeypatch, capsys):
+def test_a_killed_run_goes_on_where_it_stopped(digits, tmp_path, capsys):
     cache = tmp_path / "vectors"
     arguments = ["--model", f"{TINY}:global", digits, "--num-crops", 0, "--probe", 1]
     arguments += ["--batch-size", 1, "--resamples", 100]
@@ -161,7 +150,8 @@ def test_a_killed_run_goes_on_where_it_stopped(digits, tmp_path, monkeypatch, ca
     def count():
         return sum(lancedb.connect(cache).open_table(path.stem).count_rows() for path in cache.glob("*.lance"))
 
-    process = subprocess.Popen(command(*arguments, *there), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, *COMPARE, *map(str, (*arguments, *there))]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while len(list(cache.glob("*.lance/data/*"))) < 3:
         assert process.poll() is None
         time.sleep(0.05)
@@ -169,7 +159,7 @@ def test_a_killed_run_goes_on_where_it_stopped(digits, tmp_path, monkeypatch, ca
     process.wait()
     kept = count()
     assert 2 <= kept < 39 and not (tmp_path / "out" / "report.html").exists()
-    compare_here(monkeypatch, tmp_path, *arguments)
+    compare_here(tmp_path, *arguments)
     assert f"/{39 - kept} " in capsys.readouterr().err
 
 
@@ -215,9 +205,8 @@ def test_an_image_is_chosen_by_mouse_by_keyboard_and_by_name_in_both_maps(open_r
     assert not chosen_numbers(page)
     page.fill("#find", "two/")
     page.press("#find", "Enter")
-    assert "two/" in page.locator("#chosen").inner_text() and page.locator("#count").inner_text().startswith(
-        "10 of 30"
-    )
+    assert "two/" in page.locator("#chosen").inner_text()
+    assert page.locator("#count").inner_text().startswith("10 of 30")
 
 
 def test_a_map_zooms_shows_images_and_changes_its_model(open_report):
@@ -309,9 +298,7 @@ def test_where_tests_and_intervals_seem_to_contradict_the_report_says_why():
     tests = {("A", "B"): (0.059, -0.01, 0.13, False), ("C", "A"): (-0.058, -0.1, -0.02, True)}
     task = measured_tasks(made_up(values, tests))[0]
     assert task["line"] == "A 46.9%; within noise: B 41.0%; behind: C 41.1%" and task["level"] == ["A", "B"]
-    assert (
-        "B is within noise and C, whose value is no lower, is not" in task["note"] and "image by image" in task["note"]
-    )
+    assert "B is within noise and C, whose value is no lower, is not" in task["note"]
     assert [row["against"] and row["against"]["difference"] for row in task["rows"]] == [None, -0.058, -0.059]
     task = measured_tasks(made_up({"A": values["A"], "C": values["C"]}, dict([list(tests.items())[1]])))[0]
     assert "The interval of C overlaps that of A, and yet it is behind" in task["note"]
@@ -340,10 +327,10 @@ FEW = {
 
 
 @pytest.mark.parametrize("case", FEW)
-def test_a_figure_without_meaning_is_undefined_and_says_why(case, folder, monkeypatch):
+def test_a_figure_without_meaning_is_undefined_and_says_why(case, folder):
     classes, reason = FEW[case]
     save_all(folder, classes)
-    results = compare_here(monkeypatch, folder, "--model", "pixels", folder / "pictures")
+    results = compare_here(folder, "--model", "pixels", folder / "pictures")
     for name in ("recall@1", "linear-probe accuracy", "NMI"):
         assert reason in figure(results, name)["values"]["pixels"]["undefined"]
     assert results["about"]["left_out"]["copies"] == (4 if case == "equal pictures" else 0)
@@ -361,9 +348,9 @@ def save_vit(path, image_processor=None, pooler=True, scale=1.0):
     return str(path)
 
 
-def test_clusters_of_too_few_images_have_a_value_without_an_interval(digits, tmp_path, monkeypatch):
+def test_clusters_of_too_few_images_have_a_value_without_an_interval(digits, tmp_path):
     arguments = ["--model", f"{TINY}:tower", "--model", "pixels", digits, "--limit", 12, "--probe", 3]
-    results = compare_here(monkeypatch, tmp_path, *arguments, "--num-crops", 0)
+    results = compare_here(tmp_path, *arguments, "--num-crops", 0)
     for name in ("NMI", "ARI"):
         assert not figure(results, name)["differences"]
         for value in figure(results, name)["values"].values():
@@ -386,10 +373,10 @@ def test_intervals_of_clusters_lie_around_their_value_and_hold_the_true_one():
     assert held >= 14  # of 16
 
 
-def test_a_model_that_gives_nan_has_no_figures_and_the_others_have(folder, monkeypatch):
+def test_a_model_that_gives_nan_has_no_figures_and_the_others_have(folder):
     broken = save_vit(folder / "broken", scale=float("nan"))
     save_all(folder, {name: [noise(n + 3 * k) for n in range(3)] for k, name in enumerate("ab")})
-    results = compare_here(monkeypatch, folder, "--model", broken, "--model", "pixels", folder / "pictures")
+    results = compare_here(folder, "--model", broken, "--model", "pixels", folder / "pictures")
     values = figure(results, "mAP")["values"]
     assert "6 of 6 vectors hold NaN" in values["broken"]["undefined"] and values["pixels"]["value"] > 0
 
@@ -403,28 +390,21 @@ def test_an_image_that_one_model_refuses_is_left_out_of_all(folder, monkeypatch,
     assert not pixels.refused and len(pixels.images) == 5
     monkeypatch.setattr(compare, "SHRINKS", {})
     monkeypatch.setitem(compare.CHANGES, "crop", lambda image: image.rotate(90))
-    results = compare_here(monkeypatch, folder, "--model", strict, "--model", "pixels", folder / "pictures")
+    results = compare_here(folder, "--model", strict, "--model", "pixels", folder / "pictures")
     assert results["about"]["images"] == 4 and list(results["about"]["left_out"]["refused"]) == ["a/2.png"]
     assert "Left out 1 of 5 images:\na/2.png: strict does not take it" in capsys.readouterr().out
 
 
-def test_a_dataset_on_the_hub_is_compared_as_its_parquet_file_is(hub, folder, monkeypatch):
+def test_a_dataset_on_the_hub_is_compared_as_its_parquet_file_is(hub, folder):
     rows = {"image": [noise(n) for n in range(6)], "label": list("aaabbb")}
     parquet = folder / "train.parquet"
     Dataset.from_dict(rows, Features({"image": ImageFeature(), "label": Value("string")})).to_parquet(parquet)
     hub.add_repo("someone/noise", {"data/train.parquet": parquet})
     arguments = ["--model", "pixels", "--resamples", 100]
-    done = run(
-        *arguments,
-        "someone/noise",
-        "--cache",
-        folder / "c",
-        "--output",
-        folder / "hub",
-        **hub.environment(folder / "home"),
-    )
+    there = ["--cache", folder / "c", "--output", folder / "hub"]
+    done = run_fresh(*COMPARE, *arguments, "someone/noise", *there, env=hub.environment(folder / "home"))
     assert done.returncode == 0, done.stderr
-    here = compare_here(monkeypatch, folder, *arguments, parquet)
+    here = compare_here(folder, *arguments, parquet)
     assert json.loads((folder / "hub" / "results.json").read_text())["figures"] == here["figures"]
     assert here["about"]["classes"] == 2 and here["about"]["images"] == 6
 
@@ -441,7 +421,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_told_in_a_line_before_the_work(case, folder, monkeypatch, capsys):
+def test_bad_input_is_told_in_a_line_before_the_work(case, folder, capsys):
     arguments, message = BAD[case]
     given = ["digits", "--limit", "2", "--output", str(folder / "out"), "--cache", str(folder / "c")]
     with pytest.raises(SystemExit) as error:
@@ -503,14 +483,16 @@ def test_models_of_transformers_embed_by_their_own_processor(name, tmp_path):
     assert made.cost["tokens"] == output.last_hidden_state.shape[1]
 
 
-def test_without_pooler_and_class_token_a_vector_is_the_mean_of_the_tokens(tmp_path):
-    path = save_vit(tmp_path / "ijepa")
-    IJepaModel(IJepaConfig(**SMALL_VISION), add_pooling_layer=False).save_pretrained(path)
+@pytest.mark.parametrize("has_class_token", [True, False])
+def test_without_a_pooler_a_vector_is_the_class_token_or_the_mean_of_the_tokens(has_class_token, tmp_path):
+    path = save_vit(tmp_path / "vit", pooler=False)
+    if not has_class_token:
+        IJepaModel(IJepaConfig(**SMALL_VISION), add_pooling_layer=False).save_pretrained(path)
     vectors, _ = embed_here(tmp_path, [path], [noise()])[0]
     inputs = AutoImageProcessor.from_pretrained(path)([noise()], return_tensors="pt")
     with torch.no_grad():
-        tokens = AutoModel.from_pretrained(path).eval()(**inputs).last_hidden_state
-    np.testing.assert_allclose(vectors, tokens.mean(1).numpy(), atol=1e-5)
+        tokens = AutoModel.from_pretrained(path, add_pooling_layer=False).eval()(**inputs).last_hidden_state
+    np.testing.assert_allclose(vectors, tokens[:, 0] if has_class_token else tokens.mean(1), atol=1e-5)
 
 
 def test_a_model_that_hides_patches_at_random_is_refused(tmp_path):
@@ -520,21 +502,12 @@ def test_a_model_that_hides_patches_at_random_is_refused(tmp_path):
         embed_here(tmp_path, [path], [noise()])
 
 
-def test_a_pooler_that_the_checkpoint_lacks_is_not_made_up(tmp_path):
-    path = save_vit(tmp_path / "vit", pooler=False)
-    vectors, _ = embed_here(tmp_path, [path], [noise()])[0]
-    inputs = AutoImageProcessor.from_pretrained(path)([noise()], return_tensors="pt")
-    with torch.no_grad():
-        tokens = ViTModel.from_pretrained(path, add_pooling_layer=False)(**inputs).last_hidden_state
-    np.testing.assert_allclose(vectors, tokens[:, 0].numpy(), atol=1e-5)
-
-
-def test_captions_add_text_to_image_retrieval_for_models_with_a_text_side(folder, monkeypatch):
+def test_captions_add_text_to_image_retrieval_for_models_with_a_text_side(folder):
     clip = save_clip(folder / "clip")
     save_all(folder, {"a": [noise(n) for n in range(3)]})
     rows = "".join(f"a/{n}.png,a {word} square\n" for n, word in enumerate(["red", "blue", "red blue"]))
     (folder / "pictures" / "metadata.csv").write_text(f"file_name,caption\n{rows}")
-    results = compare_here(monkeypatch, folder, "--model", clip, "--model", "pixels", folder / "pictures")
+    results = compare_here(folder, "--model", clip, "--model", "pixels", folder / "pictures")
     values = [each for each in results["figures"] if each["group"] == "Text to image"][1]["values"]
     assert values["clip"]["value"] == 1 and values["pixels"]["undefined"] == "it has no text side"
     assert figure(results, "recall@1")["values"]["pixels"]["undefined"] == "there are no two classes"
@@ -542,10 +515,10 @@ def test_captions_add_text_to_image_retrieval_for_models_with_a_text_side(folder
     assert 0 <= values["clip"]["value"] <= 1 and values["clip"]["n"] == 3
 
 
-def test_whole_models_are_asked_and_their_answers_kept(digits, folder, embedding_checkpoint, monkeypatch, capsys):
+def test_whole_models_are_asked_and_their_answers_kept(digits, folder, embedding_checkpoint, capsys):
     specs = ["--model", TINY, "--model", f"{TINY}:tower", "--model", embedding_checkpoint, "--model", "pixels"]
     arguments = [*specs, digits, "--num-crops", 0, "--probe", 1, "--question", NAME_IT]
-    results = compare_here(monkeypatch, folder, *arguments)
+    results = compare_here(folder, *arguments)
     exact, loss = figure(results, "exact answers")["values"], figure(results, "loss a token")["values"]
     whole, embedding = ROOT.name, f"{ROOT.name} (tower)"
     assert exact[whole]["value"] > 0.9 and 0 <= loss[whole]["low"] <= loss[whole]["value"] < 0.2
@@ -559,18 +532,18 @@ def test_whole_models_are_asked_and_their_answers_kept(digits, folder, embedding
     told = [answer(text=ask(NAME_IT, [Image.open(path)]), **settings)[0]["generated_text"] for path in paths]
     assert [text.strip() for text in told] == [*NAMES[:3]]
     capsys.readouterr()
-    assert compare_here(monkeypatch, folder, *arguments)["figures"] == results["figures"]
+    assert compare_here(folder, *arguments)["figures"] == results["figures"]
     assert "Answers by" not in capsys.readouterr().err
     with pytest.raises(SystemExit, match="--question has no right answers here"):
-        compare_here(monkeypatch, folder, "--model", TINY, digits / "one", "--question", "?")
+        compare_here(folder, "--model", TINY, digits / "one", "--question", "?")
 
 
-def test_several_captions_an_image_are_refused(folder, monkeypatch):
+def test_several_captions_an_image_are_refused(folder):
     save_all(folder, {"a": [noise(n) for n in range(2)]})
     rows = "".join(json.dumps({"file_name": f"a/{n}.png", "caption": ["one", "other"]}) + "\n" for n in range(2))
     (folder / "pictures" / "metadata.jsonl").write_text(rows)
     with pytest.raises(SystemExit, match=r"(?s)captions are List.*but must be a text an image. Name .*--text-column"):
-        compare_here(monkeypatch, folder, "--model", "pixels", folder / "pictures")
+        compare_here(folder, "--model", "pixels", folder / "pictures")
 
 
 def test_a_sentence_transformers_model(tmp_path):

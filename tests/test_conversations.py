@@ -10,7 +10,7 @@ from transformers import AutoProcessor
 
 from phi3_tools.finetune.conversations import _conversations, encode, load_conversations
 from phi3_tools.finetune.settings import DataOptions
-from phi3_tools.finetune.talk import truth
+from phi3_tools.finetune.talk import said
 
 ASKED = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what digit is this ?"}]}
 SAID = {"role": "assistant", "content": "seven"}
@@ -32,7 +32,7 @@ def test_the_hubs_convention_and_llavas_give_the_same(tmp_path):
     splits = load(tmp_path, rows * 2)
     found = [row for split in splits.values() for row in split]
     assert len(found) == 4 and all(row["messages"] == found[0]["messages"] for row in found)
-    assert truth(found[0]) == "seven"
+    assert said(found[0]) == "seven"
 
 
 def test_the_answer_alone_is_learnt_and_must_fit_into_the_context(tmp_path):

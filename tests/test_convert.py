@@ -33,7 +33,7 @@ from phi3_tools.checkpoint.layout import TOWER, published_names
 from phi3_tools.checkpoint.put_back import put_back
 
 MODULES = ("checks_phi3_embed.py", "configuration_phi3_embed.py", "modeling_phi3_embed.py", "processing_phi3_embed.py")
-COMMAND = [sys.executable, ROOT / "convert_phi3_vision.py"]
+SCRIPT = ROOT / "convert_phi3_vision.py"
 GLB, FC1 = "model.vision_embed_tokens.glb_GN", f"{TOWER}encoder.layers.1.mlp.fc1.weight"
 
 
@@ -56,12 +56,16 @@ def changed(folder, change=lambda tensors: None, config=published.SMALL_CONFIG, 
     return published.save(folder, tensors, config, **options)
 
 
+def weights_of(folder):
+    return {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in load_file(file).items()}
+
+
 def assert_same_weights(folder, tensors):
-    """Every weight of a model of ours is, to the bit, the published one."""
-    mine = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    assert len(mine) == 60
-    for name, tensor in mine.items():
-        wanted = next(tensors[each] for each in published_names(name) if each in tensors)
+    """Every weight of a model of ours is, to the bit, the published one, and all of them are there."""
+    own = weights_of(folder)
+    assert len(own) == (86 if "lm_head.weight" in own else 60)
+    for name, tensor in own.items():
+        wanted = next(tensors[known] for known in published_names(name) if known in tensors)
         assert tensor.dtype == wanted.dtype and torch.equal(tensor, wanted), name
 
 
@@ -86,7 +90,7 @@ print(json.dumps(outputs.pooler_output.float().tolist()))
 def test_one_command_makes_a_folder_that_a_fresh_process_loads(tmp_path):
     folder = published.save(tmp_path / "my source", num_crops=4, max_shard_size="3MB")
     output = tmp_path / "my output"
-    done = run_fresh(ROOT / "convert_phi3_vision.py", folder, output)
+    done = run_fresh(SCRIPT, folder, output)
     assert done.returncode == 0, done.stderr
     assert "6.58M" in done.stderr and f"{output} is complete. Its embedding of a fixed image begins 0." in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my output", "my source"]
@@ -227,7 +231,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
 
 def rewrite(name, **changes):
     def change(folder):
-        about = json.loads((folder / name).read_text()) | changes
+        about = (json.loads((folder / name).read_text()) if (folder / name).exists() else {}) | changes
         (folder / name).write_text(json.dumps({key: about[key] for key in about if about[key] is not None}))
 
     return change
@@ -376,6 +380,17 @@ class Published(nn.Module):
             setattr(self.get_submodule(parent), leaf, layer)
 
 
+def save_adapter(folder, **settings):
+    """An adapter with random weights -> the published weights as peft merges it into them."""
+    torch.manual_seed(0)
+    model = get_peft_model(Published(published.weights()), LoraConfig(**settings))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return PeftModel.from_pretrained(Published(published.weights()), folder).merge_and_unload().state_dict()
+
+
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "k_proj", "q_proj", "out_proj", "v_proj"]
 
 
@@ -401,16 +416,9 @@ TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "k_proj", "q_proj"
 def test_an_adapter_is_merged_as_peft_merges_it(
     settings, changed_weights, language, behind, source, converted, tmp_path, capsys
 ):
-    torch.manual_seed(0)
-    model = get_peft_model(Published(published.weights()), LoraConfig(r=4, **settings))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(tmp_path / "adapter")
-    merged = PeftModel.from_pretrained(Published(published.weights()), tmp_path / "adapter").merge_and_unload()
-
+    merged = save_adapter(tmp_path / "adapter", r=4, **settings)
     convert(str(tmp_path / "adapter"), tmp_path / "output", base=str(source))
-    assert_same_weights(tmp_path / "output", merged.state_dict())
+    assert_same_weights(tmp_path / "output", merged)
     output, before = load_file(tmp_path / "output" / "model.safetensors"), load_file(converted / "model.safetensors")
     assert sum(not torch.equal(tensor, before[name]) for name, tensor in output.items()) == changed_weights
     said = capsys.readouterr().out
@@ -420,42 +428,34 @@ def test_an_adapter_is_merged_as_peft_merges_it(
 
 def test_adapters_that_cannot_be_merged_say_why(source, tmp_path):
     adapter = tmp_path / "adapter"
-    model = get_peft_model(Published(published.weights()), LoraConfig(target_modules=["fc1"]))
-    model.save_pretrained(adapter)
-    with pytest.raises(ValueError, match="does not name its base. Give it by `--base`"):
-        convert(str(adapter), tmp_path / "output")
-    with pytest.raises(ValueError, match="no Hub id.*It is the base of"):
-        convert(str(adapter), tmp_path / "output", base="gone/from/here")
-    about = (adapter / "adapter_config.json").read_text()
-    for text in ("[]", json.dumps(json.loads(about) | {"lora_alpha": "8"})):
-        write("adapter_config.json", text)(adapter)
-        with pytest.raises(ValueError, match=r"adapter_config.json( must hold a JSON object|: `lora_alpha` is '8')"):
-            convert(str(adapter), tmp_path / "output", base=str(source))
-    write("adapter_config.json", about)(adapter)
-    rewrite("adapter_config.json", peft_type="IA3")(adapter)
-    with pytest.raises(ValueError, match="of type IA3"):
-        convert(str(adapter), tmp_path / "output", base=str(source))
-    rewrite("adapter_config.json", peft_type="LORA")(adapter)
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    save_file(tensors | {"base_model.model.other.weight": torch.zeros(1)}, adapter / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"extra \(1\): other.weight"):
-        convert(str(adapter), tmp_path / "output", base=str(source))
-    (adapter / "non_lora_state_dict.bin").touch()
-    with pytest.raises(ValueError, match="has non_lora_state_dict.bin, weights that were trained beside"):
-        convert(str(adapter), tmp_path / "output", base=str(source))
-    (adapter / "non_lora_state_dict.bin").unlink()
+    save_adapter(adapter, target_modules=["fc1"])
+    weights, about = adapter / "adapter_model.safetensors", (adapter / "adapter_config.json").read_text()
+    tensors = load_file(weights)
     first = next(iter(tensors))
-    save_file(tensors | {first: torch.zeros(1, 1)}, adapter / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="adapter does not fit .*fc1.weight"):
-        convert(str(adapter), tmp_path / "output", base=str(source))
-    save_file({name: tensors[name] for name in tensors if name != first}, adapter / "adapter_model.safetensors")
-    with pytest.raises(
-        ValueError, match="does not fit .*it has lora_B.weight where peft expects lora_A.weight, lora_B"
-    ):
-        convert(str(adapter), tmp_path / "output", base=str(source))
-    (adapter / "adapter_model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="adapter_model.safetensors is no safetensors file"):
-        convert(str(adapter), tmp_path / "output", base=str(source))
+
+    def refused(said, base=str(source)):
+        with pytest.raises(ValueError, match=said):
+            convert(str(adapter), tmp_path / "output", base=base)
+
+    refused("does not name its base. Give it by `--base`", base=None)
+    refused("no Hub id.*It is the base of", base="gone/from/here")
+    write("adapter_config.json", "[]")(adapter)
+    refused("adapter_config.json must hold a JSON object")
+    for changes, said in (({"lora_alpha": "8"}, "json: `lora_alpha` is '8'"), ({"peft_type": "IA3"}, "of type IA3")):
+        write("adapter_config.json", json.dumps(json.loads(about) | changes))(adapter)
+        refused(said)
+    write("adapter_config.json", about)(adapter)
+    (adapter / "non_lora_state_dict.bin").touch()
+    refused("has non_lora_state_dict.bin, weights that were trained beside")
+    (adapter / "non_lora_state_dict.bin").unlink()
+    save_file(tensors | {"base_model.model.other.weight": torch.zeros(1)}, weights)
+    refused(r"extra \(1\): other.weight")
+    save_file(tensors | {first: torch.zeros(1, 1)}, weights)
+    refused("adapter does not fit .*fc1.weight")
+    save_file({name: tensors[name] for name in tensors if name != first}, weights)
+    refused("does not fit .*it has lora_B.weight where peft expects lora_A.weight, lora_B")
+    weights.write_bytes(b"")
+    refused("adapter_model.safetensors is no safetensors file")
 
 
 # Back
@@ -466,10 +466,14 @@ def assert_same_files(left, right):
     assert all(path.read_bytes() == (right / path.name).read_bytes() for path in left.iterdir())
 
 
-@pytest.mark.parametrize("max_shard_size", ["1GB", "3MB"])
-def test_a_round_trip_gives_the_same_files(max_shard_size, tmp_path):
-    folder = published.save(tmp_path / "source", max_shard_size=max_shard_size)
-    convert(str(folder), tmp_path / "model")
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("max_shard_size, name", [("1GB", EMBED_TOKENS), ("3MB", WTE)])
+def test_a_round_trip_gives_the_same_files(max_shard_size, name, whole, tmp_path):
+    tensors = published.weights()
+    tensors[name] = tensors.pop(EMBED_TOKENS)
+    folder = published.save(tmp_path / "source", tensors, max_shard_size=max_shard_size)
+    convert(str(folder), tmp_path / "model", whole=whole)
+    assert_same_weights(tmp_path / "model", tensors)
     put_back(str(tmp_path / "model"), str(folder), tmp_path / "back")
     assert_same_files(tmp_path / "back", folder)
 
@@ -701,14 +705,12 @@ def test_a_fine_tune_goes_back_into_what_is_on_the_hub(far, source, converted, t
 
 def test_an_adapter_and_its_base_come_from_the_hub(far, source, tmp_path):
     hub, main = far
-    torch.manual_seed(0)
-    model = get_peft_model(Published(published.weights()), LoraConfig(target_modules=["fc1"], init_lora_weights=False))
-    model.save_pretrained(tmp_path / "adapter")
+    merged = save_adapter(tmp_path / "adapter", target_modules=["fc1"])
     base = hub.head("someone/phi3v")
     rewrite("adapter_config.json", base_model_name_or_path="someone/phi3v", revision=base)(tmp_path / "adapter")
     commit = hub.add_repo("someone/adapter", tmp_path / "adapter")
     assert main("someone/adapter", tmp_path / "output") is None
-    assert_same_weights(tmp_path / "output", model.merge_and_unload().state_dict())
+    assert_same_weights(tmp_path / "output", merged)
     card = (tmp_path / "output" / "README.md").read_text()
     assert "- someone/phi3v" in card and "- someone/adapter" in card and base in card and commit in card
 
@@ -737,7 +739,7 @@ def test_a_killed_conversion_goes_on_is_pushed_and_comes_back(hub, source, tmp_p
     stale = {"model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"{}", "notes.txt": b"kept"}
     hub.add_repo("someone/embed", stale)
     environment = os.environ | hub.environment(tmp_path / "home")
-    command = [*COMMAND, "someone/phi3v", tmp_path / "output", "--push-to-hub", "someone/embed"]
+    command = [sys.executable, SCRIPT, "someone/phi3v", tmp_path / "output", "--push-to-hub", "someone/embed"]
     hub.fail(STORAGE, kind="cut", at=1_000_000, times=5)  # a header's two parts, then thrice the word embeddings
     with subprocess.Popen(command, env=environment, stdout=DEVNULL, stderr=DEVNULL) as process:
         while hub.bytes_sent(STORAGE) < 2_000_000:

@@ -12,16 +12,14 @@ import pytest
 import torch
 from conftest import run_python
 from fresh_process import run_fresh
-from peft import LoraConfig, PeftModel, get_peft_model
 from published import EMBED_TOKENS, WTE
-from safetensors.torch import load_file
-from test_convert import TARGETS, Published, assert_same_files, changed, pop, put, rewrite, write
+from test_convert import SCRIPT, TARGETS, assert_same_weights, changed, pop, put, rewrite, save_adapter, weights_of
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from phi3_tools import cli
 from phi3_tools.checkpoint import convert as conversion
 from phi3_tools.checkpoint.convert import convert, read_config
-from phi3_tools.checkpoint.layout import is_behind_features, parse_config, published_names, select_published
+from phi3_tools.checkpoint.layout import published_names, select_published
 from phi3_tools.checkpoint.put_back import put_back
 from phi3_tools.checkpoint.source import open_source, read_entries
 
@@ -40,20 +38,6 @@ def converted(source, tmp_path_factory):
     output = tmp_path_factory.mktemp("converted") / "model"
     convert(str(source), output, whole=True, recipe="vlm2vec")
     return output
-
-
-def weights_of(folder):
-    return {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def assert_same_weights(folder, tensors):
-    """Every weight of a whole model is, to the bit, the published one, and all published ones that count are there."""
-    own = weights_of(folder)
-    config = parse_config(json.loads((folder / "config.json").read_text()), whole=True)
-    taken = {next(name for name in published_names(ours) if name in tensors): ours for ours in own}
-    assert {name for name in tensors if not is_behind_features(name, config)} == taken.keys()
-    for name, ours in taken.items():
-        assert own[ours].dtype == tensors[name].dtype and torch.equal(own[ours], tensors[name]), ours
 
 
 # The result
@@ -114,10 +98,8 @@ def test_one_command_makes_a_model_that_a_fresh_process_generates_with(tmp_path)
     assert text_config["rope_parameters"]["rope_type"] == "longrope" and text_config["sliding_window"] is None
     assert not (output / "modules.json").exists()
     card = (output / "README.md").read_text()
-    assert (
-        "pipeline_tag: image-text-to-text" in card
-        and "python convert_phi3_vision.py 'my source' output --whole" in card
-    )
+    assert "pipeline_tag: image-text-to-text" in card
+    assert "python convert_phi3_vision.py 'my source' output --whole" in card
     assert "language model's layers" not in card and "## Vectors" not in card
 
 
@@ -129,17 +111,6 @@ def test_microsofts_own_index_has_a_weight_for_each_of_ours_and_no_other(tmp_pat
 
 
 # In and back
-
-
-@pytest.mark.parametrize("max_shard_size, name", [("1GB", EMBED_TOKENS), ("3MB", WTE)])
-def test_a_round_trip_of_the_whole_gives_the_same_files(max_shard_size, name, tmp_path):
-    tensors = published.weights()
-    tensors[name] = tensors.pop(EMBED_TOKENS)
-    folder = published.save(tmp_path / "source", tensors, max_shard_size=max_shard_size)
-    convert(str(folder), tmp_path / "model", whole=True)
-    assert_same_weights(tmp_path / "model", tensors)
-    put_back(str(tmp_path / "model"), str(folder), tmp_path / "back")
-    assert_same_files(tmp_path / "back", folder)
 
 
 def test_a_fine_tune_of_the_whole_goes_back(source, converted, tmp_path, capsys):
@@ -169,15 +140,9 @@ def test_other_rotary_factors_are_not_put_back(source, converted, tmp_path):
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_an_adapter_on_language_model_and_tower_is_merged_as_peft_merges_it(use_dora, tmp_path, capsys):
     folder = published.save(tmp_path / "source")
-    torch.manual_seed(0)
-    model = get_peft_model(Published(published.weights()), LoraConfig(r=8, target_modules=TARGETS, use_dora=use_dora))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(tmp_path / "adapter")
-    merged = PeftModel.from_pretrained(Published(published.weights()), tmp_path / "adapter").merge_and_unload()
+    merged = save_adapter(tmp_path / "adapter", r=8, target_modules=TARGETS, use_dora=use_dora)
     convert(str(tmp_path / "adapter"), tmp_path / "output", base=str(folder), whole=True)
-    assert_same_weights(tmp_path / "output", dict(merged.state_dict()))
+    assert_same_weights(tmp_path / "output", merged)
     assert "changes 28 of the model's weights. Left out are 0 of its tensors on the lang" in capsys.readouterr().out
 
 
@@ -216,23 +181,19 @@ def test_shards_of_something_else_are_not_gone_on_with(source, tmp_path, monkeyp
 def test_a_table_of_words_under_two_names_is_one_if_it_is_the_same(hub, tmp_path):
     """A difference is seen before the weights are fetched; a folder's is among what is wrong with a source."""
     tensors = published.weights()
-    convert(
-        str(published.save(tmp_path / "same", tensors | {WTE: tensors[EMBED_TOKENS].clone()})),
-        tmp_path / "output",
-        whole=True,
-    )
-    assert len(weights_of(tmp_path / "output")) == 86
+    same = published.save(tmp_path / "same", tensors | {WTE: tensors[EMBED_TOKENS].clone()})
+    convert(str(same), tmp_path / "output", whole=True)
+    assert_same_weights(tmp_path / "output", tensors)
     hub.add_repo("someone/two", published.save(tmp_path / "two", tensors | {WTE: tensors[EMBED_TOKENS] + 1}))
-    code = "import sys; from phi3_tools.cli import main; main(['convert', 'someone/two', sys.argv[1], '--whole'])"
-    done = run_fresh("-c", code, tmp_path / "other", env=hub.environment(tmp_path / "home"))
+    done = run_fresh(SCRIPT, "someone/two", tmp_path / "other", "--whole", env=hub.environment(tmp_path / "home"))
     assert "has two different tables of word embeddings" in done.stderr and "Fetching" not in done.stdout
 
 
 @pytest.mark.hub
 def test_all_that_counts_is_fetched_from_the_hub(hub, source, tmp_path, monkeypatch):
     hub.add_repo("someone/phi3v", source)
-    code = "import sys; from phi3_tools.cli import main; main(['convert', 'someone/phi3v', sys.argv[1], '--whole'])"
-    run_python(code, tmp_path / "output", **hub.environment(tmp_path / "home"))
+    done = run_fresh(SCRIPT, "someone/phi3v", tmp_path / "output", "--whole", env=hub.environment(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
     assert_same_weights(tmp_path / "output", published.weights(dtype=torch.float32))
     sent = hub.bytes_sent(r"GET /repos/.*model.*\.safetensors")
     own = sum(tensor.nbytes for tensor in weights_of(tmp_path / "output").values())
@@ -278,6 +239,7 @@ def test_a_language_model_that_is_described_wrongly_is_told_in_a_line(settings, 
 
 def pickled(folder, shards):
     """A repository published as pickles alone."""
+    folder.mkdir()
     tensors = published.weights()
     published.save_small_files(folder, published.SMALL_CONFIG, 16)
     if shards == 1:
@@ -294,16 +256,11 @@ def pickled(folder, shards):
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("whole", [True, False])
 def test_pickles_are_read_as_data_on_request_alone(shards, whole, tmp_path):
-    (tmp_path / "source").mkdir()
     folder = pickled(tmp_path / "source", shards)
     with pytest.raises(ValueError, match=r"as pickles \(.bin\) only. If you trust .*, give `--allow-pickle`"):
         convert(str(folder), tmp_path / "output", whole=whole)
     convert(str(folder), tmp_path / "output", whole=whole, allow_pickle=True)
-    own = weights_of(tmp_path / "output")
-    tensors = published.weights()
-    for name, tensor in own.items():
-        assert torch.equal(tensor, tensors[next(known for known in published_names(name) if known in tensors)]), name
-    assert len(own) == (86 if whole else 60)
+    assert_same_weights(tmp_path / "output", published.weights())
 
 
 class Act:
@@ -313,30 +270,26 @@ class Act:
 
 def test_a_pickle_that_would_act_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "source").mkdir()
     folder = pickled(tmp_path / "source", 1)
     for content in ({"x": Act()}, {"x": torch.zeros(1), "y": "text"}, [1]):
         torch.save(content, folder / "pytorch_model.bin")
-        with pytest.raises(
-            ValueError, match="pytorch_model.bin is no state dict that can be read as data alone"
-        ) as raised:
+        said = "pytorch_model.bin is no state dict that can be read as data alone"
+        with pytest.raises(ValueError, match=said) as raised:
             convert(str(folder), tmp_path / "output", allow_pickle=True)
         assert "\n" not in str(raised.value) and not (tmp_path / "trace").exists()
-    write("pytorch_model.bin", "version https://git-lfs.github.com/spec/v1\n")(folder)
+    (folder / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ValueError, match="pytorch_model.bin is a Git LFS pointer"):
         convert(str(folder), tmp_path / "output", allow_pickle=True)
 
 
 @pytest.mark.hub
 def test_pickles_on_the_hub_are_fetched_whole_and_go_on(hub, tmp_path):
-    (tmp_path / "source").mkdir()
-    pickled(tmp_path / "source", 1)
-    hub.add_repo("someone/dse", tmp_path / "source")
+    hub.add_repo("someone/dse", pickled(tmp_path / "source", 1))
     size = (tmp_path / "source" / "pytorch_model.bin").stat().st_size
     binary = r"GET .*pytorch_model\.bin"
     hub.fail(binary, kind="cut", at=3_000_000, times=2)
-    code = "import sys; from phi3_tools.cli import main; main(['convert', 'someone/dse', *sys.argv[1:]])"
-    arguments = [tmp_path / "output", "--whole", "--allow-pickle", "--recipe", "dse"]
-    run_python(code, *arguments, **hub.environment(tmp_path / "home"))
+    arguments = ["someone/dse", tmp_path / "output", "--whole", "--allow-pickle", "--recipe", "dse"]
+    done = run_fresh(SCRIPT, *arguments, env=hub.environment(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
     assert_same_weights(tmp_path / "output", published.weights())
     assert hub.bytes_sent(binary) == size

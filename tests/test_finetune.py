@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,10 +24,6 @@ def small_head(**kwargs):
     for parameter in head.parameters():
         nn.init.normal_(parameter, std=0.2)
     return head
-
-
-def small_image_processor():
-    return Phi3EmbedImageProcessor(num_crops=4, size={"height": 56, "width": 56}, num_img_tokens=4)
 
 
 # The head
@@ -97,29 +94,20 @@ def test_a_head_trains_without_hd_transform_and_in_bfloat16():
 
 
 @pytest.fixture(scope="module")
-def base_folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("base")
-    small_model().save_pretrained(path)
-    small_image_processor().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def head_folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("head")
     small_head().save_pretrained(path)
-    small_image_processor().save_pretrained(path)
+    Phi3EmbedImageProcessor(num_crops=4, size={"height": 56, "width": 56}, num_img_tokens=4).save_pretrained(path)
     return path
 
 
-def test_a_head_on_a_base_checkpoint_starts_fresh_and_says_so(base_folder, caplog):
+def test_a_head_on_a_base_checkpoint_starts_fresh_and_says_so(repository, caplog):
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
     level = logger.level
     logger.setLevel(logging.WARNING)  # a test before this one may have turned it down
-    head, info = Phi3EmbedForImageClassification.from_pretrained(
-        base_folder, id2label=CLASSES, output_loading_info=True
-    )
+    loaded = Phi3EmbedForImageClassification.from_pretrained(repository, id2label=CLASSES, output_loading_info=True)
+    head, info = loaded
     logger.removeHandler(caplog.handler)
     logger.setLevel(level)
     assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"} and not info["unexpected_keys"]
@@ -142,21 +130,21 @@ def test_a_head_with_weights_missing_is_an_error(model, gone, tmp_path):
         Phi3EmbedForImageClassification.from_pretrained(tmp_path, id2label=CLASSES)
 
 
-def test_a_head_without_a_checkpoint_of_the_base_is_an_error(base_folder):
+def test_a_head_without_a_checkpoint_of_the_base_is_an_error(repository):
     with pytest.raises(ValueError, match="lacks 2 of the model's weights: classifier.bias, classifier.weight"):
-        Phi3EmbedForImageClassification.from_pretrained(base_folder, config=small_config())
+        Phi3EmbedForImageClassification.from_pretrained(repository, config=small_config())
 
 
-def test_a_head_that_nobody_asked_for_is_an_error(base_folder):
+def test_a_head_that_nobody_asked_for_is_an_error(repository):
     """A pipeline would answer by weights that are random."""
     with pytest.raises(ValueError, match="lacks 2 .*classifier.weight. To train them, name the classes by `id2label`"):
-        pipeline("image-classification", model=str(base_folder), trust_remote_code=True)
+        pipeline("image-classification", model=repository, trust_remote_code=True)
     for named in ({"num_labels": 3}, {"id2label": {0: "cat", 1: "no cat", 2: "both"}}):
-        head = AutoModelForImageClassification.from_pretrained(base_folder, trust_remote_code=True, **named)
+        head = AutoModelForImageClassification.from_pretrained(repository, trust_remote_code=True, **named)
         assert head.classifier.out_features == 3
     # In a config two classes without names are those of a model that has none.
     with pytest.raises(ValueError, match=r"by `id2label`, or their number \(if not 2\) by `num_labels`"):
-        AutoModelForImageClassification.from_pretrained(base_folder, trust_remote_code=True, num_labels=2)
+        AutoModelForImageClassification.from_pretrained(repository, trust_remote_code=True, num_labels=2)
 
 
 def test_a_trained_head_starts_again_with_other_classes(head_folder):
@@ -185,8 +173,8 @@ assert torch.equal(base(**images).pooler_output, head.model(**images).pooler_out
     torch.testing.assert_close(torch.tensor(logits), small_head()(**images).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_every_saved_config_names_the_code_of_all_models(base_folder, head_folder):
-    for folder in (base_folder, head_folder):
+def test_every_saved_config_names_the_code_of_all_models(repository, head_folder):
+    for folder in (Path(repository), head_folder):
         assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
         assert (folder / "modeling_phi3_embed.py").read_bytes() == (ROOT / "modeling_phi3_embed.py").read_bytes()
 
@@ -207,9 +195,8 @@ PICTURES = [Image.linear_gradient("L").resize(size) for size in [(60, 60), (200,
 def test_image_classification_in_batches_of_unequal_images(head_folder):
     classify = pipeline("image-classification", model=str(head_folder), trust_remote_code=True)
     together = classify(PICTURES, batch_size=3)
-    assert [len(scores) for scores in together] == [3] * 5 and {each["label"] for each in together[0]} == {
-        *CLASSES.values()
-    }
+    assert [len(scores) for scores in together] == [3] * 5
+    assert {score["label"] for score in together[0]} == {*CLASSES.values()}
     for picture, scores in zip(PICTURES, together):
         alone = classify(picture)
         inputs = classify.image_processor(picture, return_tensors="pt")

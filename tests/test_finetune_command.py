@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import trainings
 from conftest import ROOT, run_python
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from spaces import SHORT as SHORT_OF_PAIRS
 from spaces import save_captions, save_embedder
+from trainings import arguments_of, assert_same_weights, finetune, killed, losses, read_metrics
 from transformers import AutoModel, AutoModelForImageClassification
 
 from phi3_tools import cli
@@ -35,11 +37,10 @@ import finetuning  # noqa: E402
 
 pytestmark = pytest.mark.train
 
-COLORS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
+COLORS = ("blue", "green", "red")
 # How far the colours of a class lie from each other: so that a linear probe does not tell all of them apart.
 TINT = 70
 # 3 classes of 10 images: 24 to train with, 6 held out; so 3 steps an epoch with batches of 8.
-PER_CLASS = 10
 ONE = (
     "--num-train-epochs 3 --learning-rate 1e-3 --num-crops 1 --validation 0 --logging-steps 1 --save-strategy steps "
     "--save-steps 2 --per-device-train-batch-size 8 --shift 0.1 --flip --color 0.1 --disable-tqdm true"
@@ -48,14 +49,8 @@ SHORT = "--max-steps 4 --per-device-train-batch-size 8 --learning-rate 1e-3 --nu
 BY_STEP = f"{SHORT} --validation 0.2 --eval-strategy steps --eval-steps 2 --save-strategy steps --save-steps 2"
 
 
-def make_images(folder, colors=COLORS, per_class=PER_CLASS, seed=0):
-    rng = np.random.default_rng(seed)
-    for name, color in colors.items():
-        (folder / name).mkdir(parents=True)
-        for number in range(per_class):
-            pixels = rng.normal(rng.normal(color, TINT), 40, (20 + number, 30, 3)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{number}.png")
-    return folder
+def make_images(folder, names=COLORS, per_class=10):
+    return trainings.make_images(folder, names, per_class, TINT)
 
 
 @pytest.fixture(scope="module")
@@ -63,25 +58,12 @@ def images(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp("images") / "colours")
 
 
-def arguments_of(model, source, output, options=ONE):
-    return [str(source), "--model", str(model), "--output", str(output), *options.split()]
-
-
-def finetune(model, source, output, options=ONE):
-    command.run(arguments_of(model, source, output, options))
-    return read_metrics(output)
-
-
 def launch(*arguments, launcher=("-m", "phi3_tools", "finetune"), run=run_fresh, **environment):
     return run(*launcher, *arguments, env=environment)
 
 
-def read_metrics(folder):
-    return json.loads((Path(folder) / "metrics.json").read_text())
-
-
-def losses(folder):
-    return {entry["step"]: entry["loss"] for entry in read_metrics(folder)["history"] if "loss" in entry}
+def classes_of(folder):
+    return [*json.loads((folder / "config.json").read_text())["id2label"].values()]
 
 
 def digest(folder):
@@ -94,7 +76,7 @@ def digest(folder):
 def trained(repository, images, tmp_path_factory):
     """A classifier of colours, trained without interruption by one process."""
     output = tmp_path_factory.mktemp("trained") / "colours-classifier"
-    finetune(repository, images, output)
+    finetune(repository, images, output, ONE)
     return output
 
 
@@ -149,11 +131,11 @@ def test_what_is_no_result_is_said():
 def test_the_command_says_that_it_goes_on_and_that_it_has_finished(trained, repository, images, tmp_path, capsys):
     output = shutil.copytree(trained, tmp_path / "out")
     before = digest(output)
-    finetune(repository, images, output)
+    finetune(repository, images, output, ONE)
     assert f"{output} holds what this command makes: it has finished already." in capsys.readouterr().out
     assert {path for path, content in digest(output).items() if content != before[path]} <= {output / "README.md"}
     (output / "metrics.json").unlink()
-    finetune(repository, images, output)
+    finetune(repository, images, output, ONE)
     assert f"Going on from {output}/checkpoint-9: 9 of 9 steps are done." in capsys.readouterr().out
 
 
@@ -163,7 +145,7 @@ def test_the_command_says_that_it_goes_on_and_that_it_has_finished(trained, repo
 def test_a_killed_training_goes_on_as_if_it_had_not_been(trained, repository, images, tmp_path):
     output = tmp_path / "killed"
     process = subprocess.Popen(
-        [sys.executable, "-m", "phi3_tools", "finetune", *arguments_of(repository, images, output)],
+        [sys.executable, "-m", "phi3_tools", "finetune", *arguments_of(repository, images, output, ONE)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -173,14 +155,12 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(trained, repository, im
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (output / "metrics.json").exists()
-    finetune(repository, images, output)
+    finetune(repository, images, output, ONE)
     assert losses(output) == pytest.approx(losses(trained), abs=1e-5)
 
 
 def test_what_is_advised_for_full_memory_goes_on_at_the_same_place(trained, repository, images, tmp_path):
-    output = shutil.copytree(trained, tmp_path / "out")
-    shutil.rmtree(output / "checkpoint-9")
-    (output / "metrics.json").unlink()
+    output = killed(trained, tmp_path / "out")
     advised = "batch-size 4 --gradient-accumulation-steps 2 --gradient-checkpointing"
     finetune(repository, images, output, ONE.replace("batch-size 8", advised))
     assert losses(output) == pytest.approx(losses(trained), abs=1e-4)
@@ -191,13 +171,9 @@ def test_from_any_checkpoint_on_all_is_as_it_was(options, repository, images, tm
     """The mean losses that are logged too: 4 steps are logged as one, and the checkpoint lies in between."""
     options = f"{ONE} {options} --logging-steps 4"
     finetune(repository, images, tmp_path / "whole", options)
-    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
-    shutil.rmtree(tmp_path / "killed" / "checkpoint-9")
-    (tmp_path / "killed" / "metrics.json").unlink()
-    finetune(repository, images, tmp_path / "killed", options)
+    finetune(repository, images, killed(tmp_path / "whole", tmp_path / "killed"), options)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "whole"))
-    assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
 
 
 # The launched processes train one after the other. accelerate (1.15) knows FSDP on accelerators alone, and
@@ -263,12 +239,6 @@ def test_two_processes_train_as_one_does_sharded_or_not(trained, embedding, repo
         assert saved == wanted
 
 
-def test_accumulated_and_checkpointed_gradients_train_as_whole_batches_do(trained, repository, images, tmp_path):
-    options = ONE.replace("batch-size 8", "batch-size 4 --gradient-accumulation-steps 2 --gradient-checkpointing")
-    finetune(repository, images, tmp_path / "out", options)
-    assert losses(tmp_path / "out") == pytest.approx(losses(trained), abs=1e-4)
-
-
 def test_an_embeddings_accumulated_loss_is_the_mean_of_its_batches(repository, images, tmp_path):
     options = ONE.replace("batch-size 8", "batch-size 4").replace("1e-3", "0") + " --task embedding"
     finetune(repository, images, tmp_path / "single", options)
@@ -323,7 +293,7 @@ def test_all_images_validate_a_training_that_drops_its_last_batch(repository, im
 
 def test_the_head_starts_fresh_where_the_classes_are_others(trained, repository, images, tmp_path):
     def heads(classes):
-        others = make_images(tmp_path / classes[0], dict(zip(classes, COLORS.values())), 3)
+        others = make_images(tmp_path / classes[0], classes, 3)
         options = f"{SHORT} --learning-rate 0 --max-steps 1 --eval-strategy no"
         finetune(trained, others, tmp_path / f"of-{classes[0]}", options)
         return [
@@ -342,7 +312,7 @@ def test_the_head_starts_fresh_where_the_classes_are_others(trained, repository,
 def test_pushed_it_is_a_pipeline_in_a_fresh_process(trained, repository, images, hub, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "colours-classifier")
     name = "someone/colours"
-    options = [*arguments_of(repository, images, folder), "--push-to-hub", "--hub-model-id", name]
+    options = [*arguments_of(repository, images, folder, ONE), "--push-to-hub", "--hub-model-id", name]
     done = launch(*options, **hub.environment(tmp_path / "here"))
     assert done.returncode == 0, done.stderr
     assert not any("checkpoint-" in path for path in hub.files(name, "main"))
@@ -370,7 +340,7 @@ def test_what_is_pushed_tells_no_folder_but_by_its_own_name(repository, images, 
 
 
 def test_only_a_valid_token_may_push_and_that_is_said_before_the_work(repository, images, hub, tmp_path):
-    options = [*arguments_of(repository, images, tmp_path / "out"), "--push-to-hub"]
+    options = [*arguments_of(repository, images, tmp_path / "out", ONE), "--push-to-hub"]
     done = launch(*options, **hub.environment(tmp_path / "home", token=""))
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
         "phi3-embed finetune: To push to out takes"
@@ -393,11 +363,10 @@ def test_metadata_and_parquet_are_trained_on_as_well(repository, images, tmp_pat
     (flat / "metadata.csv").write_text("\n".join(lines) + "\n")
     parquet = tmp_path / "colours.parquet"
     Dataset.from_dict(rows, Features({"picture": ImageFeature(), "colour": Value("string")})).to_parquet(parquet)
-    for source, classes in ((flat, [*COLORS]), (parquet, [*COLORS])):
-        column = " --label-column colour"
-        output = tmp_path / "out" / Path(source).name
-        finetune(repository, source, output, BY_STEP + column)
-        assert list(json.loads((output / "config.json").read_text())["id2label"].values()) == classes
+    for source in (flat, parquet):
+        output = tmp_path / "out" / source.name
+        finetune(repository, source, output, f"{BY_STEP} --label-column colour")
+        assert classes_of(output) == [*COLORS]
 
 
 def test_data_and_model_of_the_hub_are_trained_on(repository, images, hub, tmp_path):
@@ -408,7 +377,7 @@ def test_data_and_model_of_the_hub_are_trained_on(repository, images, hub, tmp_p
     assert done.returncode == 0, done.stderr
     card = (tmp_path / "out" / "README.md").read_text()
     assert "datasets:\n- someone/colours\n" in card and "base_model: someone/phi3-embed\n" in card
-    assert list(json.loads((tmp_path / "out" / "config.json").read_text())["id2label"].values()) == [*COLORS]
+    assert classes_of(tmp_path / "out") == [*COLORS]
 
 
 @pytest.fixture
@@ -437,12 +406,12 @@ def test_a_stream_differs_from_pass_to_pass_and_goes_on_where_it_was(repository,
     # 9 steps of 8 images: the kept checkpoint is in the third pass.
     options = ONE.replace("steps 2", "steps 7") + " --streaming --max-steps 9"
     finetune(repository, stream, tmp_path / "whole", options)
-    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
-    shutil.rmtree(tmp_path / "killed" / "checkpoint-9")
-    for _ in range(2):  # the second finds that all steps are done
-        (tmp_path / "killed" / "metrics.json").unlink()
-        finetune(repository, stream, tmp_path / "killed", options)
-        assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+    again = killed(tmp_path / "whole", tmp_path / "killed")
+    finetune(repository, stream, again, options)
+    assert losses(again) == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+    (again / "metrics.json").unlink()  # all steps are done
+    finetune(repository, stream, again, options)
+    assert losses(again) == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
 
 
 def test_a_stream_is_saved_by_steps_and_says_what_it_cannot_train_on(repository, stream, tmp_path):
@@ -496,7 +465,7 @@ def test_kept_features_give_what_images_give(pad_views, repository, images, tmp_
     settings = parse(arguments_of(repository, images, tmp_path, "--num-crops 4"))
     splits, names = data.load_splits(settings.source, settings.data, seed=0, least=1)
     start = command.find_start(repository)
-    model = train.load_model(start, "classification", names).eval()
+    model = train.load_model(start.pinned, "classification", names).eval()
     collate = data.Collator(command.load_processor(start, 4).image_processor, pad_views=pad_views)
     kept = data.with_features(splits["train"], model.base_model, collate, tmp_path, batch_size=5)
     wanted, got = (
@@ -526,7 +495,7 @@ def label_loss(temperature=0.1):
 
 
 def test_images_are_drawn_to_the_words_of_their_classes_which_the_tokenizer_must_know(repository, tmp_path):
-    words = make_images(tmp_path / "words", dict(zip(("dog", "picture", "cat"), COLORS.values())))
+    words = make_images(tmp_path / "words", ("dog", "picture", "cat"))
     options = f"{SHORT} --eval-strategy no --task embedding --words --train head --max-steps 40 --learning-rate 3e-3"
     rows = finetune(repository, words, tmp_path / "out", options)["held out"]
     # Measured: 0 and 100 %.
@@ -585,7 +554,7 @@ def one_class_of_one(folder):
 
 
 def unknown_label_in_test(folder):
-    make_images(folder / "train", {name: COLORS[name] for name in ("blue", "red")}, 3)
+    make_images(folder / "train", ("blue", "red"), 3)
     make_images(folder / "test", COLORS, 2)
 
 
@@ -601,7 +570,7 @@ def unreadable(folder):
 
 
 def one_class(folder):
-    make_images(folder, {"red": COLORS["red"]}, 3)
+    make_images(folder, ("red",), 3)
 
 
 def flat(folder):
@@ -656,16 +625,14 @@ def test_bad_data_is_an_error_that_says_how_to_mend_it(case, repository, tmp_pat
 
 
 def test_a_full_disk_at_a_checkpoint_is_said_and_earlier_checkpoints_stay(trained, repository, images, tmp_path):
-    output = shutil.copytree(trained, tmp_path / "out")
-    shutil.rmtree(output / "checkpoint-9")
-    (output / "metrics.json").unlink()
+    output = killed(trained, tmp_path / "out")
     kept = last_checkpoint(output)
     before = digest(kept)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
     try:
         with pytest.raises(SystemExit) as error:
-            cli.main(["finetune", *arguments_of(repository, images, output)])
+            cli.main(["finetune", *arguments_of(repository, images, output, ONE)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert str(error.value).startswith("phi3-embed finetune: The disk is full: ") and "\n" not in str(error.value)

@@ -11,9 +11,10 @@ import time
 import published
 import pytest
 import torch
-from conftest import ROOT, run_python
+from conftest import run_python
 from fresh_process import run_fresh
 from safetensors.torch import load_file, save_file
+from test_convert import SCRIPT, rewrite, write
 
 from phi3_tools.checkpoint.convert import convert
 from phi3_tools.checkpoint.put_back import put_back
@@ -30,10 +31,6 @@ def published_source(tmp_path_factory):
 @pytest.fixture
 def source(published_source, tmp_path):
     return shutil.copytree(published_source, tmp_path / "source")
-
-
-def add(path, **settings):
-    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | settings))
 
 
 def auto_maps(value):
@@ -54,14 +51,14 @@ def test_code_that_a_source_names_is_neither_run_nor_passed_on(source, tmp_path,
     autos["AutoTokenizer"] = ["", CODE]
     inner = {"auto_map": autos, "_attn_implementation": "someone/kernel", "custom_pipelines": CODE}
     parts = {name: published.SMALL_CONFIG[name] | inner for name in ("img_processor", "embd_layer", "vision_config")}
-    add(source / "config.json", auto_map=autos, custom_pipelines={"x": {"impl": CODE}}, **parts)
+    rewrite("config.json", auto_map=autos, custom_pipelines={"x": {"impl": CODE}}, **parts)(source)
     token = {"content": "<|endoftext|>", "special": True, "auto_map": autos}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        add(source / name, auto_map=autos, tokenizer_class=CODE, processor_class=CODE, pad_token=token)
+        rewrite(name, auto_map=autos, tokenizer_class=CODE, processor_class=CODE, pad_token=token)(source)
     for name in ("preprocessor_config.json", "processor_config.json", "chat_template.json"):
-        add(source / name, auto_map=autos, image_processor_type=CODE, processor_class=CODE)
+        rewrite(name, auto_map=autos, image_processor_type=CODE, processor_class=CODE)(source)
     environment = hub.environment(tmp_path / "home")
-    done = run_fresh(ROOT / "convert_phi3_vision.py", source, tmp_path / "output", env=environment)
+    done = run_fresh(SCRIPT, source, tmp_path / "output", env=environment)
     assert done.returncode == 0, done.stderr
     load = "import sys; from transformers import AutoModel, AutoProcessor\n"
     load += "for auto in (AutoModel, AutoProcessor): auto.from_pretrained(sys.argv[1], trust_remote_code=True)"
@@ -77,8 +74,8 @@ def test_code_that_a_source_names_is_neither_run_nor_passed_on(source, tmp_path,
 
 def test_a_model_that_is_put_back_names_no_code_either(source, tmp_path, monkeypatch):
     convert(str(source), tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    add(tmp_path / "model" / "config.json", vision_config=config["vision_config"] | {"auto_map": {"AutoModel": CODE}})
+    about = json.loads((tmp_path / "model" / "config.json").read_text())["vision_config"]
+    rewrite("config.json", vision_config=about | {"auto_map": {"AutoModel": CODE}})(tmp_path / "model")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
     put_back(str(tmp_path / "model"), str(source), tmp_path / "back")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
@@ -145,11 +142,8 @@ def test_a_copy_put_back_holds_no_file_of_the_machine(source, tmp_path, capsys):
     put_back(str(tmp_path / "model"), str(source), tmp_path / "back")
     said = capsys.readouterr().out
     assert all(f"Left out: {name} is a" in said for name in ("notes.txt", "pipe"))
-    assert {path.name for path in source.iterdir()} - {path.name for path in (tmp_path / "back").iterdir()} == {
-        "notes.txt",
-        "pipe",
-        "more",
-    }
+    names, left = ({path.name for path in folder.iterdir()} for folder in (source, tmp_path / "back"))
+    assert names - left == {"notes.txt", "pipe", "more"}
 
 
 def test_the_links_of_the_hub_clients_cache_are_read(published_source, tmp_path):
@@ -217,30 +211,27 @@ TOWER = published.SMALL_CONFIG["vision_config"]
         (header(lambda about: b"[" * 100_000), "no safetensors file"),
         (header(lambda about: b"[1]"), "no safetensors file"),
         (lambda folder: (folder / "model.safetensors").write_bytes(struct.pack("<Q", 10**9) + b"{}"), "begin with"),
-        (lambda folder: (folder / "model.safetensors").write_text(POINTER), "model.safetensors is a Git LFS pointer"),
-        (lambda folder: (folder / "tokenizer.json").write_text(POINTER), "a Git LFS pointer.*`git lfs pull`"),
-        (lambda folder: (folder / "config.json").write_text('{"a":' * 100_000), "config.json is no JSON"),
-        (lambda folder: (folder / "config.json").write_text(" " * 2**25), "config.json is larger than 16777216 bytes"),
-        (lambda folder: add(folder / "config.json", hidden_size=float("inf")), "Infinity is no number in JSON"),
-        (lambda folder: add(folder / "config.json", vocab_size=10**12), "`vocab_size` is 10+, but must be"),
+        (write("model.safetensors", POINTER), "model.safetensors is a Git LFS pointer"),
+        (write("tokenizer.json", POINTER), "a Git LFS pointer.*`git lfs pull`"),
+        (write("config.json", '{"a":' * 100_000), "config.json is no JSON"),
+        (write("config.json", " " * 2**25), "config.json is larger than 16777216 bytes"),
+        (rewrite("config.json", hidden_size=float("inf")), "Infinity is no number in JSON"),
+        (rewrite("config.json", vocab_size=10**12), "`vocab_size` is 10+, but must be"),
         (
-            lambda folder: add(folder / "config.json", vision_config=TOWER | {"num_hidden_layers": 10**7}),
+            rewrite("config.json", vision_config=TOWER | {"num_hidden_layers": 10**7}),
             "`num_hidden_layers` is 10000000, but must be 500 at most",
         ),
+        (rewrite("config.json", vision_config=TOWER | {"image_size": [10**9, 10**9]}), "`image_size` is 1000000000"),
         (
-            lambda folder: add(folder / "config.json", vision_config=TOWER | {"image_size": [10**9, 10**9]}),
-            "`image_size` is 1000000000",
-        ),
-        (
-            lambda folder: add(folder / "config.json", vision_config=TOWER | {"model_type": "timm_wrapper"}),
+            rewrite("config.json", vision_config=TOWER | {"model_type": "timm_wrapper"}),
             "a part of it is of type 'timm_wrapper', but must be",
         ),
-        (lambda folder: add(folder / "config.json", vision_config=TOWER | {"model_type": [1]}), "is of type"),
+        (rewrite("config.json", vision_config=TOWER | {"model_type": [1]}), "is of type"),
         (
-            lambda folder: add(folder / "tokenizer_config.json", chat_template=[{"name": "../../x", "template": ""}]),
+            rewrite("tokenizer_config.json", chat_template=[{"name": "../../x", "template": ""}]),
             "`chat_template` must be one text",
         ),
-        (lambda folder: add(folder / "tokenizer_config.json", pad_token=7), "`pad_token` is '7', but must be a text"),
+        (rewrite("tokenizer_config.json", pad_token=7), "`pad_token` is '7', but must be a text"),
     ],
 )
 def test_what_would_overlap_overflow_or_never_end_is_told_in_a_line(change, said, source, tmp_path):
@@ -282,7 +273,7 @@ def adapter(tmp_path):
 def test_an_adapters_settings_act_on_nothing(adapter, source, tmp_path):
     (tmp_path / "trap.py").write_text("raise AssertionError('imported')")
     traps = {"megatron_config": {"x": 1}, "megatron_core": "trap", "target_modules": "(a+)+$"}
-    add(adapter / "adapter_config.json", auto_mapping={"parent_library": "trap", "base_model_class": "x"}, **traps)
+    rewrite("adapter_config.json", auto_mapping={"parent_library": "trap", "base_model_class": "x"}, **traps)(adapter)
     convert(str(adapter), tmp_path / "output", base=str(source))
     convert(str(source), tmp_path / "plain")
     merged, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("output", "plain"))
@@ -303,7 +294,7 @@ def test_an_adapters_settings_act_on_nothing(adapter, source, tmp_path):
     ],
 )
 def test_an_adapter_of_another_kind_is_refused(settings, said, adapter, source, tmp_path):
-    add(adapter / "adapter_config.json", **settings)
+    rewrite("adapter_config.json", **settings)(adapter)
     with pytest.raises(ValueError, match=said) as raised:
         convert(str(adapter), tmp_path / "output", base=str(source))
     assert "\n" not in str(raised.value)
@@ -315,7 +306,7 @@ def test_the_base_that_an_adapter_names_is_no_path(named, adapter, source, tmp_p
     monkeypatch.chdir(tmp_path)
     shutil.copytree(source, tmp_path / "someone" / "model")
     named = named.format(source=source) if isinstance(named, str) else named
-    add(adapter / "adapter_config.json", base_model_name_or_path=named)
+    rewrite("adapter_config.json", base_model_name_or_path=named)(adapter)
     with pytest.raises(ValueError, match="which is no Hub id. Give the base by|no Hub id|cannot be reached"):
         convert(str(adapter), tmp_path / "output")
 

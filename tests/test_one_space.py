@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +12,8 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from spaces import CAPTIONED, COMMON, SHORT, make_image, save_captions, save_embedder
+from spaces import CAPTIONED, COMMON, SHORT, last_token, save_captions, save_embedder
+from trainings import finetune, killed, losses, make_images
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from phi3_tools import models
@@ -22,7 +22,6 @@ from phi3_tools.models import load_embedder
 
 pytestmark = pytest.mark.train
 
-COLORS = {"dog": (30, 30, 200), "front": (30, 200, 30), "cat": (200, 30, 30)}
 LEARN = f"{COMMON} --num-train-epochs 10 --learning-rate 3e-3"
 
 
@@ -39,31 +38,13 @@ def captions(tmp_path_factory):
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory):
     """A folder of three colours, their names those of other things."""
-    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("images") / "colours"
-    for name, color in COLORS.items():
-        (folder / name).mkdir(parents=True)
-        for number in range(10):
-            make_image(color, number, rng).save(folder / name / f"{number}.png")
-    return folder
-
-
-def arguments_of(source, model, output, options):
-    return [str(source), "--model", str(model), "--output", str(output), *options.split()]
-
-
-def finetune(source, model, output, options):
-    command.run(arguments_of(source, model, output, options))
-    return json.loads((output / "metrics.json").read_text())
-
-
-def losses(metrics):
-    return [entry["loss"] for entry in metrics["history"] if "loss" in entry]
+    return make_images(tmp_path_factory.mktemp("images") / "colours", ("dog", "front", "cat"))
 
 
 @pytest.fixture(scope="module")
 def trained(classes, start, tmp_path_factory):
     output = tmp_path_factory.mktemp("trained") / "colours"
-    return output, finetune(classes, start, output, f"{LEARN} --matryoshka 8 --mini-batch-size 2")
+    return output, finetune(start, classes, output, f"{LEARN} --matryoshka 8 --mini-batch-size 2")
 
 
 def test_images_are_found_by_the_words_of_their_classes_cut_vectors_too(trained):
@@ -84,10 +65,7 @@ def test_the_result_gives_the_same_vectors_in_every_library(trained, start, clas
     image = Image.open(classes / "cat" / "3.png")
 
     def by_hand(text, images=None):
-        with torch.inference_mode():
-            inputs = processor(text=text, images=images, return_tensors="pt", **({"num_crops": 0} if images else {}))
-            last = model(**inputs).last_hidden_state[0, -1]
-        return (last / last.norm()).numpy()
+        return last_token(model, processor, text=text, images=images, **({"num_crops": 0} if images else {}))
 
     np.testing.assert_allclose(embedder.encode_query("cat"), by_hand("what is this cat"), atol=1e-6)
     np.testing.assert_allclose(embedder.encode_document(image), by_hand("<|image_1|> a picture", [image]), atol=1e-6)
@@ -104,22 +82,21 @@ def test_the_result_gives_the_same_vectors_in_every_library(trained, start, clas
 
 def test_a_batch_in_parts_of_memory_is_compared_whole(captions, start, tmp_path):
     options = f"{SHORT} --text-column said"
-    whole = losses(finetune(captions, start, tmp_path / "whole", options))
-    parts = losses(finetune(captions, start, tmp_path / "parts", f"{options} --mini-batch-size 3"))
-    assert len(whole) == 4 and parts == pytest.approx(whole, abs=1e-4)
+    finetune(start, captions, tmp_path / "whole", options)
+    finetune(start, captions, tmp_path / "parts", f"{options} --mini-batch-size 3")
+    whole = losses(tmp_path / "whole")
+    assert len(whole) == 4 and losses(tmp_path / "parts") == pytest.approx(whole, abs=1e-4)
 
 
 def test_a_resumed_training_goes_on_as_if_it_had_not_been(captions, start, tmp_path):
     options = f"{SHORT} --text-column said --save-strategy steps --save-steps 2"
-    whole = losses(finetune(captions, start, tmp_path / "whole", options))
-    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
-    shutil.rmtree(tmp_path / "killed" / "checkpoint-4")
-    (tmp_path / "killed" / "metrics.json").unlink()
-    assert losses(finetune(captions, start, tmp_path / "killed", options)) == whole
+    finetune(start, captions, tmp_path / "whole", options)
+    finetune(start, captions, killed(tmp_path / "whole", tmp_path / "killed"), options)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
 def test_adapters_lie_on_language_model_and_tower_and_are_merged(classes, start, tmp_path):
-    metrics = finetune(classes, start, tmp_path, f"{LEARN} --train lora --learning-rate 1e-2")
+    metrics = finetune(start, classes, tmp_path, f"{LEARN} --train lora --learning-rate 1e-2")
     after, before = metrics["held out"]["fine-tuned"], metrics["held out"]["untrained"]
     assert after[pairs.TO_TEXT] > before[pairs.TO_TEXT]
     names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -140,9 +117,9 @@ def test_hard_negatives_are_near_images_of_other_texts(classes, start, tmp_path,
     for row in mined:
         assert rows[row["image"]]["text"] == row["text"]
         assert row["text"] not in {rows[row[name]]["text"] for name in ("negative_1", "negative_2")}
-    metrics = finetune(classes, start, tmp_path, f"{LEARN} --hard-negatives 1 --max-steps 6")
+    finetune(start, classes, tmp_path, f"{LEARN} --hard-negatives 1 --max-steps 6")
     assert re.search(r"Hard negatives: \d+ of 24 images have 1", capsys.readouterr().out)
-    assert losses(metrics)[-1] < losses(metrics)[0]
+    assert losses(tmp_path)[6] < losses(tmp_path)[1]
 
 
 @pytest.mark.parametrize(
@@ -157,12 +134,12 @@ def test_hard_negatives_are_near_images_of_other_texts(classes, start, tmp_path,
 )
 def test_what_goes_not_with_one_space_is_refused_before_it_is_trained(options, said, classes, start, tmp_path):
     with pytest.raises(ValueError, match=said):
-        finetune(classes, start, tmp_path / "out", f"{SHORT} {options}")
+        finetune(start, classes, tmp_path / "out", f"{SHORT} {options}")
 
 
 def test_hard_negatives_need_a_recipe(classes, repository, tmp_path):
     with pytest.raises(ValueError, match="--hard-negatives goes with whole checkpoints"):
-        finetune(classes, repository, tmp_path / "out", f"{SHORT} --hard-negatives 1")
+        finetune(repository, classes, tmp_path / "out", f"{SHORT} --hard-negatives 1")
 
 
 def test_captions_that_are_lacking_are_named(captions, start, tmp_path):
@@ -170,17 +147,17 @@ def test_captions_that_are_lacking_are_named(captions, start, tmp_path):
     rows[3]["said"] = " "
     Dataset.from_list(rows, CAPTIONED).to_parquet(tmp_path / "captions.parquet")
     with pytest.raises(ValueError, match=r"(?s)1 images of .* have no text:.*row 3"):
-        finetune(tmp_path / "captions.parquet", start, tmp_path / "out", f"{SHORT} --text-column said")
+        finetune(start, tmp_path / "captions.parquet", tmp_path / "out", f"{SHORT} --text-column said")
 
 
 def test_the_image_embedding_of_a_whole_checkpoint_is_trained_where_its_pooling_is_named(classes, start, tmp_path):
-    metrics = finetune(classes, f"{start}:mean", tmp_path / "out", SHORT)
+    metrics = finetune(f"{start}:mean", classes, tmp_path / "out", SHORT)
     assert "linear probe" in metrics["held out"]["untrained"] and not (tmp_path / "out" / "start").exists()
     assert json.loads((tmp_path / "out" / "config.json").read_text())["text_config"] is None
     embedder = SentenceTransformer(str(tmp_path / "out"), trust_remote_code=True)
     assert embedder.encode(Image.new("RGB", (40, 30))).shape == (48,) and not embedder.supports("text")
     with pytest.raises(ValueError, match="--hard-negatives goes with whole checkpoints"):
-        finetune(classes, f"{start}:mean", tmp_path / "no", f"{SHORT} --hard-negatives 1")
+        finetune(f"{start}:mean", classes, tmp_path / "no", f"{SHORT} --hard-negatives 1")
 
 
 # Embedding by a recipe, trained or not
@@ -192,11 +169,9 @@ def test_several_images_are_one_message_and_prompts_have_names(start):
     processor = AutoProcessor.from_pretrained(start, trust_remote_code=True)
     images = [Image.linear_gradient("L").convert("RGB"), Image.radial_gradient("L").resize((90, 40)).convert("RGB")]
     content = [{"type": "image", "image": image} for image in images]
-    with torch.inference_mode():
-        inputs = processor(text="<|image_1|> <|image_2|> a picture", images=images, num_crops=1, return_tensors="pt")
-        last = model(**inputs).last_hidden_state[0, -1]
+    wanted = last_token(model, processor, text="<|image_1|> <|image_2|> a picture", images=images, num_crops=1)
     vector = embedder.encode([[{"role": "user", "content": content}]])[0]
-    np.testing.assert_allclose(vector, last / last.norm(), atol=1e-6)
+    np.testing.assert_allclose(vector, wanted, atol=1e-6)
     np.testing.assert_array_equal(embedder.encode("cat", prompt_name="query"), embedder.encode_query("cat"))
     with pytest.raises(ValueError, match="'nobody' not found"):
         embedder.encode("cat", prompt_name="nobody")

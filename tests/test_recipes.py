@@ -3,14 +3,14 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
-import published
 import pytest
-import torch
 from conftest import ROOT
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from spaces import last_token
 from transformers import AutoModel, AutoProcessor
 
 from phi3_tools.checkpoint import recipes
@@ -43,13 +43,8 @@ QUERIES = {
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("converted")
-    tensors = published.weights(dtype=torch.float32)
-    # The published limit: one row beyond it would change the rotary factors of all rows of a batch.
-    config = published.SMALL_CONFIG | {"original_max_position_embeddings": 4096}
-    convert(str(published.save(folder / "source", tensors, config)), folder / "model", whole=True, recipe="vlm2vec")
-    return folder / "model"
+def converted(whole_checkpoint):
+    return Path(whole_checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +60,8 @@ def by_recipe(converted, tmp_path_factory):
         recipes.write_files(recipe, 96, folder)
 
         def by_hand(text, *images):
-            inputs = processor(
-                text=text, images=list(images) or None, num_crops=recipe.num_crops or 16, return_tensors="pt"
-            )
-            with torch.inference_mode():
-                last = model(**inputs).last_hidden_state[0, -1]
-            return (last / last.norm()).numpy()
+            num_crops = recipe.num_crops or 16
+            return last_token(model, processor, text=text, images=list(images) or None, num_crops=num_crops)
 
         return SentenceTransformer(str(folder), trust_remote_code=True), by_hand
 

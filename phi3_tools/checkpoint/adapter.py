@@ -14,15 +14,8 @@ from phi3_tools.checkpoint.source import Entry, Source, read_header
 NUMBERS, PATTERNS = ("r", "lora_alpha"), ("rank_pattern", "alpha_pattern")
 SWITCHES = ("fan_in_fan_out", "use_rslora", "use_dora")
 IGNORED = (
-    *(
-        "peft_type",
-        "peft_version",
-        "task_type",
-        "auto_mapping",
-        "inference_mode",
-        "base_model_name_or_path",
-        "revision",
-    ),
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "inference_mode"),
+    *("base_model_name_or_path", "revision"),
     *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "lora_dropout"),
     *("bias", "init_lora_weights", "eva_config", "megatron_config", "megatron_core", "runtime_config"),
 )
@@ -46,11 +39,8 @@ class Adapter:
 
     def __init__(self, source: Source):
         about = source.json(ADAPTER)
-        self.source, self.base, self.base_revision = (
-            source,
-            about.get("base_model_name_or_path"),
-            about.get("revision"),
-        )
+        self.source = source
+        self.base, self.base_revision = about.get("base_model_name_or_path"), about.get("revision")
         self.settings = _settings(source.name, about)
         if ADAPTER_WEIGHTS not in source.files:
             raise ValueError(f"{source.name} has no {ADAPTER_WEIGHTS} (pickles are not read).")
@@ -62,9 +52,8 @@ class Adapter:
         self.parts: dict[str, dict[str, Entry]] = defaultdict(dict)
         for key, entry in read_header(source, ADAPTER_WEIGHTS).items():
             if entry.dtype not in DTYPES:
-                layout.raise_problems(
-                    source.name, {"wrong dtype": [f"{key} is {entry.dtype}, not one of {', '.join(DTYPES)}"]}
-                )
+                wrong = f"{key} is {entry.dtype}, not one of {', '.join(DTYPES)}"
+                layout.raise_problems(source.name, {"wrong dtype": [wrong]})
             name = key.removeprefix("base_model.model.")
             module, lora, _ = name.partition(".lora_")
             self.parts[f"{module}.weight" if lora else name.replace(".base_layer.", ".")][key] = entry
@@ -109,15 +98,14 @@ class Adapter:
             if (key := get_pattern_key(numbers, path)) in numbers:
                 settings[number] = numbers[key]
         try:
-            model = PeftModel(
-                nn.ModuleDict({"layer": _layer(path, weight)}), LoraConfig(target_modules=["layer"], **settings)
-            )
-            expected = get_peft_model_state_dict(model).keys()
-            if expected != tensors.keys():
-                given, wanted = (
-                    ", ".join(key.rpartition(".layer.")[2] for key in keys) for keys in (tensors, expected)
+            layer = nn.ModuleDict({"layer": _layer(path, weight)})
+            model = PeftModel(layer, LoraConfig(target_modules=["layer"], **settings))
+            expected = get_peft_model_state_dict(model)
+            if expected.keys() != tensors.keys():
+                has, expects = (
+                    ", ".join(key.rpartition(".layer.")[2] for key in part) for part in (tensors, expected)
                 )
-                raise ValueError(f"it has {given} where peft expects {wanted}")
+                raise ValueError(f"it has {has} where peft expects {expects}")
             set_peft_model_state_dict(model, tensors)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{self.source.name} does not fit {name}: {error}") from error

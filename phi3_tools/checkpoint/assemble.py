@@ -26,36 +26,24 @@ from transformers import (
     Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from phi3_tools import ROOT
+from phi3_tools.checkpoint import layout
 from phi3_tools.checkpoint.packages import PREFIX, fetch_package
 from phi3_tools.models import PARTS, PROJECTION
 from phi3_tools.results import check_no_pointer, console, folder_beside, one_line, without_path, write_card
 
-IMAGE_TOKEN = "<|image|>"
+IMAGE_TOKEN, CONFIG = "<|image|>", "modeling_phi3_embed.Phi3EmbedConfig"
 VOCABULARY_MULTIPLE = 64
 ACTING = ("auto_map", "custom_pipelines")  # what of a config or a tokenizer names code
 MERGED = 2  # patches a side that make one token
 # What of a Llama config Phi-3's has too, under the same name and with the same meaning.
 SHARED_SETTINGS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "rope_parameters",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range"),
+    *("rms_norm_eps", "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
 CHECKED_TEXT = "The quick brown fox jumps over the lazy dog, and 12 x 3 = 36."
 # The turns of a chat template behind the root's, which makes `content` of what a message holds.
@@ -71,14 +59,6 @@ TURNS = """\
 {%%- endfor -%%}
 {%%- if add_generation_prompt and messages[-1].role != "assistant" -%%}{{- %(assistant)s -}}{%%- endif -%%}
 """
-
-
-class Assembled(NamedTuple):
-    """What was put together, and lines on what had to be changed for it."""
-
-    model: PreTrainedModel
-    processor: object
-    notes: list[str]
 
 
 class Parts(NamedTuple):
@@ -115,9 +95,9 @@ def run(output: Path, aligned: Path | None = None, **given) -> None:
     given = {name: value for name, value in given.items() if value is not None}
     parts = read_parts(aligned, given) if aligned else Parts(**given)
     with folder_beside(output) as beside:
-        assembled = assemble(parts, aligned)
-        assembled.processor.save_pretrained(beside)
-        assembled.model.save_pretrained(beside)
+        model, processor, notes = assemble(parts, aligned)
+        processor.save_pretrained(beside)
+        model.save_pretrained(beside)
         sources = parts.tower, parts.language_model
         write_card(
             beside / "README.md",
@@ -130,11 +110,11 @@ def run(output: Path, aligned: Path | None = None, **given) -> None:
             name=output.name,
             tower=without_path(parts.tower),
             language_model=without_path(parts.language_model),
-            config=assembled.model.config,
+            config=model.config,
             num_crops=parts.num_crops,
-            notes=assembled.notes,
+            notes=notes,
         )
-    for note in assembled.notes:
+    for note in notes:
         console.print(note)
     fresh = "Its projection is fresh: train it by `phi3-embed finetune --task align`."
     console.print(f"Wrote {output}. {f'Its projection is that of {aligned}.' if aligned else fresh}")
@@ -168,15 +148,15 @@ def read_parts(aligned: Path, given: dict) -> Parts:
     return trained._replace(**given)
 
 
-def assemble(parts: Parts, aligned: Path | None = None) -> Assembled:
-    """See [`run`]; the model in memory."""
+def assemble(parts: Parts, aligned: Path | None = None) -> tuple[PreTrainedModel, ProcessorMixin, list[str]]:
+    """See [`run`]; the model in memory, its processor, and lines on what had to be changed for it."""
     vision_tower, image_settings, notes = load_tower(parts.tower, parts.crop_size)
     text_model, tokenizer, more = load_language_model(parts.language_model)
     notes += more
     image_token_id, more = make_room_for_images(text_model, tokenizer)
     notes += more
     named = {name: without_path(getattr(parts, name)) for name in ("tower", "language_model")}
-    config = _config_class()(
+    config = layout.from_module(CONFIG)(
         vision_config=_own_settings(vision_tower.config),
         text_config=_own_settings(text_model.config),
         image_token_id=image_token_id,
@@ -188,16 +168,12 @@ def assemble(parts: Parts, aligned: Path | None = None) -> Assembled:
     check_equal_logits(model, text_model, tokenizer(CHECKED_TEXT, return_tensors="pt").input_ids)
     model.generation_config = text_model.generation_config
     processor = _processor(config, image_settings, parts.num_crops, tokenizer)
-    return Assembled(model, processor, notes)
+    return model, processor, notes
 
 
 def _own_settings(config):
     """A part's settings without the code that they may name, which would act wherever the result is loaded."""
     return {name: value for name, value in config.to_dict().items() if name not in ACTING}
-
-
-def _config_class():
-    return type(AutoConfig.from_pretrained(ROOT, trust_remote_code=True))
 
 
 # The tower
@@ -216,7 +192,7 @@ def load_tower(source: str, crop_size: int | None = None) -> tuple[PreTrainedMod
     config = getattr(config, "vision_config", None) or config
     image_settings = _image_settings(folder, source)
     wanted = _fitting_size(config, crop_size, source)
-    _config_class()(vision_config=config.to_dict() | {"image_size": wanted})  # raises where it is no plain one
+    layout.from_module(CONFIG)(vision_config=config.to_dict() | {"image_size": wanted})  # raises unless it is plain
     tower, report = _load(AutoModel, folder, "tower", config=config, output_loading_info=True, dtype="auto")
     if report["missing_keys"]:
         raise ValueError(f"{source} lacks weights of its tower: {', '.join(sorted(report['missing_keys'])[:5])}.")
@@ -277,9 +253,8 @@ def resample_positions(tower: PreTrainedModel, image_size: int) -> PreTrainedMod
         shapes = {name: weight.shape for name, weight in AutoModel.from_config(config).state_dict().items()}
     changed = [name for name, shape in shapes.items() if weights[name].shape != shape]
     for name in changed:
-        embeddings = (
-            tower.get_submodule(name.split(".position_embedding")[0]) if ".position_embedding" in name else None
-        )
+        owner, is_table, _ = name.partition(".position_embedding")
+        embeddings = tower.get_submodule(owner) if is_table else None
         if not hasattr(embeddings, "interpolate_pos_encoding"):
             raise ValueError(
                 f"The tower of type {config.model_type!r} is for {tower.config.image_size} pixels alone, because it "
@@ -396,7 +371,7 @@ def make_room_for_images(model, tokenizer) -> tuple[int, list[str]]:
 
 
 def _join(config, tower, text_model, aligned):
-    model_class = get_class_from_dynamic_module("modeling_phi3_embed.Phi3VisionForConditionalGeneration", str(ROOT))
+    model_class = layout.model_class(config)
     with torch.device("meta"):
         skeleton = model_class(config)
     projector = skeleton.model.vision_embed_tokens.projector
@@ -438,7 +413,7 @@ def _processor(config, image_settings, num_crops, tokenizer):
         **image_settings,
     )
     tokenizer.chat_template = typed_chat_template(tokenizer)
-    processor_class = get_class_from_dynamic_module("processing_phi3_embed.Phi3EmbedProcessor", str(ROOT))
+    processor_class = layout.from_module("processing_phi3_embed.Phi3EmbedProcessor")
     return processor_class(image_processor, tokenizer, chat_template=tokenizer.chat_template, image_token=IMAGE_TOKEN)
 
 
@@ -453,9 +428,8 @@ def typed_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
     def render(*roles, prompt=False, template=None):
         messages = [{"role": role, "content": f"@{number}@"} for number, role in enumerate(roles)]
-        return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
-        )
+        settings = {"chat_template": template, "add_generation_prompt": prompt}
+        return tokenizer.apply_chat_template(messages, tokenize=False, **settings)
 
     def both_begin(text, other):
         """What two texts begin with, without half of a special token."""

@@ -31,14 +31,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from phi3_tools import results
+from phi3_tools import ROOT, results
 from phi3_tools.checkpoint import layout, recipes
 from phi3_tools.checkpoint import source as sources
 from phi3_tools.checkpoint.adapter import Adapter
 from phi3_tools.checkpoint.layout import ADAPTER, DTYPES, INDEX, PICKLE, PICKLE_INDEX, PREPROCESSOR, WEIGHTS
 from phi3_tools.checkpoint.source import Entry, Source, library_errors
 
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_SHARD_SIZE = "5GB"
 CHUNK = 2**22
 WORK = {"lock", "source", "base", "weights", "output", "offload"}  # what the command makes in `OUTPUT.partial`
@@ -293,7 +292,7 @@ def _write_shard(path, names, source, selected, dtypes, adapter, bar):
     """Writes one file -> the published names of the weights in it that are not finite."""
     not_finite = []
     with open(path, "wb") as file:
-        header = {name: (DTYPE_NAMES[dtypes[name]], selected[name].shape) for name in names}
+        header = {name: (layout.DTYPE_NAMES[dtypes[name]], selected[name].shape) for name in names}
         file.write(sources.safetensors_header(header))
         for name in names:
             tensor = source.tensor(selected[name])
@@ -351,7 +350,7 @@ def _write_processor(source, config, recipe, output):
     processor = processor_class(image_processor, tokenizer)
     if config.text_config is not None:
         tokenizer.padding_side = "left"
-        templates = recipes.chat_templates((layout.ROOT / "chat_template.jinja").read_text(), recipe)
+        templates = recipes.chat_templates((ROOT / "chat_template.jinja").read_text(), recipe)
         tokenizer.chat_template, processor.chat_template = None, templates
         _write_generation_config(tokenizer, output)
     processor.save_pretrained(output)

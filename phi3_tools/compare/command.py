@@ -148,6 +148,9 @@ def load_items(source, split, limit, seed, **columns) -> tuple[list[Item], list[
         rows = rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:limit]).tolist())
     classes = features[LABEL].names if isinstance(features.get(LABEL), datasets.ClassLabel) else []
 
+    def reader(number):
+        return lambda opener: read_image(rows[number][IMAGE], opener)
+
     items, broken = {}, []
     for number, row in enumerate(tqdm(rows, desc="Checking", unit="image")):
         try:
@@ -155,9 +158,8 @@ def load_items(source, split, limit, seed, **columns) -> tuple[list[Item], list[
             key = image_hash(image)
             if key not in items:
                 label = row[LABEL] if classes and row[LABEL] is not None else UNLABELLED
-                read = functools.partial(_read, rows, number)
                 words = row[TEXT] if TEXT in row else classes[label] if label != UNLABELLED else ""
-                items[key] = Item(row[NAME], key, read, data_uri(read_image(image)), label, words or "")
+                items[key] = Item(row[NAME], key, reader(number), data_uri(read_image(image)), label, words or "")
         except ValueError as error:
             broken.append(f"{row[NAME]}: {error}")
     say_left_out(broken, len(rows))
@@ -168,10 +170,6 @@ def load_items(source, split, limit, seed, **columns) -> tuple[list[Item], list[
         console.print(f"Left out {copies} images that are copies of others.")
     left_out = {"unreadable": len(broken), "copies": copies, "refused": {}}
     return list(items.values()), classes, {"captions": TEXT in features, "left_out": left_out}
-
-
-def _read(rows, number, opener):
-    return read_image(rows[number][IMAGE], opener)
 
 
 def versions_of(items: list[Item], probed: set[int]) -> dict[Key, Callable]:

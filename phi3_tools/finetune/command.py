@@ -30,12 +30,13 @@ from phi3_tools.finetune.train import (
     has_head,
     load_model,
     set_head,
+    start_arguments,
     train,
     word_ids,
     word_vectors,
 )
 from phi3_tools.images import TEXT
-from phi3_tools.models import PHI3_EMBED, find_model, load_embedder
+from phi3_tools.models import PHI3_EMBED, Model, find_model, load_embedder
 from phi3_tools.results import folder_beside, push, push_target, write_text
 
 START = "start"
@@ -46,9 +47,9 @@ MEMORY = (
 )
 
 
-def find_start(text: str) -> dict:
+def find_start(text: str) -> Model:
     """
-    A MODEL as it is named -> arguments of `from_pretrained`, which pin it to a commit.
+    A MODEL as it is named, pinned to a commit.
 
     Raises:
         ValueError: it cannot be trained.
@@ -56,50 +57,53 @@ def find_start(text: str) -> dict:
     model = find_model(text)
     if model.kind != PHI3_EMBED or model.pooling == "tower":
         raise ValueError(f"--model is {text}, but must be a phi3_embed model, whose vectors follow from all of it.")
-    return model.pinned | ({"pooling_mode": model.pooling} if model.pooling else {})
+    return model
 
 
-def image_embedding(start: dict, folder: Path) -> dict:
+def image_embedding(start: Model, folder: Path) -> Model:
     """
     `start` where it is an image embedding; that of a whole checkpoint, which is named with a pooling, is put into
     `folder` first, with what sentence-transformers needs.
     """
-    where = {name: value for name, value in start.items() if name != "pooling_mode"}
-    if "pooling_mode" not in start or AutoConfig.from_pretrained(**where).text_config is None:
+    if start.pooling is None or AutoConfig.from_pretrained(**start.pinned).text_config is None:
         return start
     if not folder.exists():
-        path, revision = where["pretrained_model_name_or_path"], where["code_revision"]
-        model_class = get_class_from_dynamic_module("modeling_phi3_embed.Phi3EmbedModel", path, revision=revision)
+        model_class = _own_class("modeling_phi3_embed.Phi3EmbedModel", start)
         with folder_beside(folder) as beside:
-            model = model_class.from_pretrained(path, revision=where["revision"], dtype="auto")
+            model = model_class.from_pretrained(start.name, revision=start.revision, dtype="auto")
             model.save_pretrained(beside)
             load_processor(start, None).save_pretrained(beside)
-    return find_model(str(folder)).pinned | {"pooling_mode": start["pooling_mode"]}
+    return find_model(str(folder))._replace(pooling=start.pooling)
 
 
-def load_processor(start: dict, num_crops: int | None):
+def load_processor(start: Model, num_crops: int | None):
     """The processor around the image processor where the model has a tokenizer, else the image processor alone."""
-    where = {name: value for name, value in start.items() if name != "pooling_mode"}
-    image_processor = AutoImageProcessor.from_pretrained(**where)
+    image_processor = AutoImageProcessor.from_pretrained(**start.pinned)
     if num_crops is not None:
         image_processor.num_crops = num_crops
         image_processor(Image.new("L", (8, 8)))  # raises unless it is a number of crops
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        tokenizer = AutoTokenizer.from_pretrained(**start.pinned)
     except (OSError, ValueError):
         return image_processor
-    path, revision = where["pretrained_model_name_or_path"], where["code_revision"]
-    processor = get_class_from_dynamic_module("processing_phi3_embed.Phi3EmbedProcessor", path, revision=revision)
-    return processor(image_processor, tokenizer, chat_template=tokenizer.chat_template)
+    processor_class = _own_class("processing_phi3_embed.Phi3EmbedProcessor", start)
+    return processor_class(image_processor, tokenizer, chat_template=tokenizer.chat_template)
 
 
-def measure(settings: Settings, start: dict, splits: dict, names: list[str], processor) -> dict:
+def _own_class(reference, start):
+    return get_class_from_dynamic_module(reference, start.name, revision=start.revision)
+
+
+def measure(settings: Settings, start: Model, splits: dict, names: list[str], processor) -> dict:
     """Figures on the held-out images of the untrained and of the fine-tuned model, and what was taken for what."""
     _, data, _, options, arguments = settings
     collate = Collator(getattr(processor, "image_processor", processor), data.num_crops)
     few = sample(splits["train"], arguments.seed)
     rows, named = {}, None
-    for row, where in (("untrained", start), ("fine-tuned", {"pretrained_model_name_or_path": arguments.output_dir})):
+    for row, where in (
+        ("untrained", start_arguments(start)),
+        ("fine-tuned", {"pretrained_model_name_or_path": arguments.output_dir}),
+    ):
         model = load_model(where, options.task, names).eval().to(arguments.device)
         (vectors, labels), fitted = (
             embed(model.base_model, split, collate, arguments.eval_batch_size, f"{row}: {title}")
@@ -132,11 +136,11 @@ def measure(settings: Settings, start: dict, splits: dict, names: list[str], pro
     }
 
 
-def measure_pairs(settings: Settings, splits: dict) -> dict:
+def measure_pairs(settings: Settings, start: Model, splits: dict) -> dict:
     """Figures of search by words on the held-out images, of the untrained and of the fine-tuned model."""
     _, data, _, options, arguments = settings
     rows, split = {}, splits["test"]
-    for row, where in (("untrained", options.model), ("fine-tuned", arguments.output_dir)):
+    for row, where in (("untrained", start), ("fine-tuned", arguments.output_dir)):
         embedder = load_embedder(where, data.num_crops, device=str(arguments.device))
         collate = Collator(None)
         found = pairs.figures(
@@ -162,7 +166,7 @@ def run(arguments: list[str]) -> None:
     if pushes:
         arguments.hub_model_id = push_target(arguments.hub_model_id or output.resolve().name, arguments.hub_token)
     start = find_start(options.model)
-    of_pairs = options.task == "embedding" and find_model(options.model).has_recipe
+    of_pairs = options.task == "embedding" and start.has_recipe
     if of_pairs:
         pairs.check(settings)
         splits, names = pairs.load_pairs(source, data, arguments.seed), []
@@ -200,7 +204,7 @@ def run(arguments: list[str]) -> None:
         return
     if not is_finished:
         if of_pairs:
-            metrics = measure_pairs(settings, splits)
+            metrics = measure_pairs(settings, start, splits)
         else:
             find = measure_answers if options.task in TALK else measure
             metrics = find(settings, start, splits, names, processor)

@@ -13,11 +13,11 @@ import datasets
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from phi3_tools.finetune.data import load_splits, split_at_random
+from phi3_tools.finetune.data import check_texts, load_splits, split_at_random
 from phi3_tools.finetune.settings import QUESTIONS, DataOptions
 from phi3_tools.images import HUB_ID, IMAGE, LABEL, NAME, SPLITS, TEXT, UNDECODED, load_images, own_image, read_image
 from phi3_tools.models import encode_conversation
-from phi3_tools.results import name_some, one_line
+from phi3_tools.results import one_line
 
 MESSAGES, IMAGES = "messages", "images"
 FEATURES = datasets.Features(
@@ -45,32 +45,30 @@ def load_conversations(
     Raises:
         ValueError: the data does not serve; what is wrong and how to mend it.
     """
-    if (splits := _load_messages(source)) is not None:
-        return split_at_random(
-            {name: _conversations(rows, name, source) for name, rows in splits.items()}, options, seed
-        ), []
+    if (found := _load_messages(source)) is not None:
+        splits = {name: _conversations(rows, name, source) for name, rows in found.items()}
+        return split_at_random(splits, source, options, seed), []
     found = load_images(source, options.image_column, options.label_column, options.text_column)
     columns = next(iter(found.values())).column_names
     if TEXT in columns:
         asked = question or QUESTIONS[TEXT]
         splits = {name: _questions(rows, asked, rows[TEXT][:], source) for name, rows in found.items()}
-        return split_at_random(splits, options, seed), []
+        return split_at_random(splits, source, options, seed), []
     if LABEL not in columns:
         raise ValueError(
             f"{source} has nothing to be said of its images: neither `messages` nor captions (`text`) nor classes "
             "(`label`). Give data with one of these."
         )
     splits, names = load_splits(source, options, seed, least=1)
-    asked = question or QUESTIONS[LABEL]
-    return {
-        name: _questions(rows, asked, [names[label] for label in rows[LABEL]], source) for name, rows in splits.items()
-    }, names
+    for name, rows in splits.items():
+        answers = [names[label] for label in rows[LABEL]]
+        splits[name] = _questions(rows, question or QUESTIONS[LABEL], answers, source)
+    return splits, names
 
 
 def _questions(rows, question, answers, source):
     """A question and an answer of each image."""
-    if nothing := [name for name, answer in zip(rows[NAME], answers) if not (answer or "").strip()]:
-        raise ValueError(f"{len(nothing)} images of {source} have no text:\n{name_some(nothing)}")
+    check_texts(rows[NAME], answers, source)
     asked = {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": question}]}
 
     def of(row, number):
@@ -145,12 +143,8 @@ def _llava(row):
         content = [{"type": "text", "text": pieces[0].rstrip("\n")}]
         for piece in pieces[1:]:
             content += [{"type": "image", "text": None}, {"type": "text", "text": piece.removeprefix("\n")}]
-        messages.append(
-            {
-                "role": ROLES.get(turn["from"], turn["from"]),
-                "content": [part for part in content if part["text"] != ""],
-            }
-        )
+        content = [part for part in content if part["text"] != ""]
+        messages.append({"role": ROLES.get(turn["from"], turn["from"]), "content": content})
     return [images] if isinstance(images, str) else images, messages
 
 
@@ -198,18 +192,11 @@ def conversation(row: dict, processor) -> list[dict]:
         images = iter([read_image(image, processor.image_processor.open_image) for image in row[IMAGES]])
     except ValueError as error:
         raise ValueError(f"{row[NAME]}: {one_line(error)}") from error
-    return [
-        {
-            "role": message["role"],
-            "content": [
-                {"type": "image", "image": next(images)}
-                if part["type"] == "image"
-                else {"type": "text", "text": part["text"]}
-                for part in message["content"]
-            ],
-        }
-        for message in row[MESSAGES]
-    ]
+
+    def opened(part):
+        return {"type": "image", "image": next(images)} if part["type"] == "image" else part
+
+    return [message | {"content": [opened(part) for part in message["content"]]} for message in row[MESSAGES]]
 
 
 def encode(row: dict, processor, num_crops: int | None, longest: int) -> dict:

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import datasets
@@ -18,7 +18,7 @@ from transformers.dynamic_module_utils import init_hf_modules
 
 from phi3_tools.finetune.settings import MIN_VALIDATION, VALIDATION_SHARE, Changes, DataOptions
 from phi3_tools.images import IMAGE, LABEL, NAME, load_images, read_image, readable
-from phi3_tools.results import one_line
+from phi3_tools.results import name_some, one_line
 
 FEATURES, SIZES, NUMBER = "features", "image_sizes", "number"
 VALIDATION, TEST = ("validation", "valid", "val", "dev"), ("test", "held_out")
@@ -42,14 +42,39 @@ def load_splits(
     found = load_images(
         source, options.image_column, options.label_column, streaming=options.streaming, needs_labels=True
     )
-    first = next(iter(found.values()))
-    feature = (first.features or {}).get(LABEL)
+    feature = (next(iter(found.values())).features or {}).get(LABEL)
     if not isinstance(feature, ClassLabel):
         raise ValueError(
             f"The labels of {source} are {feature}, but must be classes: words or whole numbers"
             f"{'; streamed, a ClassLabel' if options.streaming else ''}."
         )
-    train = found.get("train", first if len(found) == 1 else None)
+    splits = _name_splits(found, source)
+    if options.streaming:
+        return _stream_splits(splits, source, options.skip_broken), feature.names
+    for name, split in splits.items():
+        splits[name] = readable(split, options.skip_broken)
+        if not len(splits[name]):
+            raise ValueError(f"The split {name!r} of {source} is empty.")
+    _check_labels(splits, feature.names, source, least)
+    splits = _hold_out(splits, options, lambda split, share: split_by_class(split, share, seed, least))
+    splits["train"] = splits["train"].add_column(NUMBER, range(len(splits["train"])))
+    return splits, feature.names
+
+
+def split_at_random(found: dict[str, Dataset], source: str, options: DataOptions, seed: int) -> dict[str, Dataset]:
+    """As [`load_splits`] does, but the splits that are lacking are drawn from all rows alike."""
+
+    def draw(split, share):
+        if len(split) < 2:
+            raise ValueError("The data has too few rows to hold some out.")
+        return split.train_test_split(share, seed=seed).values()
+
+    return _hold_out(_name_splits(found, source), options, draw)
+
+
+def _name_splits(found, source):
+    """The splits that the data has, by the names that they have here."""
+    train = found.get("train", next(iter(found.values())) if len(found) == 1 else None)
     if train is None:
         raise ValueError(f"{source} has the splits {', '.join(found)}, but none of the name 'train'.")
     splits = {"train": train}
@@ -58,26 +83,23 @@ def load_splits(
             splits[ours] = found[name]
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
-    if options.streaming:
-        return _stream_splits(splits, source, options.skip_broken), feature.names
-    for name, split in splits.items():
-        splits[name] = readable(split, options.skip_broken)
-        if not len(splits[name]):
-            raise ValueError(f"The split {name!r} of {source} is empty.")
-    _check_labels(splits, feature.names, source, least)
-    if "test" not in splits:
-        splits["train"], splits["test"] = split_by_class(splits["train"], options.held_out, seed, least)
-    share = _validation_share(options, splits["train"])
-    if "validation" not in splits and share:
-        splits["train"], splits["validation"] = split_by_class(splits["train"], share, seed, least)
-    splits["train"] = splits["train"].add_column(NUMBER, range(len(splits["train"])))
-    return splits, feature.names
+    return splits
 
 
-def _validation_share(options, train):
-    if options.validation is not None:
-        return options.validation
-    return VALIDATION_SHARE if VALIDATION_SHARE * len(train) >= MIN_VALIDATION else 0
+def _hold_out(splits, options, divide):
+    """Makes the splits that are lacking; `divide(split, share)` gives what remains of a split, and a share of it."""
+    for name, share in (("test", options.held_out), ("validation", options.validation)):
+        if share is None:
+            share = VALIDATION_SHARE if VALIDATION_SHARE * len(splits["train"]) >= MIN_VALIDATION else 0
+        if name not in splits and share:
+            splits["train"], splits[name] = divide(splits["train"], share)
+    return splits
+
+
+def check_texts(names: Iterable[str], texts: Iterable[str | None], source: str) -> None:
+    """Raises ValueError if images have no text, and names them."""
+    if nothing := [name for name, text in zip(names, texts) if not (text or "").strip()]:
+        raise ValueError(f"{len(nothing)} images of {source} have no text:\n{name_some(nothing)}")
 
 
 def _check_labels(splits, names, source, least):
@@ -130,26 +152,6 @@ def split_by_class(split: Dataset, share: float, seed: int, least: int) -> tuple
     if rare := [names[label] for label in counts if held_out[label] < least]:
         print(f"Rare classes, of which fewer than {least} images are held out: {', '.join(sorted(rare))}.")
     return parts["train"], parts["test"]
-
-
-def split_at_random(found: dict[str, Dataset], options: DataOptions, seed: int) -> dict[str, Dataset]:
-    """As [`load_splits`] does, but the splits that are lacking are drawn from all rows alike."""
-    splits = {}
-    for ours, theirs in {"train": ("train",), "validation": VALIDATION, "test": TEST}.items():
-        if name := next((name for name in theirs if name in found), None):
-            splits[ours] = found[name]
-    if "train" not in splits:
-        splits["train"] = next(iter(found.values()))
-    if "test" not in splits and "validation" in splits:
-        splits["test"] = splits.pop("validation")
-    for name in ("test", "validation"):
-        share = options.held_out if name == "test" else _validation_share(options, splits["train"])
-        if name not in splits and share:
-            if len(splits["train"]) < 2:
-                raise ValueError("The data has too few rows to hold some out.")
-            parts = splits["train"].train_test_split(share, seed=seed)
-            splits["train"], splits[name] = parts["train"], parts["test"]
-    return splits
 
 
 def _stream_splits(splits, source, skip_broken):

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
@@ -24,13 +23,12 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from sentence_transformers.util import mine_hard_negatives
 
-from phi3_tools.finetune.data import NUMBER, Collator, load_splits, readable, split_at_random
+from phi3_tools.finetune.data import NUMBER, Collator, check_texts, load_splits, split_at_random
 from phi3_tools.finetune.report import MORE, TO_TEXT
 from phi3_tools.finetune.settings import DataOptions, Settings, TaskOptions
-from phi3_tools.images import IMAGE, LABEL, TEXT, image_bytes, image_hash, load_images
+from phi3_tools.images import IMAGE, LABEL, NAME, TEXT, image_bytes, image_hash, load_images, readable
 from phi3_tools.measures import retrieval
 from phi3_tools.models import embed
-from phi3_tools.results import name_some
 
 NEGATIVE = "negative"
 # Both ways: images by words, and words by images; each softmax is over what one query is compared with.
@@ -70,10 +68,9 @@ def load_pairs(source: str, options: DataOptions, seed: int) -> dict[str, Datase
         raise ValueError(f"{source} has neither captions (`text`, or --text-column) nor classes (`label`) to learn.")
     if TEXT in columns:
         for name, split in found.items():
-            if nothing := [row for row, text in zip(split["name"], split[TEXT]) if not (text or "").strip()]:
-                raise ValueError(f"{len(nothing)} images of {source} have no text:\n{name_some(nothing)}")
+            check_texts(split[NAME], split[TEXT], source)
             found[name] = readable(split, options.skip_broken)
-        splits = split_at_random(found, options, seed)
+        splits = split_at_random(found, source, options, seed)
         splits["train"] = splits["train"].add_column(NUMBER, range(len(splits["train"])))
     else:
         splits, names = load_splits(source, options, seed, least=1)
@@ -135,17 +132,11 @@ class PairCollator(SentenceTransformerDataCollator):
         return super().__call__(opened)
 
 
-class PairEvaluator(BaseEvaluator):
-    """Figures of search among the texts and images of a split."""
-
-    def __init__(self, split: Dataset, collate: Collator, batch_size: int):
-        super().__init__()
-        self.given = split, collate, batch_size
-
-    def __call__(self, model, output_path=None, epoch=-1, steps=-1):
-        encode_texts = partial(model.encode_query, show_progress_bar=False)
-        encode_images = partial(model.encode_document, show_progress_bar=False)
-        return figures(encode_texts, encode_images, *self.given, "Validation")()
+def figures_of(embedder: SentenceTransformer, split: Dataset, collate: Collator, batch_size: int) -> dict[str, float]:
+    """[`figures`] of a model while it is trained."""
+    encode_texts = partial(embedder.encode_query, show_progress_bar=False)
+    encode_images = partial(embedder.encode_document, show_progress_bar=False)
+    return figures(encode_texts, encode_images, split, collate, batch_size, "Validation")()
 
 
 def make_loss(embedder: SentenceTransformer, options: TaskOptions) -> torch.nn.Module:

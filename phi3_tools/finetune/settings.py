@@ -368,6 +368,12 @@ def _check(data: DataOptions, changes: Changes, task: TaskOptions, arguments: Tr
         )
 
 
+def as_class(arguments_class: type, arguments: TrainingArguments, **more):
+    """Arguments as those of a class that adds some of its own."""
+    given = {field.name: getattr(arguments, field.name) for field in fields(TrainingArguments) if field.init}
+    return arguments_class(**given | more)
+
+
 def batch_size(task: TaskOptions, arguments: TrainingArguments) -> int:
     """
     The images of a step. Those of an embedding are compared with each other, so there batches that are accumulated

@@ -1,6 +1,5 @@
 """Trainings of a whole model by what is said of images, and its answers on conversations held out."""
 
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +8,15 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModelForImageTextToText, PreTrainedModel, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from phi3_tools.finetune import align
 from phi3_tools.finetune.conversations import MESSAGES, conversation, encode
 from phi3_tools.finetune.data import ValidatesAll
-from phi3_tools.finetune.settings import Settings
+from phi3_tools.finetune.settings import Settings, as_class
 from phi3_tools.images import NAME
-from phi3_tools.models import score_answer
+from phi3_tools.models import Model, score_answer
 
 OTHER = "(other)"  # an answer that names no class
 # Held-out conversations that are answered, and of these how many are shown.
@@ -32,7 +31,6 @@ def load_talker(where: dict) -> PreTrainedModel:
     Raises:
         ValueError: it is the image embedding alone.
     """
-    where = {name: value for name, value in where.items() if name != "pooling_mode"}
     try:
         return AutoModelForImageTextToText.from_pretrained(**{"trust_remote_code": True, "dtype": "float32", **where})
     except ValueError as error:
@@ -42,11 +40,11 @@ def load_talker(where: dict) -> PreTrainedModel:
         raise ValueError(f"{name} is an image embedding without a language model, so it cannot answer.") from error
 
 
-def talk_trainer(settings: Settings, start: dict, splits: dict[str, Dataset], processor) -> Trainer:
+def talk_trainer(settings: Settings, start: Model, splits: dict[str, Dataset], processor) -> Trainer:
     """The trainer of `--task align` or `instruct`, ready to train."""
-    model = load_talker(start)
+    model = load_talker(start.pinned)
     is_fresh, model.config.untrained = model.config.untrained, False
-    validation = splits.get("validation") if settings.arguments.eval_strategy != "no" else None
+    validation = splits.get("validation")
     if settings.task.task == "align":
         return _aligning(settings, model, splits["train"], validation, processor, is_fresh)
     return _instructing(settings, model, splits["train"], validation, processor)
@@ -106,9 +104,10 @@ class InstructTrainer(ValidatesAll, SFTTrainer):
 
 def _instructing(settings, model, train, validation, processor):
     _, data, _, options, arguments = settings
-    given = [argument.name for argument in fields(TrainingArguments) if argument.init]
-    theirs = SFTConfig(
-        **{name: getattr(arguments, name) for name in given} | {"prediction_loss_only": True},
+    theirs = as_class(
+        SFTConfig,
+        arguments,
+        prediction_loss_only=True,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
@@ -148,7 +147,7 @@ def ask(model: PreTrainedModel, processor, rows: Dataset, num_crops: int | None,
             | ({} if num_crops is None else {"num_crops": num_crops}),
         ).to(model.device)
         inputs.pop("num_img_tokens", None)
-        truths = [truth(row) for row in batch]
+        truths = [said(row) for row in batch]
         most = 8 + max(len(processor.tokenizer(text).input_ids) for text in truths)
         output = model.generate(**inputs, max_new_tokens=most, do_sample=False)
         answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -157,41 +156,35 @@ def ask(model: PreTrainedModel, processor, rows: Dataset, num_crops: int | None,
     return [answer.strip() for answer in answers], float(np.mean(losses))
 
 
-def truth(row: dict) -> str:
-    """What is said at the last turn of a conversation."""
-    return "".join(part["text"] or "" for part in row[MESSAGES][-1]["content"]).strip()
+def said(row: dict, turn: int = -1) -> str:
+    """What is said at a turn of a conversation, by default the last."""
+    return "".join(part["text"] or "" for part in row[MESSAGES][turn]["content"]).strip()
 
 
-def question(row: dict) -> str:
-    """What was asked before it."""
-    return "".join(part["text"] or "" for part in row[MESSAGES][-2]["content"]).strip()
-
-
-def measure_answers(settings: Settings, start: dict, splits: dict[str, Dataset], names: list[str], processor) -> dict:
+def measure_answers(settings: Settings, start: Model, splits: dict[str, Dataset], names: list[str], processor) -> dict:
     """Figures on the held-out conversations of the model before (unless its projection is fresh) and after."""
     _, data, _, _, arguments = settings
     rows = splits["test"].filter(lambda row: row[MESSAGES][-1]["role"] == "assistant")
     if len(rows) > ANSWERED:
         rows = rows.shuffle(seed=arguments.seed).select(range(ANSWERED))
-    truths, figures, said = [truth(row) for row in rows], {}, {}
-    for name, where in (("before", start), ("fine-tuned", {"pretrained_model_name_or_path": arguments.output_dir})):
+    truths, figures, answers = [said(row) for row in rows], {}, {}
+    for name, where in (
+        ("before", start.pinned),
+        ("fine-tuned", {"pretrained_model_name_or_path": arguments.output_dir}),
+    ):
         model = load_talker(where).eval().to(arguments.device)
         if not model.config.untrained:
-            said[name], loss = ask(model, processor, rows, data.num_crops, arguments.eval_batch_size, name)
-            right = float(np.mean([answer == text for answer, text in zip(said[name], truths)]))
+            answers[name], loss = ask(model, processor, rows, data.num_crops, arguments.eval_batch_size, name)
+            right = float(np.mean([answer == text for answer, text in zip(answers[name], truths)]))
             figures[name] = {"exact answers": right, "loss": loss}
     confusion = None
     if names:
         number = {name: place for place, name in enumerate(names)}
-        named = [number.get(answer, len(names)) for answer in said["fine-tuned"]]
+        named = [number.get(answer, len(names)) for answer in answers["fine-tuned"]]
         confusion = {"is": [number[text] for text in truths], "named": named}
     shown = [
-        {
-            "image": row[NAME],
-            "question": question(row),
-            "truth": text,
-            **{name: given[place] for name, given in said.items()},
-        }
+        {"image": row[NAME], "question": said(row, -2), "truth": text}
+        | {name: given[place] for name, given in answers.items()}
         for place, (row, text) in enumerate(zip(rows, truths))
     ]
     return {

@@ -2,7 +2,9 @@
 
 import json
 import re
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,20 +33,24 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerState,
-    TrainingArguments,
 )
 
 from phi3_tools.finetune import pairs
 from phi3_tools.finetune.align import save_aligned
 from phi3_tools.finetune.data import FEATURES, Collator, ValidatesAll, endless, sample, with_features
 from phi3_tools.finetune.report import figures_of_classes, figures_of_search
-from phi3_tools.finetune.settings import TALK, Settings, TaskOptions, last_checkpoint, steps_done
+from phi3_tools.finetune.settings import TALK, Settings, TaskOptions, as_class, last_checkpoint, steps_done
 from phi3_tools.finetune.talk import load_talker, talk_trainer
 from phi3_tools.images import IMAGE, LABEL, TEXT
-from phi3_tools.models import find_model, load_sentence_transformer
+from phi3_tools.models import Model, load_sentence_transformer
 from phi3_tools.results import without_path, write_text
 
 ADAPTER = "adapter"
+
+
+def start_arguments(start: Model) -> dict:
+    """The arguments of `from_pretrained` that load what a training starts from, with its pooling."""
+    return start.pinned | ({"pooling_mode": start.pooling} if start.pooling else {})
 
 
 def has_head(where: dict, names: list[str]) -> bool:
@@ -273,15 +279,15 @@ class PairTrainer(EmbeddingTrainer):
         self.model.save_pretrained(str(output), create_model_card=False)
 
 
-class SearchEvaluator(BaseEvaluator):
-    """Figures of search among the images of a split."""
+class Evaluator(BaseEvaluator):
+    """The figures that a function gives of a model."""
 
-    def __init__(self, split: Dataset, collate: Collator, batch_size: int):
+    def __init__(self, figures_of: Callable[[SentenceTransformer], dict[str, float]]):
         super().__init__()
-        self.split, self.collate, self.batch_size = split, collate, batch_size
+        self.figures_of = figures_of
 
     def __call__(self, model, output_path=None, epoch=-1, steps=-1):
-        return figures_of_search(*embed(model[0].model, self.split, self.collate, self.batch_size, "Validation"))
+        return self.figures_of(model)
 
 
 @torch.inference_mode()
@@ -298,31 +304,34 @@ def embed(
 
 
 def train(
-    settings: Settings, start: dict, splits: dict, names: list[str], processor, of_pairs: bool = False
+    settings: Settings, start: Model, splits: dict, names: list[str], processor, of_pairs: bool = False
 ) -> list[dict]:
     """
-    Trains from `start` (see [`load_model`]), and leaves the best model whole in OUTPUT -> the trainer's history.
-    `of_pairs`: texts and images in one space.
+    Trains from `start`, and leaves the best model whole in OUTPUT -> the trainer's history. `of_pairs`: texts and
+    images in one space.
     """
     options, arguments = settings.task, settings.arguments
     output = Path(arguments.output_dir)
-    has_validation = "validation" in splits and arguments.eval_strategy != "no"
+    if arguments.eval_strategy == "no":
+        splits = {name: split for name, split in splits.items() if name != "validation"}
+    has_validation = "validation" in splits
     if arguments.load_best_model_at_end is None or not has_validation:
         strategy = arguments.eval_strategy if has_validation else "no"
         arguments = replace(arguments, eval_strategy=strategy, load_best_model_at_end=has_validation)
+        settings = settings._replace(arguments=arguments)
     if settings.data.streaming:
         splits = splits | {"train": endless(splits["train"], arguments.seed)}
     collate = Collator(
         getattr(processor, "image_processor", processor), settings.data.num_crops, settings.changes, arguments.seed
     )
     if options.task in TALK:
-        trainer = talk_trainer(settings._replace(arguments=arguments), start, splits, processor)
+        trainer = talk_trainer(settings, start, splits, processor)
     elif options.task == "classification":
-        trainer = _classifier_trainer(options, arguments, start, splits, names, collate)
+        trainer = _classifier_trainer(settings, start, splits, names, collate)
     elif of_pairs:
-        trainer = _pair_trainer(settings._replace(arguments=arguments), start, splits, collate)
+        trainer = _pair_trainer(settings, start, splits, collate)
     else:
-        trainer = _embedding_trainer(options, arguments, start, splits, names, collate, processor)
+        trainer = _embedding_trainer(settings, start, splits, names, collate, processor)
     trainer.add_callback(SharedEpoch(collate))
     trainer.add_callback(LogAtCheckpoints())
     if options.early_stopping:
@@ -342,7 +351,8 @@ def train(
         if of_pairs:
             trainer.save_whole(output)
         elif options.train == "lora":
-            base = load_talker(start) if options.task in TALK else load_model(start, options.task, names)
+            is_whole = options.task in TALK
+            base = load_talker(start.pinned) if is_whole else load_model(start_arguments(start), options.task, names)
             base.config.untrained = False
             PeftModel.from_pretrained(base, output / ADAPTER).merge_and_unload().save_pretrained(output)
         elif options.task == "align":
@@ -359,15 +369,15 @@ def _clean_adapter(folder, base):
     """Its files say nothing of where the base model lay."""
     (folder / "README.md").unlink()
     path = folder / "adapter_config.json"
-    write_text(
-        path, json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": without_path(base)}, indent=2)
-    )
+    about = json.loads(path.read_text()) | {"base_model_name_or_path": without_path(base)}
+    write_text(path, json.dumps(about, indent=2))
 
 
-def _classifier_trainer(options, arguments, start, splits, names, collate):
-    model = load_model(start, options.task, names)
+def _classifier_trainer(settings, start, splits, names, collate):
+    options, arguments = settings.task, settings.arguments
+    model = load_model(start_arguments(start), options.task, names)
     splits = _frozen_features(model.base_model, splits, collate, options, arguments)
-    if not has_head(start, names) and not last_checkpoint(arguments.output_dir):
+    if not has_head(start.pinned, names) and not last_checkpoint(arguments.output_dir):
         # From here it learns at any rate, and no random head distorts what the model knows (Kumar et al., 2022).
         few, unchanged = sample(splits["train"], arguments.seed), Collator(collate.image_processor, collate.num_crops)
         base = model.base_model.to(arguments.device).eval()
@@ -377,7 +387,7 @@ def _classifier_trainer(options, arguments, start, splits, names, collate):
         arguments,
         collate,
         splits["train"],
-        splits.get("validation") if arguments.eval_strategy != "no" else None,
+        splits.get("validation"),
         compute_metrics=lambda output: figures_of_classes(output.label_ids, output.predictions.argmax(-1)),
     )
     # The loss is the mean of a batch: the trainer has to divide it where batches are accumulated.
@@ -385,17 +395,9 @@ def _classifier_trainer(options, arguments, start, splits, names, collate):
     return trainer
 
 
-def _embedding_trainer(options, arguments, start, splits, names, collate, processor):
-    name, code = start["pretrained_model_name_or_path"], {"code_revision": start.get("code_revision")}
-    embedder = SentenceTransformer(
-        name,
-        revision=start.get("revision"),
-        trust_remote_code=True,
-        device=str(arguments.device),
-        model_kwargs={"dtype": "float32", **code},
-        config_kwargs=code,
-        processor_kwargs=code,
-    )
+def _embedding_trainer(settings, start, splits, names, collate, processor):
+    options, arguments = settings.task, settings.arguments
+    embedder, name = load_sentence_transformer(start, device=arguments.device), start.name
     if not embedder.supports("image") or len(embedder) > 2:
         raise ValueError(
             f"{name} has no modules.json of an image embedding, nor a recipe. Save an image embedding by "
@@ -403,14 +405,16 @@ def _embedding_trainer(options, arguments, start, splits, names, collate, proces
         )
     embedder = SentenceTransformer(modules=[embedder[0]])  # the loss takes vectors of any length
     model = embedder[0].model
-    model.config.pooling_mode = start.get("pooling_mode", model.config.pooling_mode)
+    model.config.pooling_mode = start.pooling or model.config.pooling_mode
     _set_lengths(model.config, options)
     if options.words and not hasattr(processor, "tokenizer"):
         raise ValueError(f"--words needs a tokenizer, which {name} has none of.")
     splits = _frozen_features(model, splits, collate, options, arguments)
-    evaluator = None
-    if "validation" in splits and arguments.eval_strategy != "no":
-        evaluator = SearchEvaluator(splits["validation"], collate, arguments.eval_batch_size)
+    validation, batch_size = splits.get("validation"), arguments.eval_batch_size
+
+    def figures_of(embedder):
+        return figures_of_search(*embed(embedder[0].model, validation, collate, batch_size, "Validation"))
+
     embedder[0].model = choose_trained(model, options)
     words = word_ids(processor.tokenizer, names) if options.words else None
     loss = LabelLoss(embedder, options.temperature, options.mini_batch_size, words)
@@ -422,17 +426,17 @@ def _embedding_trainer(options, arguments, start, splits, names, collate, proces
         _their_arguments(arguments, BatchSamplers.GROUP_BY_LABEL),
         splits["train"],
         loss=loss,
-        evaluator=evaluator,
+        evaluator=Evaluator(figures_of) if validation else None,
         data_collator=EmbeddingCollator(collate),
     )
 
 
 def _pair_trainer(settings, start, splits, collate):
     _, data, _, options, arguments = settings
-    whole = load_talker(start).to(arguments.device)
+    whole = load_talker(start.pinned).to(arguments.device)
     _set_lengths(whole.config, options)
     whole.config.text_config.use_cache = False
-    embedder = load_sentence_transformer(find_model(options.model), data.num_crops, loaded=whole.model)
+    embedder = load_sentence_transformer(start, data.num_crops, loaded=whole.model)
     with arguments.main_process_first():
         rows = pairs.rows_to_train(embedder, splits["train"], options.hard_negatives, arguments.eval_batch_size)
     most = len(set(rows[TEXT]))
@@ -445,16 +449,15 @@ def _pair_trainer(settings, start, splits, collate):
         print(f"Batches hold {most} images, because there are {most} texts, and a batch has each once.")
         arguments.per_device_train_batch_size = most
     prompts = {name: embedder.prompts.get("query" if name == TEXT else "document", "") for name in rows.column_names}
-    evaluator = None
-    if "validation" in splits and arguments.eval_strategy != "no":
-        evaluator = pairs.PairEvaluator(splits["validation"], collate, arguments.eval_batch_size)
+    validation = splits.get("validation")
+    figures_of = partial(pairs.figures_of, split=validation, collate=collate, batch_size=arguments.eval_batch_size)
     embedder[0].model = choose_trained(whole.model, options)
     return PairTrainer(
         embedder,
         _their_arguments(arguments, BatchSamplers.NO_DUPLICATES),
         rows,
         loss=pairs.make_loss(embedder, options),
-        evaluator=evaluator,
+        evaluator=Evaluator(figures_of) if validation else None,
         data_collator=pairs.PairCollator(embedder, collate, splits["train"], prompts),
         whole=whole,
     )
@@ -469,10 +472,7 @@ def _set_lengths(config, options):
 
 
 def _their_arguments(arguments, batch_sampler):
-    given = [argument.name for argument in fields(TrainingArguments) if argument.init]
-    theirs = SentenceTransformerTrainingArguments(
-        **{name: getattr(arguments, name) for name in given}, batch_sampler=batch_sampler
-    )
+    theirs = as_class(SentenceTransformerTrainingArguments, arguments, batch_sampler=batch_sampler)
     theirs.dataloader_drop_last = arguments.dataloader_drop_last  # which they turn on for several processes
     return theirs
 
