@@ -138,6 +138,10 @@ def assemble(
     num_crops: Annotated[
         int | None, typer.Option(min=0, help="the most crops of an image [default: 16]", show_default=False)
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="how it embeds texts and images: a JSON file, as for convert", show_default=False),
+    ] = None,
 ):
     """Put any vision tower before any Phi-3 language model; the projection between them is trained, or to be."""
     if aligned is None and None in (tower, language_model):
@@ -147,7 +151,7 @@ def assemble(
     from phi3_tools.checkpoint.assemble import run
 
     parts = {"tower": tower, "language_model": language_model, "crop_size": crop_size, "layer_idx": layer_idx}
-    run(output, aligned, **parts, num_crops=num_crops)
+    run(output, aligned, recipe, **parts, num_crops=num_crops)
 
 
 @app.command()

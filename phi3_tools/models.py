@@ -274,15 +274,31 @@ def recipe(model: Model, num_crops: int | None = None) -> dict[str, Any]:
     settings |= {name: processing[name] for name in names if name in processing}
     settings["pooling_mode"] = model.pooling or settings["pooling_mode"]
     if model.has_recipe:
-        paths = [folder / name for name in RECIPE_FILES] + sorted(folder.glob("[0-9]_*/config.json"))
-        paths += sorted(folder.glob("*.jinja")) + sorted(folder.glob("*chat_templates/*.jinja"))
-        settings["recipe"] = {
-            str(path.relative_to(folder)): path.read_text("utf-8") for path in paths if path.exists()
-        }
+        paths = [
+            *recipe_files(folder),
+            *sorted(folder.glob("*.jinja")),
+            *sorted(folder.glob("*chat_templates/*.jinja")),
+        ]
+        settings["recipe"] = {str(path.relative_to(folder)): path.read_text("utf-8") for path in paths}
         its_own = json.loads((folder / RECIPE_FILES[1]).read_text("utf-8")).get("processing_kwargs", {})
         processing |= its_own.get("image", {})
     num_crops = processing["num_crops"] if num_crops is None else num_crops
     return {"weights": digest.hexdigest(), "settings": settings, "num_crops": num_crops}
+
+
+def recipe_files(folder: Path) -> list[Path]:
+    """What sentence-transformers reads beside a checkpoint, but chat templates."""
+    named = [folder / name for name in RECIPE_FILES]
+    return [*filter(Path.exists, named), *sorted(folder.glob("[0-9]_*/config.json"))]
+
+
+def copy_recipe(model: Model, output: Path) -> None:
+    """Puts the recipe of a checkpoint beside what was trained of it; its chat template goes with the processor."""
+    folder = Path(model.name)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(model.name, revision=model.revision, allow_patterns=["*.json"]))
+    for path in recipe_files(folder):
+        write_text(output / path.relative_to(folder), path.read_text("utf-8"))
 
 
 # Loading

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from fresh_process import run_fresh
 from parts import save_language_model, save_tower
 from PIL import Image
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from spaces import RECIPE
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from phi3_tools.checkpoint.assemble import run as assemble
@@ -54,10 +57,12 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """DINOv2's form before Llama's, assembled -> its folder."""
+    """DINOv2's form before Llama's, assembled with a recipe -> its folder."""
     path = tmp_path_factory.mktemp("start")
     tower, text = save_tower(path / "tower", "dinov2"), save_language_model(path / "text", "llama", copies=True)
-    assemble(path / "both", tower=tower, language_model=text, layer_idx=-1, num_crops=2)
+    recipe = path / "own.json"
+    recipe.write_text(json.dumps({name: value for name, value in asdict(RECIPE).items() if name != "name"}))
+    assemble(path / "both", recipe=str(recipe), tower=tower, language_model=text, layer_idx=-1, num_crops=2)
     return path / "both"
 
 
@@ -101,6 +106,15 @@ def test_aligning_leaves_tower_language_model_and_text_to_the_bit(aligned, start
         vectors = [model(**inputs, output_hidden_states=True).hidden_states[-1] for model in (before, after)]
         answers = [model.generate(**inputs, max_new_tokens=8) for model in (before, after)]
     assert torch.equal(*vectors) and torch.equal(*answers)
+
+
+def test_an_aligned_model_embeds_words_and_images_by_the_recipe_that_it_was_assembled_with(aligned, images):
+    embedder = SentenceTransformer(str(aligned[0]), trust_remote_code=True, device="cpu")
+    of_text, of_image = embedder.encode(["the dog", Image.open(images / "dog" / "0.png")])
+    model, processor = load(aligned[0])
+    with torch.no_grad():
+        last = model.model(**processor(text="the dog", return_tensors="pt")).last_hidden_state[0, -1]
+    assert np.allclose(of_text, last / last.norm(), atol=1e-5) and of_image.shape == of_text.shape
 
 
 def test_what_aligning_trained_is_put_between_tower_and_language_model_again(aligned, start, tmp_path):

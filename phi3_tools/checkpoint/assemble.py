@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from phi3_tools import ROOT
-from phi3_tools.checkpoint import layout
+from phi3_tools.checkpoint import layout, recipes
 from phi3_tools.checkpoint.packages import PREFIX, fetch_package
 from phi3_tools.models import PARTS, PROJECTION
 from phi3_tools.results import check_no_pointer, console, folder_beside, one_line, without_path, write_card
@@ -80,13 +80,15 @@ class Parts(NamedTuple):
     num_crops: int = 16
 
 
-def run(output: Path, aligned: Path | None = None, **given) -> None:
+def run(output: Path, aligned: Path | None = None, recipe: str | None = None, **given) -> None:
     """
     Writes `output`: weights, config, code, processor and card.
 
     Args:
         aligned: a folder that `phi3-embed finetune --task align` left, whose projection is put between the two; else
             it is fresh.
+        recipe: how the whole embeds texts and images, by a name or the path of a JSON file (see `recipes.py`); without
+            one it embeds images alone.
         given: fields of [`Parts`], or `None` where they are the defaults, or those of `aligned`.
 
     Raises:
@@ -94,8 +96,12 @@ def run(output: Path, aligned: Path | None = None, **given) -> None:
     """
     given = {name: value for name, value in given.items() if value is not None}
     parts = read_parts(aligned, given) if aligned else Parts(**given)
+    way = recipes.load(recipe) if recipe else None
     with folder_beside(output) as beside:
         model, processor, notes = assemble(parts, aligned)
+        if way:
+            processor.chat_template = recipes.chat_templates(processor.chat_template, way)
+            recipes.write_files(way, model.config.hidden_size, beside)
         processor.save_pretrained(beside)
         model.save_pretrained(beside)
         sources = parts.tower, parts.language_model
@@ -113,6 +119,7 @@ def run(output: Path, aligned: Path | None = None, **given) -> None:
             config=model.config,
             num_crops=parts.num_crops,
             notes=notes,
+            recipe=way,
         )
     for note in notes:
         console.print(note)

@@ -42,7 +42,7 @@ from phi3_tools.finetune.report import figures_of_classes, figures_of_search
 from phi3_tools.finetune.settings import TALK, Settings, TaskOptions, as_class, last_checkpoint, steps_done
 from phi3_tools.finetune.talk import load_talker, talk_trainer
 from phi3_tools.images import IMAGE, LABEL, TEXT
-from phi3_tools.models import Model, load_sentence_transformer
+from phi3_tools.models import Model, copy_recipe, load_sentence_transformer
 from phi3_tools.results import without_path, write_text
 
 ADAPTER = "adapter"
@@ -358,6 +358,8 @@ def train(
         elif options.task == "align":
             save_aligned(trainer.model, output, processor.image_processor.num_crops)
         processor.save_pretrained(output)
+        if options.task in TALK and start.has_recipe:
+            copy_recipe(start, output)
         if options.train == "lora":
             _clean_adapter(output / ADAPTER, options.model)
         for folder in (output, output / ADAPTER):
