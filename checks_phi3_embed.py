@@ -237,6 +237,8 @@ def check_placeholders(is_placeholder: torch.BoolTensor, number: torch.LongTenso
             is_placeholder.sum() == sum(num_tokens), "placeholders and image tokens differ in number"
         )
         return
+    if not num_tokens and not is_placeholder.any():  # most calls: a text without images
+        return
     ends = _run_ends(is_placeholder, number)
     run_ends = is_placeholder.flatten().cumsum(0)[ends.flatten()].tolist()
     token_ends = torch.tensor(num_tokens).cumsum(0).tolist()
