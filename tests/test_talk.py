@@ -138,7 +138,8 @@ def test_standard_features_give_what_the_projection_gives_of_the_towers_own(star
     with torch.no_grad():
         expected = model.get_image_features(features, sizes).pooler_output[0]
         alignment = align.Alignment(model, 0.5, torch.tensor([]), rows, is_fresh=False).eval()
-        assert torch.allclose(alignment.tokens(features, sizes).pooler_output[0], expected, atol=1e-5)
+        kept = torch.ones(len(expected), dtype=torch.bool)
+        assert torch.allclose(alignment.tokens(features, sizes, kept).pooler_output[0], expected, atol=1e-5)
         within = model.get_image_features((features - alignment.mean) / alignment.std, sizes).pooler_output[0]
         assert torch.allclose(within, expected, atol=1e-5)
         finished = alignment.finish().get_image_features(features, sizes).pooler_output[0]

@@ -12,7 +12,6 @@ text, and takes images where these batches hold features.
 import hashlib
 import inspect
 import json
-import math
 from pathlib import Path
 
 import datasets
@@ -24,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import DynamicCache, Phi3Model, PreTrainedModel, Trainer
+from transformers import DynamicCache, Phi3Model, PreTrainedModel, Trainer, get_cosine_schedule_with_warmup
 
 from phi3_tools.finetune.conversations import encode
 from phi3_tools.finetune.data import ValidatesAll
@@ -33,7 +32,8 @@ from phi3_tools.results import write_beside, write_text
 
 FEATURES, SIZES, KEPT = "features", "image_sizes", "kept"
 WORDS, ALIGNED = "words.safetensors", "aligned"
-WORDS_EPOCHS, WORDS_BATCH, WORDS_TEMPERATURE = 12, 32, 0.05
+WORDS_EPOCHS, WORDS_BATCH, WORDS_LEARNING_RATE, WORDS_WARMUP = 12, 32, 1e-3, 40
+WORDS_TEMPERATURE, WORDS_SMOOTHING = 0.05, 0.05
 MEASURED_IMAGES = 500  # for the mean and spread of features
 CACHE_NAME = "cache" if "cache" in inspect.signature(Phi3Model.forward).parameters else "past_key_values"
 
@@ -129,9 +129,16 @@ class Alignment(nn.Module):
         mean, std = mean_and_spread(rows)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
+        for module in self.projector.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(self._drop)
         if not is_fresh:
             self._change_features(-mean / std, 1 / std)
         self.to(model.device)
+
+    def _drop(self, layer, inputs):
+        """What a layer of the projection takes, while training with a share of it dropped at random."""
+        return F.dropout(inputs[0], self.dropout, self.training)
 
     @torch.no_grad()
     def _change_features(self, mean, std):
@@ -156,17 +163,17 @@ class Alignment(nn.Module):
     def projector(self) -> nn.Module:
         return self.model.model.vision_embed_tokens.projector
 
-    def tokens(self, features, image_sizes):
-        """What [`get_image_features`] gives; while training features are dropped at random."""
-        features = (features - self.mean) / self.std
-        return self.model.get_image_features(F.dropout(features, self.dropout, self.training), image_sizes)
-
-    def forward(self, input_ids, attention_mask, labels, features, image_sizes, kept):
-        images = self.tokens(features, image_sizes)
+    def tokens(self, features, image_sizes, kept):
+        """What [`get_image_features`] gives, of the tokens that are kept."""
+        images = self.model.get_image_features((features - self.mean) / self.std, image_sizes)
         lengths = [len(tokens) for tokens in images.pooler_output]
         images.pooler_output = tuple(
             tokens[is_kept] for tokens, is_kept in zip(images.pooler_output, kept.split(lengths))
         )
+        return images
+
+    def forward(self, input_ids, attention_mask, labels, features, image_sizes, kept):
+        images = self.tokens(features, image_sizes, kept)
         start, cache = self._beginning(len(input_ids))
         hidden = self.model.model(
             input_ids=input_ids[:, start:],
@@ -257,12 +264,11 @@ class AlignTrainer(ValidatesAll, Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-def draw_to_words(
-    alignment: Alignment, rows: Dataset, collate: Collator, special_ids: list[int], learning_rate: float, seed: int
-) -> None:
+def draw_to_words(alignment: Alignment, rows: Dataset, collate: Collator, special_ids: list[int], seed: int) -> None:
     """
-    Trains the projection without the language model: the mean of an image's tokens is to be nearer to the mean word
-    embedding of its answer than to those of the other answers of a batch, by cosine from the mean of all words.
+    Trains the projection without the language model: the tokens of an image are to be nearer to the mean word
+    embedding of its answer than to those of the other answers of a batch, by cosine from the mean of all words. How
+    much a token counts is learnt too, because most of an image says nothing of its answer.
 
     Raises:
         ValueError: a conversation has several images.
@@ -270,13 +276,13 @@ def draw_to_words(
     if any(len(row[SIZES]) != 1 for row in rows.select_columns(SIZES)):
         raise ValueError("--words goes with conversations of one image each.")
     table = alignment.model.get_input_embeddings().weight.detach().float()
-    centre, generator = table.mean(0), torch.Generator().manual_seed(seed)
-    loader = DataLoader(rows, WORDS_BATCH, shuffle=True, collate_fn=collate, generator=generator)
-    optimizer = torch.optim.AdamW(alignment.projector.parameters(), learning_rate, weight_decay=0.1)
-    steps = WORDS_EPOCHS * len(loader)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 40) * 0.5 * (1 + math.cos(math.pi * step / steps))
-    )
+    centre, usual = table.mean(0), table.std()
+    torch.manual_seed(seed)
+    attend = nn.Linear(table.shape[1], 1).to(table.device)
+    loader = DataLoader(rows, WORDS_BATCH, shuffle=True, collate_fn=collate, drop_last=len(rows) > WORDS_BATCH)
+    parameters = [*alignment.projector.parameters(), *attend.parameters()]
+    optimizer = torch.optim.AdamW(parameters, WORDS_LEARNING_RATE, weight_decay=0.1)
+    schedule = get_cosine_schedule_with_warmup(optimizer, WORDS_WARMUP, WORDS_EPOCHS * len(loader))
     alignment.train()
     for _ in tqdm(range(WORDS_EPOCHS), desc="Words", unit="epoch"):
         for batch in loader:
@@ -284,10 +290,16 @@ def draw_to_words(
             is_word = ~torch.isin(batch["labels"], torch.tensor([-100, *special_ids], device=table.device))
             said = [table[labels[words]].mean(0) - centre for labels, words in zip(batch["labels"], is_word)]
             answers, targets = torch.unique(torch.stack(said), dim=0, return_inverse=True)
-            images = alignment.tokens(batch[FEATURES], batch[SIZES]).pooler_output
-            vectors = torch.stack([tokens.float().mean(0) for tokens in images]) - centre
-            scores = F.normalize(vectors, dim=-1) @ F.normalize(answers, dim=-1).T
-            F.cross_entropy(scores / WORDS_TEMPERATURE, targets).backward()
+            images = alignment.tokens(batch[FEATURES], batch[SIZES], batch[KEPT]).pooler_output
+            tokens = [image.float() - centre for image in images]
+            directions = [F.normalize(image, dim=-1) for image in tokens]
+            shares = [attend(image * image.shape[1] ** 0.5).softmax(0) for image in directions]  # (tokens, 1)
+            vectors = torch.stack([(share * image).sum(0) for share, image in zip(shares, directions)])
+            scores = vectors @ F.normalize(answers, dim=-1).T / WORDS_TEMPERATURE
+            loss = F.cross_entropy(scores, targets, label_smoothing=WORDS_SMOOTHING)
+            # Words' size is what the language model is used to, and a cosine says nothing of it.
+            size = torch.cat(tokens).square().mean().sqrt() / usual
+            (loss + 0.1 * (size - 1).square()).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()

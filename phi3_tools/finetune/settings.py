@@ -180,7 +180,9 @@ class TaskOptions:
     question: str | None = _option(
         None, f"Asked of images with captions or classes. Default: {' or '.join(map(repr, QUESTIONS.values()))}"
     )
-    feature_dropout: float = _option(0.0, "In align, the share of the tower's features that a step does without.")
+    feature_dropout: float = _option(
+        0.0, "In align, the share of what each layer of the projection takes that a step does without."
+    )
     token_dropout: float = _option(
         0.0, "In align, the share of an image's tokens that a step does without, which takes less time too."
     )

@@ -68,8 +68,7 @@ def _aligning(settings, model, train, validation, processor, is_fresh):
         arguments.gradient_checkpointing = arguments.activation_checkpointing = False  # its old name and its new one
     words = Path(arguments.output_dir) / align.WORDS
     if options.words and not words.exists():
-        ids, rate, seed = tokenizer.all_special_ids, arguments.learning_rate, arguments.seed
-        align.draw_to_words(alignment, train, align.Collator(tokenizer.pad_token_id, image_token_id), ids, rate, seed)
+        align.draw_to_words(alignment, train, collate, tokenizer.all_special_ids, arguments.seed)
         align.save_projector(alignment, words)
     if options.words:
         align.load_projector(alignment, words)
