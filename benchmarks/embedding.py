@@ -26,18 +26,18 @@ CONTENDERS = ("limit", "ours", "original scheme, sdpa", "original scheme, eager"
 TOLERANCE = 1e-3
 
 
-def load_inputs(case):
+def load_inputs(case, pad_views=False):
     sizes, num_crops = CASES[case]
     generator = np.random.default_rng(0)
     pictures = [Image.fromarray(generator.integers(0, 256, (*size[::-1], 3), np.uint8)) for size in sizes]
     processor = AutoImageProcessor.from_pretrained(ROOT, trust_remote_code=True)
-    inputs = processor(pictures, num_crops=num_crops, return_tensors="pt")
+    inputs = processor(pictures, num_crops=num_crops, pad_views=pad_views, return_tensors="pt")
     return inputs.pixel_values, inputs.image_sizes
 
 
 def load_model():
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
+    config = type(AutoConfig.from_pretrained(ROOT, trust_remote_code=True))()  # Phi-3-vision's widths
     model = AutoModel.from_config(config, trust_remote_code=True).eval()
     # A fresh model's separators are zero, which would hide one in a wrong place.
     for separator in (model.vision_embed_tokens.projector.sub_GN, model.vision_embed_tokens.projector.glb_GN):
@@ -68,7 +68,8 @@ def limit(tower, projector, pixel_values, image_sizes):
     grids = [(height // 336, width // 336) for height, width in image_sizes.tolist()]
     # The only crop of a 1 x 1 grid equals the global view.
     num_views = [1 if grid == (1, 1) else 1 + grid[0] * grid[1] for grid in grids]
-    crops = torch.cat([views[:used] for views, used in zip(pixel_values, num_views)])
+    of_image = pixel_values.split([1 + rows * cols for rows, cols in grids])
+    crops = torch.cat([views[:used] for views, used in zip(of_image, num_views)])
 
     embeddings = tower.embeddings
     patches = conv2d(crops, embeddings.patch_embedding.weight, stride=14).flatten(2).transpose(1, 2)
@@ -116,6 +117,7 @@ def lines(crops, rows, cols, sub_GN):
 
 
 def original_scheme(tower, projector, pixel_values, image_sizes):
+    """Of views that are padded, (images, most views, 3, 336, 336)."""
     hidden_states = tower(pixel_values.flatten(0, 1), output_hidden_states=True).hidden_states
     features = hidden_states[-2][:, 1:].unflatten(0, pixel_values.shape[:2])  # (images, views, 576, 1024)
     tokens = []
@@ -134,15 +136,20 @@ def merged_lines(crops, rows, cols, sub_GN):
     return torch.cat((picture, sub_GN[0].repeat(rows * 12, 1, 1)), dim=1).reshape(-1, 4096)
 
 
+def prepare(name, case, model):
+    """A contender's call, which one small image went through so that no round pays for what is set up once, and what
+    it takes."""
+    call, is_padded = contender(name, model), name.startswith("original")
+    call(*load_inputs("1 image of one crop", is_padded))
+    return call, load_inputs(case, is_padded)
+
+
 @torch.no_grad()
 def measure_seconds(case, rounds):
-    inputs, model = load_inputs(case), load_model()
-    calls = {name: contender(name, model) for name in CONTENDERS}
-    # One small picture through each, so that no first round pays for what is set up once.
-    small = load_inputs("1 image of one crop")
-    for call in calls.values():
-        call(*small)
-    timed_calls = {name: lambda call=call: timed(lambda: call(*inputs)) for name, call in calls.items()}
+    model, timed_calls = load_model(), {}
+    for name in CONTENDERS:
+        call, inputs = prepare(name, case, model)
+        timed_calls[name] = lambda call=call, inputs=inputs: timed(lambda: call(*inputs))
     return interleaved_seconds(timed_calls, rounds, case, check_agreement)
 
 
@@ -156,8 +163,7 @@ def check_agreement(results):
 
 @torch.no_grad()
 def measure_peak(case, name):
-    inputs, call = load_inputs(case), contender(name, load_model())
-    call(*load_inputs("1 image of one crop"))
+    call, inputs = prepare(name, case, load_model())
     return peak_bytes(lambda: call(*inputs))
 
 

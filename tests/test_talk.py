@@ -1,12 +1,9 @@
 """`phi3-embed finetune --task align` and `--task instruct`: what is said of images, on small models."""
 
-import importlib.util
-import json
 import re
 import shutil
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,21 +12,24 @@ from conftest import ROOT
 from fresh_process import run_fresh
 from parts import save_language_model, save_tower
 from PIL import Image
-from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from spaces import RECIPE
+from trainings import arguments_of, assert_same_weights, finetune, killed, losses, make_images
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from phi3_tools.checkpoint.assemble import run as assemble
-from phi3_tools.finetune import align, command, talk
+from phi3_tools.finetune import align, talk
 from phi3_tools.finetune.conversations import load_conversations
-from phi3_tools.finetune.settings import DataOptions, last_checkpoint
+from phi3_tools.finetune.settings import DataOptions
 from phi3_tools.finetune.talk import LORA_TARGETS
 from phi3_tools.models import PROJECTION
 
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import towers  # noqa: E402
+
 pytestmark = pytest.mark.train
 
-COLORS = {"dog": (30, 30, 200), "front": (30, 200, 30), "cat": (200, 30, 30)}
+PROJECTOR = "model.vision_embed_tokens.projector."
 ALIGN = "--task align --validation 0.2 --num-crops 0 --per-device-train-batch-size 8 --disable-tqdm true"
 
 LONG = f"{ALIGN} --words --num-train-epochs 30 --learning-rate 3e-3 --token-dropout 0.2 --feature-dropout 0.1"
@@ -40,19 +40,9 @@ FOUR_STEPS = (
 )
 
 
-def make_images(folder, per_class=10):
-    rng = np.random.default_rng(0)
-    for name, color in COLORS.items():
-        (folder / name).mkdir(parents=True)
-        for number in range(per_class):
-            pixels = np.clip(rng.normal(color, 40, (20 + number, 30, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{number}.png")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("images") / "colours")
+    return make_images(tmp_path_factory.mktemp("images") / "colours", ("dog", "front", "cat"))
 
 
 @pytest.fixture(scope="module")
@@ -66,25 +56,20 @@ def start(tmp_path_factory):
     return path / "both"
 
 
-def finetune(source, model, output, options):
-    command.run([str(source), "--model", str(model), "--output", str(output), *options.split()])
-    return json.loads((Path(output) / "metrics.json").read_text())
-
-
-def losses(folder):
-    history = json.loads((Path(folder) / "metrics.json").read_text())["history"]
-    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
-
-
 def load(folder):
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
     return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 
 
+def changed_weights(before, after):
+    after = after.state_dict()
+    return [name for name, weight in before.state_dict().items() if not torch.equal(weight, after[name])]
+
+
 @pytest.fixture(scope="module")
 def aligned(images, start, tmp_path_factory):
     output = tmp_path_factory.mktemp("aligned") / "output"
-    return output, finetune(images, start, output, LONG)
+    return output, finetune(start, images, output, LONG)
 
 
 def test_an_aligned_model_names_colours_that_it_has_not_seen(aligned):
@@ -95,12 +80,9 @@ def test_an_aligned_model_names_colours_that_it_has_not_seen(aligned):
 
 def test_aligning_leaves_tower_language_model_and_text_to_the_bit(aligned, start):
     (before, processor), (after, _) = load(start), load(aligned[0])
-    changed = {
-        name.partition("vision_embed_tokens.")[2].partition(".")[0]
-        for name, weight in before.state_dict().items()
-        if not torch.equal(weight, after.state_dict()[name])
-    }
-    assert changed == {"projector"} and before.config.untrained and not after.config.untrained
+    changed = changed_weights(before, after)
+    assert changed and all(name.startswith(PROJECTOR) for name in changed)
+    assert before.config.untrained and not after.config.untrained
     inputs = processor(text=["what is this", "a picture of the cat"], padding=True, return_tensors="pt")
     with torch.no_grad():
         vectors = [model(**inputs, output_hidden_states=True).hidden_states[-1] for model in (before, after)]
@@ -122,10 +104,9 @@ def test_what_aligning_trained_is_put_between_tower_and_language_model_again(ali
     assemble(tmp_path / "again", aligned[0] / "aligned", tower=tower, language_model=text)
     (whole, _), (again, processor) = load(aligned[0]), load(tmp_path / "again")
     assert not again.config.untrained and again.config.layer_idx == -1 and processor.image_processor.num_crops == 0
-    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in whole.state_dict().items())
-    assert sum(path.stat().st_size for path in (aligned[0] / "aligned").iterdir()) < 2 * 4 * sum(
-        weight.numel() for weight in again.model.vision_embed_tokens.projector.parameters()
-    )
+    assert not changed_weights(whole, again)
+    size = sum(weight.nbytes for weight in again.model.vision_embed_tokens.projector.parameters())
+    assert sum(path.stat().st_size for path in (aligned[0] / "aligned").iterdir()) < 2 * size
 
 
 def test_standard_features_give_what_the_projection_gives_of_the_towers_own(start):
@@ -147,25 +128,17 @@ def test_standard_features_give_what_the_projection_gives_of_the_towers_own(star
 
 
 def test_a_killed_aligning_goes_on_as_if_it_had_not_been(aligned, images, start, tmp_path):
-    output = tmp_path / "output"
-    shutil.copytree(aligned[0], output)
-    shutil.rmtree(last_checkpoint(output))
-    (output / "metrics.json").unlink()
+    output = killed(aligned[0], tmp_path / "output")
     shutil.rmtree(output / "aligned")
-    finetune(images, start, output, LONG)
-    again, whole = (load_file(folder / "aligned" / PROJECTION) for folder in (output, aligned[0]))
-    assert all(torch.equal(weight, again[name]) for name, weight in whole.items())
+    finetune(start, images, output, LONG)
+    assert_same_weights(output, aligned[0], f"aligned/{PROJECTION}")
 
 
 def test_instructing_trains_adapters_of_the_language_model_and_the_projection(aligned, images, tmp_path):
     options = "--task instruct --validation 0 --num-crops 0 --max-steps 2 --save-strategy no --disable-tqdm true"
-    finetune(images, aligned[0], tmp_path, f"{options} --gradient-checkpointing --bf16")
+    finetune(aligned[0], images, tmp_path, f"{options} --gradient-checkpointing --bf16")
     (before, _), (after, _) = load(aligned[0]), load(tmp_path)
-    changed = {
-        name
-        for name, weight in before.state_dict().items()
-        if not torch.equal(weight, after.state_dict()[name]) and "projector" not in name
-    }
+    changed = [name for name in changed_weights(before, after) if "projector" not in name]
     assert len(changed) == 2 * 4 and all(re.fullmatch(LORA_TARGETS, name.removesuffix(".weight")) for name in changed)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
@@ -173,14 +146,10 @@ def test_instructing_trains_adapters_of_the_language_model_and_the_projection(al
 @pytest.mark.parametrize("train", ["lora", "all"])
 def test_a_killed_instructing_goes_on_as_if_it_had_not_been(train, aligned, images, tmp_path):
     options = f"--task instruct --train {train} {FOUR_STEPS}"
-    finetune(images, aligned[0], tmp_path / "whole", options)
-    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
-    shutil.rmtree(last_checkpoint(tmp_path / "killed"))
-    (tmp_path / "killed" / "metrics.json").unlink()
-    finetune(images, aligned[0], tmp_path / "killed", options)
+    finetune(aligned[0], images, tmp_path / "whole", options)
+    finetune(aligned[0], images, killed(tmp_path / "whole", tmp_path / "killed"), options)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "whole"))
-    assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
 
 
 # The launched processes train one after the other.
@@ -201,10 +170,10 @@ def test_two_processes_align_and_instruct_as_one_does_and_push(aligned, images, 
     trainings = {"align": start, "instruct": aligned[0]}
     commands = []
     for task, model in trainings.items():
-        finetune(images, model, tmp_path / "alone" / task, f"--task {task} {FOUR_STEPS}")
+        finetune(model, images, tmp_path / "alone" / task, f"--task {task} {FOUR_STEPS}")
         halved = f"--task {task} {FOUR_STEPS.replace('batch-size 8', 'batch-size 4')}"
         push = f"--push-to-hub --hub-model-id someone/{task}"
-        commands.append(f"{images} --model {model} --output {tmp_path / task} {halved} {push}")
+        commands.append(" ".join(arguments_of(model, images, tmp_path / task, f"{halved} {push}")))
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", tmp_path / "script.py"]
     done = run_fresh(*launcher, *commands, env=hub.environment(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
@@ -219,22 +188,11 @@ def test_two_processes_align_and_instruct_as_one_does_and_push(aligned, images, 
 def test_all_conversations_validate_a_training_that_drops_its_last_batch(task, aligned, images, tmp_path):
     options = f"{ALIGN.replace('align', task)} --max-steps 1 --dataloader-drop-last --gradient-checkpointing"
     by_step = "--eval-strategy steps --eval-steps 1 --save-strategy steps --save-steps 1"
-    history = finetune(images, aligned[0], tmp_path, f"{options} {by_step}")["history"]
+    history = finetune(aligned[0], images, tmp_path, f"{options} {by_step}")["history"]
     assert sum("eval_loss" in entry for entry in history) == 1
 
 
-@pytest.fixture(scope="module")
-def towers():
-    """benchmarks/towers.py."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("benchmark_of_towers", ROOT / "benchmarks" / "towers.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path.remove(str(ROOT / "benchmarks"))
-    return module
-
-
-def test_the_benchmark_counts_as_exact_what_the_model_answers(aligned, images, towers):
+def test_the_benchmark_counts_as_exact_what_the_model_answers(aligned, images):
     splits, names = load_conversations(str(images), DataOptions(validation=0), 1)
     (model, processor), rows = load(aligned[0]), splits["test"]
     found = towers.ask(model, processor, rows, names, 0, "Asked")
@@ -243,12 +201,10 @@ def test_the_benchmark_counts_as_exact_what_the_model_answers(aligned, images, t
     assert found["exact"].any() and found["scores"].shape == (len(rows), len(names))
 
 
-def test_words_that_find_their_photographs_first_have_full_precision(towers):
+def test_words_that_find_their_photographs_first_have_full_precision():
     labels = np.array([0, 0, 1, 1])
     right = np.log([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.1, 0.9]])
     assert towers.average_precision(right, labels) == (1, 1)
     swapped = np.log([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7], [0.2, 0.8]])  # the first is likeliest to be called 1
-    assert towers.average_precision(swapped, labels) == (
-        0.5,
-        pytest.approx(((1 + 2 / 4) / 2 + (1 / 2 + 2 / 3) / 2) / 2),
-    )
+    precision = ((1 + 2 / 4) / 2 + (1 / 2 + 2 / 3) / 2) / 2
+    assert towers.average_precision(swapped, labels) == (0.5, pytest.approx(precision))
