@@ -1,5 +1,6 @@
 """`phi3-embed finetune --task align` and `--task instruct`: what is said of images, on small models."""
 
+import json
 import re
 import shutil
 import sys
