@@ -30,7 +30,7 @@ from transformers import AutoModel, AutoModelForImageClassification
 
 from phi3_tools import cli
 from phi3_tools.finetune import command, data, report, train
-from phi3_tools.finetune.settings import Changes, last_checkpoint, parse
+from phi3_tools.finetune.settings import Changes, DataOptions, last_checkpoint, parse
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import finetuning  # noqa: E402
@@ -534,6 +534,14 @@ def test_held_out_images_are_of_all_classes_in_proportion_and_what_is_rare_is_sa
     assert [held_out["label"][:].count(label) for label in range(3)] == [10, 6, 1]
     assert len(kept) + len(held_out) == 83
     assert capsys.readouterr().out == "Rare classes, of which fewer than 2 images are held out: few.\n"
+
+
+def test_the_only_split_is_trained_on_and_held_out_of_whatever_its_name(tmp_path):
+    features = Features({"image": ImageFeature(), "label": Value("string")})
+    rows = Dataset.from_dict({"image": [Image.new("RGB", (8, 8))] * 40, "label": ["one", "other"] * 20}, features)
+    rows.to_parquet(tmp_path / "test.parquet")
+    splits, _ = data.load_splits(str(tmp_path), DataOptions(held_out=0.2, validation=0), seed=0, least=1)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 32, "test": 8}
 
 
 def test_fine_tuning_beats_the_frozen_embedding_on_photographs(monkeypatch):

@@ -74,10 +74,11 @@ def split_at_random(found: dict[str, Dataset], source: str, options: DataOptions
 
 def _name_splits(found, source):
     """The splits that the data has, by the names that they have here."""
-    train = found.get("train", next(iter(found.values())) if len(found) == 1 else None)
-    if train is None:
+    if len(found) == 1:  # whatever its name, the others are taken out of it
+        return {"train": next(iter(found.values()))}
+    if "train" not in found:
         raise ValueError(f"{source} has the splits {', '.join(found)}, but none of the name 'train'.")
-    splits = {"train": train}
+    splits = {"train": found["train"]}
     for ours, theirs in (("validation", VALIDATION), ("test", TEST)):
         if name := next((name for name in theirs if name in found), None):
             splits[ours] = found[name]
