@@ -13,7 +13,8 @@ import torch
 from measure import ROOT, figures, fresh, interleaved_seconds, peak_bytes, timed
 from PIL import Image
 from torch.nn.functional import conv2d, layer_norm, linear, scaled_dot_product_attention
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 # Width and height of each picture, and `num_crops`. The grids of the four are 2 x 2, 1 x 4, 3 x 1 and 1 x 2: with the
 # global views 17 crops, which padding makes 20.
@@ -37,8 +38,8 @@ def load_inputs(case, pad_views=False):
 
 def load_model():
     torch.manual_seed(0)
-    config = type(AutoConfig.from_pretrained(ROOT, trust_remote_code=True))()  # Phi-3-vision's widths
-    model = AutoModel.from_config(config, trust_remote_code=True).eval()
+    model_class = get_class_from_dynamic_module("modeling_phi3_embed.Phi3EmbedModel", str(ROOT))
+    model = model_class(model_class.config_class()).eval()  # by default of Phi-3-vision's widths
     # A fresh model's separators are zero, which would hide one in a wrong place.
     for separator in (model.vision_embed_tokens.projector.sub_GN, model.vision_embed_tokens.projector.glb_GN):
         torch.nn.init.normal_(separator)
