@@ -511,6 +511,8 @@ def load_sentence_transformer(
 
 
 def _load_sentence_transformers(model, num_crops, dtype, device, loaded):
+    from sentence_transformers.sentence_transformer.modules import Transformer
+
     loaded = load_sentence_transformer(model, num_crops if model.kind == PHI3_EMBED else None, dtype, device, loaded)
     if not loaded.supports("image"):
         raise ValueError(f"it takes {', '.join(map(str, loaded.modalities))}, not images")
@@ -527,7 +529,9 @@ def _load_sentence_transformers(model, num_crops, dtype, device, loaded):
             raise ValueError("A text is empty, so it has no vector. Give words.")
         if len(texts) > 1 and any(len(text.encode()) > MAX_BYTES_TOGETHER for text in texts):
             return np.concatenate([encode_texts([text], is_query) for text in texts])
-        return encode_together(loaded.encode_query if is_query else loaded.encode_document, texts)
+        # Named as texts, because of a bare path or address of an image sentence-transformers would open the file.
+        items = [{"text": text} for text in texts] if isinstance(loaded[0], Transformer) else texts
+        return encode_together(loaded.encode_query if is_query else loaded.encode_document, items)
 
     def encode_pairs(texts, images, is_query=True):
         encode = loaded.encode_query if is_query else loaded.encode_document

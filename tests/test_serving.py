@@ -89,6 +89,15 @@ def test_images_and_texts_become_the_vectors_that_sentence_transformers_gives(ad
         np.testing.assert_allclose(embedding.embedding, vector, atol=1e-6)
 
 
+def test_a_text_that_is_the_path_or_address_of_an_image_is_words(address, tmp_path):
+    Image.linear_gradient("L").save(path := tmp_path / "a.png")
+    texts = [str(path), f"http://{path}", "a cat"]
+    found = [entry["embedding"] for entry in ask(address, [*texts, data_uri(Image.open(path))]).json()["data"]]
+    assert not np.allclose(found[0], found[3], atol=1e-3)
+    path.unlink()  # a file that is not there is words to every library
+    np.testing.assert_allclose(ask(address, str(path)).json()["data"][0]["embedding"], found[0], atol=1e-6)
+
+
 def chat(text, *images):
     parts = [{"type": "image_url", "image_url": {"url": data_uri(image)}} for image in images]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
