@@ -20,6 +20,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from phi3_tools import serve
+from phi3_tools.cli import main
 from phi3_tools.models import find_model
 
 LIMITS = {"--max-inputs": 5, "--max-bytes": 300_000, "--max-pixels": 1_000_000, "--max-tokens": 8}
@@ -231,6 +232,13 @@ def test_settings_are_honoured_or_refused(address, more, status, said):
 def test_json_of_every_kind_is_answered_in_words(address, body):
     answer = httpx2.post(f"{address}/v1/embeddings", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code in (400, 404) and answer.json()["error"]["message"], answer.text
+
+
+def test_a_port_that_is_taken_is_told_before_the_model_is_looked_for():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with pytest.raises(SystemExit, match=f"at 127.0.0.1, port {port} .*Give another --port"):
+            main(["serve", "--model", "nowhere", "--port", port])
 
 
 def test_a_model_of_images_alone_refuses_texts_and_chats_in_words(embedding_checkpoint):
