@@ -75,6 +75,7 @@ def test_help_is_short_and_names_the_way_to_the_rest(capsys):
         assert (
             not leaving.value.code and least < len(lines) < most and lines[0].startswith("usage: phi3-embed finetune")
         )
+        assert "Default: finetuned" in " ".join(lines)
     with pytest.raises(SystemExit):
         parse(["-h"])
     assert "--help-all" in capsys.readouterr().out

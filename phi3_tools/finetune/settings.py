@@ -243,7 +243,9 @@ def _parser(*groups) -> _Parser:
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SOURCE", help=f"{ACCEPTED[0].upper()}{ACCEPTED[1:]}.")
-    parser.add_argument("--output", metavar="OUTPUT", default="finetuned", help="The folder of the results.")
+    parser.add_argument(
+        "--output", metavar="OUTPUT", default="finetuned", help="The folder of the results. Default: finetuned."
+    )
     return parser
 
 
