@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from conftest import ROOT
 
+from phi3_tools.finetune.command import find_start
 from phi3_tools.finetune.settings import RATES, check_same_training, parse, record
 
 START = "photographs --model phi3-embed"
@@ -79,6 +81,12 @@ def test_help_is_short_and_names_the_way_to_the_rest(capsys):
     with pytest.raises(SystemExit):
         parse(["-h"])
     assert "--help-all" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("model", "said"), [("pixels", "a model of pixels, but"), (".:tower", "Leave out :tower")])
+def test_a_model_that_cannot_be_trained_is_told(model, said):
+    with pytest.raises(ValueError, match=said):
+        find_start(model.replace(".", str(ROOT)))
 
 
 @pytest.mark.parametrize(
