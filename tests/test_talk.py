@@ -7,11 +7,13 @@ import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from datasets import Dataset
 from fresh_process import run_fresh
 from parts import save_language_model, save_tower
 from PIL import Image
@@ -22,9 +24,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from phi3_tools.checkpoint.assemble import run as assemble
 from phi3_tools.finetune import align, command, talk
-from phi3_tools.finetune.conversations import load_conversations
+from phi3_tools.finetune.conversations import MESSAGES, load_conversations
 from phi3_tools.finetune.settings import DataOptions, last_checkpoint
 from phi3_tools.finetune.talk import LORA_TARGETS
+from phi3_tools.images import NAME
 from phi3_tools.models import PROJECTION
 
 pytestmark = pytest.mark.train
@@ -115,6 +118,25 @@ def test_an_aligned_model_embeds_words_and_images_by_the_recipe_that_it_was_asse
     with torch.no_grad():
         last = model.model(**processor(text="the dog", return_tensors="pt")).last_hidden_state[0, -1]
     assert np.allclose(of_text, last / last.norm(), atol=1e-5) and of_image.shape == of_text.shape
+
+
+def test_a_fresh_projection_is_not_loaded_to_be_measured(monkeypatch):
+    content = [{"type": "text", "text": "cat"}]
+    rows = [{NAME: "a", MESSAGES: [{"role": role, "content": content} for role in ("user", "assistant")]}]
+    arguments = SimpleNamespace(seed=0, output_dir="aligned", device="cpu", eval_batch_size=1)
+    start, loaded = SimpleNamespace(pinned={"pretrained_model_name_or_path": "fresh"}), []
+
+    def name_of(pretrained_model_name_or_path, **_):
+        return pretrained_model_name_or_path
+
+    monkeypatch.setattr(
+        talk.AutoConfig, "from_pretrained", lambda **where: SimpleNamespace(untrained=name_of(**where) == "fresh")
+    )
+    monkeypatch.setattr(talk, "load_talker", lambda where: loaded.append(name_of(**where)) or torch.nn.Identity())
+    monkeypatch.setattr(talk, "ask", lambda *_: (["cat"], 0.5))
+    settings = (None, DataOptions(), None, None, arguments)
+    told = talk.measure_answers(settings, start, {"test": Dataset.from_list(rows)}, [], None)
+    assert loaded == ["aligned"] and told["held out"] == {"fine-tuned": {"exact answers": 1.0, "loss": 0.5}}
 
 
 def test_what_aligning_trained_is_put_between_tower_and_language_model_again(aligned, start, tmp_path):
