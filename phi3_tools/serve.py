@@ -12,6 +12,8 @@ import base64
 import binascii
 import io
 import json
+import os
+import signal
 import socket
 import struct
 import threading
@@ -77,8 +79,22 @@ def run(model=None, host="127.0.0.1", port=8000, num_crops=None, dtype="float32"
     server = litserve.LitServer(api, accelerator=accelerator, max_payload_size=limits.bytes)
     server.app.add_exception_handler(RequestValidationError, _say_invalid)
     server.app.add_exception_handler(StarletteHTTPException, _say)
+    _end_as_by_ctrl_c()
     print(f"Serving {api.model.label} at http://{host}:{port}/v1")
     server.run(host=host, port=port, generate_client_file=False, log_level="warning")
+
+
+def _end_as_by_ctrl_c():
+    """LitServe ends its processes at Ctrl+C alone; at SIGTERM they would stay, with the model, and answer on."""
+    own = os.getpid()
+
+    def end(number, frame):
+        if os.getpid() == own:
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_DFL)  # a process that was forked from this one
+        signal.raise_signal(number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def _check_free(host, port):

@@ -3,7 +3,6 @@
 import base64
 import io
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -45,10 +44,12 @@ def address(tmp_path_factory, whole_checkpoint):
         print(log.read_text())
     finally:
         workers = psutil.Process(server.pid).children(recursive=True)
-        server.send_signal(signal.SIGINT)
+        server.terminate()
         server.wait(30)
-        for worker in psutil.wait_procs(workers, timeout=10)[1]:
+        left = psutil.wait_procs(workers, timeout=10)[1]
+        for worker in left:
             worker.kill()
+    assert not left, "the server is gone, and its processes are not"
 
 
 def is_ready(address):
