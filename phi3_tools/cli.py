@@ -140,10 +140,10 @@ def assemble(
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="how it embeds texts and images: a JSON file, as for convert", show_default=False),
+        typer.Option(help="how it embeds texts and images: a name or a JSON file, as for convert", show_default=False),
     ] = None,
 ):
-    """Put any vision tower before any Phi-3 language model; the projection between them is trained, or to be."""
+    """Put a plain vision transformer before a language model of Phi-3's or Llama's form, with a projection between."""
     if aligned is None and None in (tower, language_model):
         raise ValueError(
             "Give --tower and --language-model, or a trained projection between known packages: --aligned."

@@ -195,8 +195,20 @@ class Embed:
         return vectors
 
 
+def _start_ray():
+    try:
+        ray.init(logging_level="warning", log_to_driver=False)
+    except Exception as error:
+        if "timed out" not in str(error):  # of which Ray makes a plain Exception
+            raise
+        raise TimeoutError(
+            f"Ray did not start: {one_line(error)} Run the same command again when the machine has less to do, or "
+            "name a cluster by RAY_ADDRESS."
+        ) from error
+
+
 def embed(shards, folder, copies, model, num_crops, template, dtype):
-    ray.init(logging_level="warning", log_to_driver=False)
+    _start_ray()
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts images, theirs blocks
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))

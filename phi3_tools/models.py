@@ -292,13 +292,19 @@ def recipe_files(folder: Path) -> list[Path]:
     return [*filter(Path.exists, named), *sorted(folder.glob("[0-9]_*/config.json"))]
 
 
-def copy_recipe(model: Model, output: Path) -> None:
-    """Puts the recipe of a checkpoint beside what was trained of it; its chat template goes with the processor."""
+def copy_recipe(model: Model, output: Path, num_crops: int | None) -> None:
+    """
+    Puts the recipe of a checkpoint beside what was trained of it, with the crops of the training where they are given;
+    its chat template goes with the processor.
+    """
     folder = Path(model.name)
     if not folder.is_dir():
         folder = Path(snapshot_download(model.name, revision=model.revision, allow_patterns=["*.json"]))
     for path in recipe_files(folder):
-        write_text(output / path.relative_to(folder), path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
+        if num_crops is not None and path.name == RECIPE_FILES[1]:
+            content["processing_kwargs"]["image"] = {"num_crops": num_crops}
+        write_text(output / path.relative_to(folder), json.dumps(content, indent=2) + "\n")
 
 
 # Loading
@@ -511,6 +517,8 @@ def load_sentence_transformer(
 
 
 def _load_sentence_transformers(model, num_crops, dtype, device, loaded):
+    from sentence_transformers.sentence_transformer.modules import Transformer
+
     loaded = load_sentence_transformer(model, num_crops if model.kind == PHI3_EMBED else None, dtype, device, loaded)
     if not loaded.supports("image"):
         raise ValueError(f"it takes {', '.join(map(str, loaded.modalities))}, not images")
@@ -527,7 +535,9 @@ def _load_sentence_transformers(model, num_crops, dtype, device, loaded):
             raise ValueError("A text is empty, so it has no vector. Give words.")
         if len(texts) > 1 and any(len(text.encode()) > MAX_BYTES_TOGETHER for text in texts):
             return np.concatenate([encode_texts([text], is_query) for text in texts])
-        return encode_together(loaded.encode_query if is_query else loaded.encode_document, texts)
+        # Named as texts, because of a bare path or address of an image sentence-transformers would open the file.
+        items = [{"text": text} for text in texts] if isinstance(loaded[0], Transformer) else texts
+        return encode_together(loaded.encode_query if is_query else loaded.encode_document, items)
 
     def encode_pairs(texts, images, is_query=True):
         encode = loaded.encode_query if is_query else loaded.encode_document

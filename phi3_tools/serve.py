@@ -12,6 +12,9 @@ import base64
 import binascii
 import io
 import json
+import os
+import signal
+import socket
 import struct
 import threading
 import time
@@ -63,15 +66,48 @@ class Limits:
 
 
 def run(model=None, host="127.0.0.1", port=8000, num_crops=None, dtype="float32", device=None, limits=None) -> None:
-    """Serves until it is interrupted."""
+    """
+    Serves until it is interrupted.
+
+    Raises:
+        OSError: nothing can listen there.
+    """
+    _check_free(host, port)
     limits = limits or Limits()
     api = Api(find_model(model or str(ROOT)), num_crops, dtype, limits)
     accelerator = device.partition(":")[0] if device else "auto"
     server = litserve.LitServer(api, accelerator=accelerator, max_payload_size=limits.bytes)
     server.app.add_exception_handler(RequestValidationError, _say_invalid)
     server.app.add_exception_handler(StarletteHTTPException, _say)
+    _end_as_by_ctrl_c()
     print(f"Serving {api.model.label} at http://{host}:{port}/v1")
     server.run(host=host, port=port, generate_client_file=False, log_level="warning")
+
+
+def _end_as_by_ctrl_c():
+    """LitServe ends its processes at Ctrl+C alone; at SIGTERM they would stay, with the model, and answer on."""
+    own = os.getpid()
+
+    def end(number, frame):
+        if os.getpid() == own:
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_DFL)  # a process that was forked from this one
+        signal.raise_signal(number)
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def _check_free(host, port):
+    """The server itself would say so after it has loaded the model, in words of its own."""
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(where)
+    except OSError as error:
+        raise OSError(
+            f"Nothing can listen at {host}, port {port} ({error.strerror}). Give another --port, or another --host."
+        ) from error
 
 
 # Requests

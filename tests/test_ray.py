@@ -217,6 +217,17 @@ def test_a_users_mistake_is_told_in_a_line(source, folder, told, tmp_path):
         main(["embed", str(tmp_path / source), str(tmp_path / folder), *more])
 
 
+def test_a_ray_that_does_not_start_in_time_is_told_in_a_line(tmp_path, monkeypatch):
+    def init(**_):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(embed_ray.ray, "init", init)
+    Image.new("L", (20, 20)).save(tmp_path / "a.png")
+    with pytest.raises(SystemExit) as end:
+        main(["embed", str(tmp_path / "a.png"), str(tmp_path / "vectors")])
+    assert "Ray did not start: The current node timed out" in end.value.code and "same command again" in end.value.code
+
+
 def test_other_images_are_not_mixed_into_a_folder(tmp_path):
     shards = [{"path": "a.png", "size": 1}]
     embed_ray.begin(tmp_path, shards, {"num_crops": 1})

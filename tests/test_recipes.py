@@ -184,7 +184,7 @@ def test_the_recipe_in_the_docs_is_one(tmp_path):
             "no form has {prompt}",
         ),
         ({"without_prompt": {"video": "x"}}, "`without_prompt` names 'video', a form that is not there"),
-        ({"new": 1}, "missing or unknown: new"),
+        ({"new": 1}, "Missing: nothing. Unknown: new"),
     ],
 )
 def test_a_recipe_that_is_not_as_it_should_be_is_told(changes, said, tmp_path):

@@ -3,7 +3,6 @@
 import base64
 import io
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from phi3_tools import serve
+from phi3_tools.cli import main
 from phi3_tools.models import find_model
 
 LIMITS = {"--max-inputs": 5, "--max-bytes": 300_000, "--max-pixels": 1_000_000, "--max-tokens": 8}
@@ -44,10 +44,12 @@ def address(tmp_path_factory, whole_checkpoint):
         print(log.read_text())
     finally:
         workers = psutil.Process(server.pid).children(recursive=True)
-        server.send_signal(signal.SIGINT)
+        server.terminate()
         server.wait(30)
-        for worker in psutil.wait_procs(workers, timeout=10)[1]:
+        left = psutil.wait_procs(workers, timeout=10)[1]
+        for worker in left:
             worker.kill()
+    assert not left, "the server is gone, and its processes are not"
 
 
 def is_ready(address):
@@ -87,6 +89,15 @@ def test_images_and_texts_become_the_vectors_that_sentence_transformers_gives(ad
     for given, vector in zip(inputs, wanted):
         (embedding,) = client.embeddings.create(input=given, model=name).data
         np.testing.assert_allclose(embedding.embedding, vector, atol=1e-6)
+
+
+def test_a_text_that_is_the_path_or_address_of_an_image_is_words(address, tmp_path):
+    Image.linear_gradient("L").save(path := tmp_path / "a.png")
+    texts = [str(path), f"http://{path}", "a cat"]
+    found = [entry["embedding"] for entry in ask(address, [*texts, data_uri(Image.open(path))]).json()["data"]]
+    assert not np.allclose(found[0], found[3], atol=1e-3)
+    path.unlink()  # a file that is not there is words to every library
+    np.testing.assert_allclose(ask(address, str(path)).json()["data"][0]["embedding"], found[0], atol=1e-6)
 
 
 def chat(text, *images):
@@ -222,6 +233,13 @@ def test_settings_are_honoured_or_refused(address, more, status, said):
 def test_json_of_every_kind_is_answered_in_words(address, body):
     answer = httpx2.post(f"{address}/v1/embeddings", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code in (400, 404) and answer.json()["error"]["message"], answer.text
+
+
+def test_a_port_that_is_taken_is_told_before_the_model_is_looked_for():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with pytest.raises(SystemExit, match=f"at 127.0.0.1, port {port} .*Give another --port"):
+            main(["serve", "--model", "nowhere", "--port", port])
 
 
 def test_a_model_of_images_alone_refuses_texts_and_chats_in_words(embedding_checkpoint):

@@ -93,11 +93,15 @@ def test_aligning_leaves_tower_language_model_and_text_to_the_bit(aligned, start
 
 def test_an_aligned_model_embeds_words_and_images_by_the_recipe_that_it_was_assembled_with(aligned, images):
     embedder = SentenceTransformer(str(aligned[0]), trust_remote_code=True, device="cpu")
-    of_text, of_image = embedder.encode(["the dog", Image.open(images / "dog" / "0.png")])
+    image = Image.open(images / "dog" / "0.png")
+    of_text, of_image = embedder.encode(["the dog", image])
     model, processor = load(aligned[0])
     with torch.no_grad():
         last = model.model(**processor(text="the dog", return_tensors="pt")).last_hidden_state[0, -1]
-    assert np.allclose(of_text, last / last.norm(), atol=1e-5) and of_image.shape == of_text.shape
+        inputs = processor(text="<|image_1|> a picture", images=image, num_crops=0, return_tensors="pt")
+        seen = model.model(**inputs).last_hidden_state[0, -1]
+    assert np.allclose(of_text, last / last.norm(), atol=1e-5)
+    assert np.allclose(of_image, seen / seen.norm(), atol=1e-5)  # with the crops that it was aligned on
 
 
 def test_what_aligning_trained_is_put_between_tower_and_language_model_again(aligned, start, tmp_path):
@@ -128,11 +132,13 @@ def test_standard_features_give_what_the_projection_gives_of_the_towers_own(star
     assert torch.allclose(finished, expected, atol=1e-5)
 
 
-def test_a_killed_aligning_goes_on_as_if_it_had_not_been(aligned, images, start, tmp_path):
+def test_a_killed_aligning_goes_on_as_if_it_had_not_been(aligned, images, start, tmp_path, caplog):
     output = killed(aligned[0], tmp_path / "output")
     shutil.rmtree(output / "aligned")
     finetune(start, images, output, LONG)
     assert_same_weights(output, aligned[0], f"aligned/{PROJECTION}")
+    # It is loaded to be trained, and not once more to be measured.
+    assert caplog.text.count("has never been trained") == 1
 
 
 def test_instructing_trains_adapters_of_the_language_model_and_the_projection(aligned, images, tmp_path):

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,10 +96,17 @@ def run(output: Path, aligned: Path | None = None, recipe: str | None = None, **
         ValueError: one of the two is of a kind that does not fit, or has no part that is needed.
     """
     given = {name: value for name, value in given.items() if value is not None}
-    parts = read_parts(aligned, given) if aligned else Parts(**given)
+    parts, others = read_parts(aligned, given) if aligned else (Parts(**given), [])
     way = recipes.load(recipe) if recipe else None
+    if way and way.num_crops is not None:
+        if not aligned and "num_crops" not in given:
+            parts = parts._replace(num_crops=way.num_crops)
+        elif parts.num_crops != way.num_crops:
+            others.append(f"The recipe {way.name} says `num_crops` {way.num_crops}, and {parts.num_crops} is taken.")
+        way = replace(way, num_crops=None)  # so that vectors and answers are of as many crops
     with folder_beside(output) as beside:
         model, processor, notes = assemble(parts, aligned)
+        notes += others
         if way:
             processor.chat_template = recipes.chat_templates(processor.chat_template, way)
             recipes.write_files(way, model.config.hidden_size, beside)
@@ -127,9 +135,10 @@ def run(output: Path, aligned: Path | None = None, recipe: str | None = None, **
     console.print(f"Wrote {output}. {f'Its projection is that of {aligned}.' if aligned else fresh}")
 
 
-def read_parts(aligned: Path, given: dict) -> Parts:
+def read_parts(aligned: Path, given: dict) -> tuple[Parts, list[str]]:
     """
-    What an aligned projection belongs between. It names packages; where a folder or a Hub id is, the user says.
+    What an aligned projection belongs between, and lines on what is given of another name. It names packages; where a
+    folder or a Hub id is, the user says.
 
     Raises:
         ValueError: it names none, or was trained for another crop or hidden state than is `given`.
@@ -152,7 +161,13 @@ def read_parts(aligned: Path, given: dict) -> Parts:
                 f"{aligned} was trained with {getattr(trained, name)} as the {name.replace('_', ' ')}. Say where that "
                 f"is: --{name.replace('_', '-')}."
             )
-    return trained._replace(**given)
+    others = [
+        f"The projection was trained with {getattr(trained, name)} as the {name.replace('_', ' ')}, and is given "
+        f"{without_path(given[name])}: if that is another one, what it says of images is noise."
+        for name in ("tower", "language_model")
+        if name in given and without_path(given[name]) != getattr(trained, name)
+    ]
+    return trained._replace(**given), others
 
 
 def assemble(parts: Parts, aligned: Path | None = None) -> tuple[PreTrainedModel, ProcessorMixin, list[str]]:

@@ -89,9 +89,11 @@ def load(name: str) -> Recipe:
         raise ValueError(f"{name} must hold a JSON object of at most {MAX_SIZE} characters.")
     known = {field.name for field in fields(Recipe)} - {"name"}
     if about.keys() != known:
-        wrong = sorted(about.keys() ^ known)
+        missing, unknown = (
+            ", ".join(sorted(keys)) or "nothing" for keys in (known - about.keys(), about.keys() - known)
+        )
         raise ValueError(
-            f"The recipe {name} must have {', '.join(sorted(known))}; missing or unknown: {', '.join(wrong)}."
+            f"The recipe {name} must have {', '.join(sorted(known))}. Missing: {missing}. Unknown: {unknown}."
         )
     recipe = Recipe(path.stem, **about)
     for problem in _problems(recipe):

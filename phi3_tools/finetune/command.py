@@ -55,8 +55,16 @@ def find_start(text: str) -> Model:
         ValueError: it cannot be trained.
     """
     model = find_model(text)
-    if model.kind != PHI3_EMBED or model.pooling == "tower":
-        raise ValueError(f"--model is {text}, but must be a phi3_embed model, whose vectors follow from all of it.")
+    if model.kind != PHI3_EMBED:
+        raise ValueError(
+            f"--model is {text}, a model of {model.kind}, but must be a phi3_embed model, as `phi3-embed convert` and "
+            "`phi3-embed assemble` write."
+        )
+    if model.pooling == "tower":
+        raise ValueError(
+            f"--model is {text}, but the vectors of the tower do not train the projection. Leave out :tower, or give "
+            "mean or global."
+        )
     return model
 
 

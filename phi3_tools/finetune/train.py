@@ -359,7 +359,7 @@ def train(
             save_aligned(trainer.model, output, processor.image_processor.num_crops)
         processor.save_pretrained(output)
         if options.task in TALK and start.has_recipe:
-            copy_recipe(start, output)
+            copy_recipe(start, output, settings.data.num_crops)
         if options.train == "lora":
             _clean_adapter(output / ADAPTER, options.model)
         for folder in (output, output / ADAPTER):
