@@ -128,6 +128,18 @@ def test_what_is_no_result_is_said():
     assert not verdict("embedding", **{"recall@1": 0.61}) and not verdict("classification", accuracy=0.8)
 
 
+def test_answers_that_are_no_result_are_said():
+    def verdict(exact, loss, truths):
+        figures = {"before": {"exact answers": 0.5, "loss": 1.0}, "fine-tuned": {"exact answers": exact, "loss": loss}}
+        return report.verdict_of_answers(figures, truths)
+
+    words = ["cat", "dog"] * 50
+    assert "No better than chance**: 55.0% of the answers are exact" in verdict(0.55, 0.5, words)[0]
+    assert "Not better than before**: the loss is 1.100, and was 1.000" in verdict(0.9, 1.1, words)[0]
+    assert verdict(0.9, 0.9, words) == []
+    assert verdict(0.0, 0.9, [f"caption {number}" for number in range(9)]) == []  # none of which can be guessed
+
+
 def test_the_command_says_that_it_goes_on_and_that_it_has_finished(trained, repository, images, tmp_path, capsys):
     output = shutil.copytree(trained, tmp_path / "out")
     before = digest(output)

@@ -65,6 +65,20 @@ def verdict(rows: dict[str, dict[str, float]], labels: list[int], task: str) -> 
     return []
 
 
+def verdict_of_answers(figures: dict[str, dict[str, float]], truths: list[str]) -> list[str]:
+    """As [`verdict`], of what is said of images: exact answers where each is true of two at least, and the loss."""
+    value, loss = figures["fine-tuned"]["exact answers"], figures["fine-tuned"]["loss"]
+    chance = max(Counter(truths).values()) / len(truths)
+    if 2 * len(set(truths)) <= len(truths) and value <= chance + _noise(chance, truths):
+        return [
+            f"**No better than chance**: {value:.1%} of the answers are exact, and saying the most common one alone "
+            f"gives {chance:.1%}. {MORE}"
+        ]
+    if "before" in figures and loss >= figures["before"]["loss"]:
+        return [f"**Not better than before**: the loss is {loss:.3f}, and was {figures['before']['loss']:.3f}. {MORE}"]
+    return []
+
+
 def _noise(share, labels):
     """Two standard errors of a share of the images."""
     return 2 * (share * (1 - share) / len(labels)) ** 0.5

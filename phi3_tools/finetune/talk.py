@@ -14,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from phi3_tools.finetune import align
 from phi3_tools.finetune.conversations import MESSAGES, conversation, encode
 from phi3_tools.finetune.data import ValidatesAll
+from phi3_tools.finetune.report import verdict_of_answers
 from phi3_tools.finetune.settings import Settings, as_class
 from phi3_tools.images import NAME
 from phi3_tools.models import Model, score_answer
@@ -190,7 +191,7 @@ def measure_answers(settings: Settings, start: Model, splits: dict[str, Dataset]
     return {
         "held out": figures,
         "held-out images": f"{len(rows)} conversations (one is {1 / len(rows):.1%})",
-        "verdict": [],
+        "verdict": verdict_of_answers(figures, truths),
         "confusion": confusion,
         "answers": shown[:SHOWN],
     }
