@@ -202,7 +202,7 @@ def _start_ray():
         if "timed out" not in str(error):  # of which Ray makes a plain Exception
             raise
         raise TimeoutError(
-            f"Ray did not start: {one_line(error)} Run the same command again when the machine has less to do, or "
+            f"Ray did not start: {one_line(error)}. Run the same command again when the machine has less to do, or "
             "name a cluster by RAY_ADDRESS."
         ) from error
 

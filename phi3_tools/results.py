@@ -151,8 +151,8 @@ def say_left_out(lines: list[str], total: int, what: str = "images") -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of an error's message, without a full stop, or its kind where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -234,7 +234,8 @@ def _load(auto_class, folder, role, **kwargs):
     try:
         return auto_class.from_pretrained(folder, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} cannot be loaded as the {role}: {one_line(error)}") from error
+        where = folder if Path(folder).exists() else f"There is no folder {folder}, and from the Hub it"
+        raise ValueError(f"{where} cannot be loaded as the {role}: {one_line(error)}") from error
 
 
 def _image_settings(folder, source):

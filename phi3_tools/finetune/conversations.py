@@ -59,7 +59,7 @@ def load_conversations(
             f"{source} has nothing to be said of its images: neither `messages` nor captions (`text`) nor classes "
             "(`label`). Give data with one of these."
         )
-    splits, names = load_splits(source, options, seed, least=1)
+    splits, names = load_splits(source, options, seed, least=1, found=found)
     for name, rows in splits.items():
         answers = [names[label] for label in rows[LABEL]]
         splits[name] = _questions(rows, question or QUESTIONS[LABEL], answers, source)

@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, IterableDataset
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from transformers.dynamic_module_utils import init_hf_modules
@@ -30,16 +30,17 @@ init_hf_modules()
 
 
 def load_splits(
-    source: str, options: DataOptions, seed: int, least: int
+    source: str, options: DataOptions, seed: int, least: int, found: DatasetDict | None = None
 ) -> tuple[dict[str, Dataset | IterableDataset], list[str]]:
     """
     The splits "train" (its rows numbered), "validation" (where one is wanted) and "test", and the classes' names.
-    Splits that the data lacks are made of its "train", class by class, with `least` images of each at least.
+    Splits that the data lacks are made of its "train", class by class, with `least` images of each at least. `found`:
+    the data with its labels, where it is loaded already.
 
     Raises:
         ValueError: the data does not serve; what is wrong and how to mend it.
     """
-    found = load_images(
+    found = found or load_images(
         source, options.image_column, options.label_column, streaming=options.streaming, needs_labels=True
     )
     feature = (next(iter(found.values())).features or {}).get(LABEL)

@@ -73,7 +73,7 @@ def load_pairs(source: str, options: DataOptions, seed: int) -> dict[str, Datase
         splits = split_at_random(found, source, options, seed)
         splits["train"] = splits["train"].add_column(NUMBER, range(len(splits["train"])))
     else:
-        splits, names = load_splits(source, options, seed, least=1)
+        splits, names = load_splits(source, options, seed, least=1, found=found)
         for name, split in splits.items():
             splits[name] = split.add_column(TEXT, [names[label] for label in split[LABEL]])
     if len(set(splits["train"][TEXT])) < 2:
