@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_python
 from hub_server import HubServer
+from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor
 from safetensors.torch import load
 from safetensors.torch import save as to_bytes
-from test_finetune import small_head, small_image_processor
+from test_finetune import small_head
 from test_loading import EMBED, MODULES, save
 
 PAGE = (ROOT / "docs" / "hub.md").read_text()
@@ -151,7 +152,7 @@ def test_a_model_of_the_hub_that_is_changed_and_pushed_again_keeps_its_code(hub,
 def test_a_head_is_pushed_and_comes_back_in_a_pipeline(hub, author, stranger, tmp_path):
     head = small_head()
     head.save_pretrained(tmp_path)
-    small_image_processor().save_pretrained(tmp_path)
+    Phi3EmbedImageProcessor(num_crops=4, size={"height": 56, "width": 56}, num_img_tokens=4).save_pretrained(tmp_path)
     author(
         """
 from transformers import AutoImageProcessor, AutoModelForImageClassification
