@@ -91,6 +91,13 @@ def test_aligning_leaves_tower_language_model_and_text_to_the_bit(aligned, start
     assert torch.equal(*vectors) and torch.equal(*answers)
 
 
+def test_an_assembly_has_one_number_of_crops_whatever_its_recipe_says(start):
+    given = json.loads((start / "sentence_bert_config.json").read_text())["processing_kwargs"]
+    assert RECIPE.num_crops == 1 and "image" not in given  # so that the processor's own count
+    assert load(start)[1].image_processor.num_crops == 2
+    assert "The recipe own says `num_crops` 1, and 2 is taken." in (start / "README.md").read_text()
+
+
 def test_an_aligned_model_embeds_words_and_images_by_the_recipe_that_it_was_assembled_with(aligned, images):
     embedder = SentenceTransformer(str(aligned[0]), trust_remote_code=True, device="cpu")
     image = Image.open(images / "dog" / "0.png")
