@@ -303,7 +303,7 @@ def copy_recipe(model: Model, output: Path, num_crops: int | None) -> None:
     for path in recipe_files(folder):
         content = json.loads(path.read_text("utf-8"))
         if num_crops is not None and path.name == RECIPE_FILES[1]:
-            content["processing_kwargs"]["image"] = {"num_crops": num_crops}
+            content.setdefault("processing_kwargs", {}).setdefault("image", {})["num_crops"] = num_crops
         write_text(output / path.relative_to(folder), json.dumps(content, indent=2) + "\n")
 
 

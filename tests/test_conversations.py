@@ -45,6 +45,16 @@ def test_the_answer_alone_is_learnt_and_must_fit_into_the_context(tmp_path):
         encode(row, processor, 0, 20)
 
 
+def test_what_is_left_out_of_classes_is_named_once(tmp_path, capfd):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(5):
+            Image.new("L", (8 + number, 8)).save(tmp_path / name / f"{number}.png")
+    (tmp_path / "notes.txt").write_text("of no use")
+    load_conversations(str(tmp_path), DataOptions(validation=0), 0)
+    assert "".join(capfd.readouterr()).count("Left out 1 of 11 files") == 1
+
+
 def test_a_dataset_on_the_hub_opens_no_file_of_the_machine(tmp_path, monkeypatch):
     save(tmp_path, [])
     monkeypatch.chdir(tmp_path)
