@@ -62,7 +62,7 @@ ARMS = {
     "trained tower": (TOWER, 0, 0.5),
     "the same tower, random weights": ("random", 0, 0.5),
     "a tiny tower of CLIP's form, random weights": ("clip", 0, 0.5),
-    "trained tower, 4 HD crops": (TOWER, 4, 0.8),
+    "trained tower, 4 HD crops": (TOWER, 4, 0.5),
 }
 FIRST = "trained tower"
 ANSWERS, LIKELIEST, PROBE = "exact class in the answer", "likeliest of the ten words", "linear probe of the tower"
