@@ -173,7 +173,8 @@ def work_folder(output: Path) -> Iterator[Path]:
     if output.name == "..":
         raise ValueError(f"{output} does not end in a name. Give a folder to make.")
     partial = output.with_name(f"{output.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    results.check_writable(output.absolute().parent)
+    partial.mkdir(exist_ok=True)
     held = {path.name for path in partial.iterdir()}
     if held and not {"lock"} <= held <= WORK:  # what is deleted here is the command's own
         raise ValueError(
