@@ -5,6 +5,7 @@ All options stand here, one spelling for each. The commands are plain functions 
 imported when they run, so that help is quick and a command asks for no other command's packages.
 """
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -364,6 +365,8 @@ def error_line(error: BaseException, command: str) -> str | None:
         return f"The disk is full: {one_line(error)}. Free some space. {GOES_ON}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "CPUAllocator" in str(error):
         return "A batch does not fit in memory. Give a smaller --batch-size, fewer --num-crops, or --dtype bfloat16."
+    if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{error}. Change its permissions, or, of a cache, name another by HF_HOME and XDG_CACHE_HOME."
     is_mended_by_user = (
         isinstance(error, (ValueError, OSError, ImportError)) or type(error).__name__ == "SafetensorError"
     )

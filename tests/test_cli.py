@@ -132,6 +132,12 @@ def test_a_full_disk_is_told_in_a_line(error):
     assert error_line(error, "search").startswith("The disk is full: ")
 
 
+def test_a_folder_without_permission_is_told_with_the_way_to_another_cache():
+    for number in (13, 30):
+        said = error_line(OSError(number, "no", "/home/someone/.cache"), "search")
+        assert "/home/someone/.cache" in said and "name another by HF_HOME and XDG_CACHE_HOME" in said
+
+
 def test_a_fault_of_ours_is_not_hidden():
     assert error_line(ZeroDivisionError("x"), "search") is None
     assert error_line(ModuleNotFoundError("No module named 'phi3_tools.x'", name="phi3_tools.x"), "search") is None
