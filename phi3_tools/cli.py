@@ -18,6 +18,7 @@ DISTRIBUTIONS = {"sklearn": "scikit-learn", "faiss": "faiss-cpu", "PIL": "pillow
 EXTRAS = {"export": "onnx"}
 INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 GOES_ON = "What is done is kept: the same command goes on from there."
+BEGIN_ANEW = ("assemble", "demo", "export", "serve")
 
 app = typer.Typer(
     name="phi3-embed",
@@ -341,7 +342,7 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            print(f"\n{name}: interrupted. {GOES_ON}", file=sys.stderr)
+            print(f"\n{name}: interrupted.", *(() if command in BEGIN_ANEW else (GOES_ON,)), file=sys.stderr)
         if end.code:
             raise
     except Exception as error:

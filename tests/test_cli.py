@@ -110,14 +110,19 @@ def test_a_git_lfs_pointer_in_place_of_weights_is_told_in_a_line(tmp_path):
             main(words)
 
 
-def test_an_interrupted_command_says_that_it_goes_on(monkeypatch, capsys):
+def test_an_interrupted_command_says_whether_it_goes_on(monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("phi3_tools.search.make_index", interrupt)
-    with pytest.raises(SystemExit):
-        main(["search", "index", "a", "b"])
-    assert "phi3-embed search: interrupted. What is done is kept" in capsys.readouterr().err
+    monkeypatch.setattr("phi3_tools.serve.run", interrupt)
+    for arguments, said in (
+        (["search", "index", "a", "b"], "search: interrupted. What is done is kept"),
+        (["serve"], "serve: interrupted.\n"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert f"phi3-embed {said}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
