@@ -14,7 +14,7 @@ from typing import TypedDict
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
@@ -207,7 +207,9 @@ def open_image(image, input_data_format=None, transparency="drop") -> Image.Imag
             f"{_name(image)} has too many pixels ({error}). If you trust it, raise `PIL.Image.MAX_IMAGE_PIXELS`."
         ) from error
     except Exception as error:  # of any type, as decoders raise: KeyError, IndexError, struct.error, ...
-        raise ValueError(f"{_name(image)} cannot be read as an image: {error or type(error).__name__}") from error
+        # Pillow's words name the file object that it was given.
+        reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{_name(image)} cannot be read as an image: {reason or type(error).__name__}") from error
 
 
 def _to_rgb(image: Image.Image, transparency: str) -> Image.Image:

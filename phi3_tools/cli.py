@@ -5,6 +5,7 @@ All options stand here, one spelling for each. The commands are plain functions 
 imported when they run, so that help is quick and a command asks for no other command's packages.
 """
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ DISTRIBUTIONS = {"sklearn": "scikit-learn", "faiss": "faiss-cpu", "PIL": "pillow
 EXTRAS = {"export": "onnx"}
 INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 GOES_ON = "What is done is kept: the same command goes on from there."
+BEGIN_ANEW = ("assemble", "demo", "export", "serve")
 
 app = typer.Typer(
     name="phi3-embed",
@@ -340,7 +342,7 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            print(f"\n{name}: interrupted. {GOES_ON}", file=sys.stderr)
+            print(f"\n{name}: interrupted.", *(() if command in BEGIN_ANEW else (GOES_ON,)), file=sys.stderr)
         if end.code:
             raise
     except Exception as error:
@@ -364,6 +366,8 @@ def error_line(error: BaseException, command: str) -> str | None:
         return f"The disk is full: {one_line(error)}. Free some space. {GOES_ON}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "CPUAllocator" in str(error):
         return "A batch does not fit in memory. Give a smaller --batch-size, fewer --num-crops, or --dtype bfloat16."
+    if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{error}. Change its permissions, or, of a cache, name another by HF_HOME and XDG_CACHE_HOME."
     is_mended_by_user = (
         isinstance(error, (ValueError, OSError, ImportError)) or type(error).__name__ == "SafetensorError"
     )

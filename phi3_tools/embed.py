@@ -149,7 +149,6 @@ class Embed:
             self.width = len(self.embedder.encode_texts(["a"])[0])
         else:
             self.loaded, _ = load_model(model, dtype)
-            self.loaded.config.pooling_mode = model.pooling or self.loaded.config.pooling_mode
             self.width = self.loaded.config.embed_dim
 
     def __call__(self, shard):

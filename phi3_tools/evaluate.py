@@ -12,8 +12,9 @@ import mteb
 from mteb.models import SentenceTransformerEncoderWrapper
 from mteb.results import BenchmarkResults
 from rich.table import Table
+from transformers import AutoConfig
 
-from phi3_tools.models import find_model, load_sentence_transformer
+from phi3_tools.models import PHI3_EMBED, find_model, load_sentence_transformer
 from phi3_tools.results import console
 
 
@@ -34,6 +35,12 @@ def run(model, benchmark="MIEB(Img)", num_crops=None, batch_size=16, output=Path
 def load(name, num_crops=None, device=None):
     """The model as mteb takes it, with a revision under which scores of other weights are never taken for its own."""
     model = find_model(name)
+    by_pooling = model.kind == PHI3_EMBED and not model.has_recipe
+    if by_pooling and AutoConfig.from_pretrained(**model.pinned).text_config is not None:
+        raise ValueError(
+            f"{name} is a whole checkpoint, which mteb takes by its recipe and no other pooling. Convert it with "
+            "--recipe and name it without a pooling, or convert its image embedding alone."
+        )
     encoder = SentenceTransformerEncoderWrapper(load_sentence_transformer(model, num_crops, device=device))
     about = {
         "name": f"local/{model.label}" if Path(model.name).is_dir() else model.name,

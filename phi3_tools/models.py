@@ -311,8 +311,21 @@ def copy_recipe(model: Model, output: Path, num_crops: int | None) -> None:
 
 
 def pick_device(device: str | None = None) -> torch.device:
-    """The device that was asked for, or else the machine's accelerator, or its CPU."""
-    return torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    """
+    The device that was asked for, or else the machine's accelerator, or its CPU.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    if device is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        torch.zeros(1, device=device).tolist()
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"--device is {device}, which cannot be used here: {one_line(error)}. Give cpu, or leave it out."
+        ) from error
+    return torch.device(device)
 
 
 def load_embedder(
@@ -355,9 +368,12 @@ def load_model(model: Model | str, dtype: str = "float32", device: str | None = 
     """
     model = find_model(model) if isinstance(model, str) else model
     if model.kind != PHI3_EMBED:
-        raise ValueError(f"{model.name} is no phi3_embed model, but of {model.kind}.")
+        raise ValueError(
+            f"{model.text} is no phi3_embed model, but of {model.kind}. Give one, as `phi3-embed convert` writes."
+        )
     image_processor = AutoImageProcessor.from_pretrained(**model.pinned, **settings)
     loaded = AutoModel.from_pretrained(**model.pinned, dtype=getattr(torch, dtype), device_map=pick_device(device))
+    loaded.config.pooling_mode = model.pooling or loaded.config.pooling_mode
     return loaded.eval(), image_processor
 
 
@@ -506,7 +522,7 @@ def load_sentence_transformer(
         trust_remote_code=model.kind == PHI3_EMBED,
         device=None if loaded else str(pick_device(device)),
         model_kwargs={"dtype": dtype} | ({"device_map": "meta"} if loaded else {}) | code,
-        config_kwargs=code,
+        config_kwargs=code | ({"pooling_mode": model.pooling} if model.pooling else {}),
         processor_kwargs=({} if num_crops is None else {"num_crops": num_crops}) | code,
     )
     if loaded is not None:  # in place of weights that were not read

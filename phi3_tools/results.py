@@ -62,7 +62,7 @@ def folder_beside(folder: Path) -> Iterator[Path]:
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists already. Give a folder that does not, or remove it.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(folder.parent)
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         whole = beside / folder.name

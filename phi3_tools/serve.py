@@ -183,7 +183,7 @@ def check_inputs(given: Any, limits: Limits) -> list[str]:
 def open_data_uris(uris: list[str], limits: Limits, open_image) -> list[Image.Image]:
     """Images of data URIs. Raises HTTP status 400 for what is none, and beyond the limit of pixels."""
     images, pixels = [], 0
-    for uri in uris:
+    for number, uri in enumerate(uris, 1):
         try:
             head, _, content = uri.partition(",")
             if not (head.startswith("data:image/") and head.endswith(";base64")):
@@ -196,7 +196,7 @@ def open_data_uris(uris: list[str], limits: Limits, open_image) -> list[Image.Im
                 )
             images.append(open_image(content))
         except (ValueError, binascii.Error) as error:
-            raise _refuse(f"An input is no image: {error}. Give data URIs of images.") from error
+            raise _refuse(f"An input is no image ({number} of {len(uris)}): {error}. Give data URIs.") from error
     return images
 
 
@@ -297,7 +297,7 @@ class Spec(LitSpec):
 
     def _check_model(self, name):
         if name not in self.names:
-            raise HTTPException(404, f"There is no model {name!r} here, but {self.names[0]!r}.")
+            raise HTTPException(404, f"There is no model {name!r} here, but {' or '.join(map(repr, self.names[:2]))}.")
 
     async def _ask(self, request):
         """What the model's process answers to a request, piece by piece."""

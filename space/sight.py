@@ -31,8 +31,13 @@ class Sight:
         pins = {"trust_remote_code": True, "revision": revision or "main", **code}
         try:
             config = transformers.AutoConfig.from_pretrained(name, **pins)
-        except OSError as error:
-            raise ValueError(f"{name} is no folder with a model, nor a model on a Hub that can be reached.") from error
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{name} is no folder with a model, nor a model on a Hub that can be reached. Microsoft's checkpoints "
+                "go through `phi3-embed convert` first."
+            ) from error
+        if config.model_type != "phi3_embed":
+            raise ValueError(f"{name} is a model of type {config.model_type!r}. Give one of type 'phi3_embed'.")
         if not config.use_hd_transform:
             raise ValueError(f"{name} works without the HD transform, which this page shows.")
         self.image_processor = transformers.AutoImageProcessor.from_pretrained(name, **pins)

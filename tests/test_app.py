@@ -432,12 +432,18 @@ def test_the_card_and_the_requirements_of_the_space_are_what_is_tested():
         assert f"\n{requirement}==" in pinned
 
 
-def test_a_model_that_is_not_there_is_told_in_a_line():
+def test_a_model_that_does_not_serve_is_told_in_a_line(tmp_path):
     from sight import Sight
 
+    for name, about in {"none": {}, "microsofts": {"model_type": "phi3_v"}, "clip": {"model_type": "clip"}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(about))
     for name, text in (
         ("nowhere", "nowhere is no folder with a model, nor a model on a Hub"),
         ("/nowhere", "There is no"),
+        (str(tmp_path / "none"), "none is no folder with a model"),
+        (str(tmp_path / "microsofts"), "checkpoints go through `phi3-embed convert` first"),
+        (str(tmp_path / "clip"), "is a model of type 'clip'. Give one of type 'phi3_embed'"),
     ):
         with pytest.raises(ValueError, match=text):
             Sight(name)

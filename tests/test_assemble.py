@@ -195,6 +195,8 @@ def change_config(folder, name="config.json", **changes):
         (lambda path: load_tower(save_tower(path, "vit", patch_size=[14, 7])), "plain"),
         (lambda path: load_tower(save_tower(path, "clip_vision_model"), crop_size=70), "multiple of 28"),
         (lambda path: load_tower(str(path / "none")), "cannot be loaded as the tower"),
+        (lambda path: load_tower(save_language_model(path, "phi3")), "type 'phi3', with image_size None"),
+        (lambda _: load_tower(str(ROOT)), "code of its own, which is not run. Give .* parts that it was made of"),
         (lambda path: load_language_model(save_language_model(path, "gpt2")), "type 'gpt2'"),
         (lambda path: load_language_model(save_language_model(path, "llama", attention_bias=True)), "biases"),
     ],

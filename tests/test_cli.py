@@ -110,14 +110,19 @@ def test_a_git_lfs_pointer_in_place_of_weights_is_told_in_a_line(tmp_path):
             main(words)
 
 
-def test_an_interrupted_command_says_that_it_goes_on(monkeypatch, capsys):
+def test_an_interrupted_command_says_whether_it_goes_on(monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("phi3_tools.search.make_index", interrupt)
-    with pytest.raises(SystemExit):
-        main(["search", "index", "a", "b"])
-    assert "phi3-embed search: interrupted. What is done is kept" in capsys.readouterr().err
+    monkeypatch.setattr("phi3_tools.serve.run", interrupt)
+    for arguments, said in (
+        (["search", "index", "a", "b"], "search: interrupted. What is done is kept"),
+        (["serve"], "serve: interrupted.\n"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert f"phi3-embed {said}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -130,6 +135,12 @@ def test_an_interrupted_command_says_that_it_goes_on(monkeypatch, capsys):
 )
 def test_a_full_disk_is_told_in_a_line(error):
     assert error_line(error, "search").startswith("The disk is full: ")
+
+
+def test_a_folder_without_permission_is_told_with_the_way_to_another_cache():
+    for number in (13, 30):
+        said = error_line(OSError(number, "no", "/home/someone/.cache"), "search")
+        assert "/home/someone/.cache" in said and "name another by HF_HOME and XDG_CACHE_HOME" in said
 
 
 def test_a_fault_of_ours_is_not_hidden():

@@ -73,8 +73,9 @@ def test_a_dataset_on_the_hub_opens_no_file_of_the_machine(tmp_path, monkeypatch
         ({"image": "digit.png", "conversations": LLAVA[:1]}, "nothing in it is said by the assistant"),
         ({"images": [], "messages": [SAID | {"role": "tool"}]}, "the role 'tool'"),
         ({"images": ["../digit.png"], "messages": [ASKED, SAID]}, "outside of the data's own folder"),
+        ({"images": ["none.png"], "messages": [ASKED, SAID]}, "there is no image .*none.png"),
     ],
 )
 def test_a_conversation_that_does_not_serve_is_named(tmp_path, row, message):
     with pytest.raises(ValueError, match=f"row 0 of 'train' in .*data.json: .*{message}"):
-        load(tmp_path, [row, row])
+        load(tmp_path, [row])

@@ -286,7 +286,7 @@ def truncate(folder):
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), r"pickles \(.bin\) only"),
         (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor"),
         (lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs"), "no safetensors file"),
-        (truncate, "model.safetensors is cut short: 1000000 of 13"),
+        (truncate, "model.safetensors is cut short: 1000000 of 13.* Fetch it again"),
     ],
 )
 def test_what_is_no_checkpoint_of_the_layout_is_refused(change, said, source, tmp_path):
@@ -310,9 +310,10 @@ def test_what_is_no_checkpoint_of_the_layout_is_refused(change, said, source, tm
         (["{source}", "{output}", "--push-to-hub", "someone/model"], "takes a valid token"),
         (["{source}", "{output}", "--push-to-hub", "a b/c"], "`--push-to-hub a b/c` names no repository"),
         (["{source}", "{output}/.."], "does not end in a name"),
+        (["{source}", "{source}/config.json/x"], "config.json cannot be written to: .* Give another folder"),
         (["{source}", "{output}", "--put-back", "nope"], "There is no folder nope. The Hub cannot be reached"),
         (["{source}", "{output}", "--put-back", "no/such/folder"], "no Hub id"),
-        (["{source}", "{output}", "--put-back", "{source}"], "is no phi3-embed model"),
+        (["{source}", "{output}", "--put-back", "{source}"], "is no phi3-embed model. `--put-back` takes one, and"),
         (["{source}", "{source}/back", "--put-back", "{source}"], "is inside .*. Give a folder outside"),
     ],
 )
@@ -594,6 +595,7 @@ def far(source, tmp_path_factory):
         ("someone/nothing", [], "There is no folder someone/nothing, and the Hub shows no such model"),
         ("someone/private", [], "the Hub shows no such model. A private one needs `hf auth login`"),
         ("someone/gated", [], "someone/gated is gated: accept its terms .* `hf auth login`"),
+        ("someone/away", [], r"There is no folder someone/away, and the network fails \(.* goes on from here"),
         ("someone/phi3v", ["--revision", "nowhere"], "someone/phi3v has no such revision"),
         ("someone/pickles", [], r"pickles \(.bin\) only"),
     ],
@@ -604,6 +606,7 @@ def test_what_the_hub_does_not_give_is_told_in_a_line(name, options, said, sourc
     hub.add_repo("someone/pickles", small | {"pytorch_model.bin": b"pickle"})
     hub.add_repo("someone/private", small, private=True)
     hub.add_repo("someone/gated", small, gated=True)
+    hub.fail("GET /api/models/someone/away", times=100)
     message = main(name, tmp_path / "output", *options)
     assert re.search(f"^phi3-embed convert: .*{said}", message) and "\n" not in message
     assert not list(tmp_path.iterdir())

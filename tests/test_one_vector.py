@@ -16,7 +16,7 @@ from phi3_tools.compare.vectors import Key
 from phi3_tools.compare.vectors import embed as compare_embed
 from phi3_tools.images import load_images, make_shards, read_image
 from phi3_tools.measures import unit
-from phi3_tools.models import find_model, load_embedder
+from phi3_tools.models import find_model, load_embedder, load_model, load_sentence_transformer
 
 CROPS = 4
 TEXT = "a red dress"
@@ -115,3 +115,20 @@ def test_by_the_server(by_hand, folder):
     (answer,) = api.predict(serve.EmbeddingRequest(model="phi3-embed", input=inputs))
     for vector, kind in zip(answer["vectors"], ("image", "text")):
         close(vector, wanted[kind])
+
+
+@pytest.mark.parametrize("pooling", ["global", "tower"])
+def test_a_pooling_that_is_named_is_exported_and_evaluated(pooling, embedding_checkpoint, folder):
+    name = f"{embedding_checkpoint}:{pooling}"
+    wanted = unit(load_embedder(name, CROPS).encode_images([folder[1]]))
+    exported, image_processor = load_model(name)
+    with torch.inference_mode():
+        output = exported(**image_processor(folder[1], num_crops=CROPS, return_tensors="pt"))
+    close(unit(output.pooler_output.numpy()), wanted)
+    close(load_sentence_transformer(find_model(name), CROPS).encode([folder[1]]), wanted)
+
+
+@pytest.mark.parametrize("device", ["nope", "meta"])
+def test_a_device_that_cannot_be_used_is_told(device, embedding_checkpoint):
+    with pytest.raises(ValueError, match=f"--device is {device}, which cannot be used here: .*Give cpu"):
+        load_embedder(embedding_checkpoint, device=device)

@@ -144,6 +144,10 @@ def test_an_unknown_checkpoint_is_asked_for_a_recipe_and_none_is_guessed(convert
     assert "No recipe is known for" in capsys.readouterr().out
     assert not list((tmp_path / "output").glob("*odules.json"))
     assert not (tmp_path / "output" / "additional_chat_templates").exists()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="not in Phi-3-vision's layout"):
+        convert(str(tmp_path), tmp_path / "other", whole=True)
+    assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="goes with `--whole`"):
         convert(str(converted.parent / "source"), tmp_path / "other", recipe="dse")
 

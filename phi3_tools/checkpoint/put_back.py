@@ -31,7 +31,9 @@ def put_back(model_name: str, source_name: str, output: Path, revision: str | No
             raise ValueError(f"{output} is inside {source_name}. Give a folder outside of what is to be copied.")
         about = model.json("config.json")
         if about.get("model_type") != "phi3_embed":
-            raise ValueError(f"{model.name} is no phi3-embed model.")
+            raise ValueError(
+                f"{model.name} is no phi3-embed model. `--put-back` takes one, and SOURCE is in Microsoft's layout."
+            )
         whole = about.get("text_config") is not None
         config = convert.read_config(source, whole)
         _check_settings(model, about, config)
@@ -61,7 +63,9 @@ def _open_whole(name, revision=None):
         return sources.open_source(name, revision, Path(name))
     with sources.hub_errors(name):
         folder = Path(
-            sources.retried(lambda: snapshot_download(name, revision=revision, ignore_patterns=[*layout.PICKLES]))
+            sources.retried(
+                lambda: snapshot_download(name, revision=revision, ignore_patterns=[*layout.PICKLES]), name
+            )
         )
     return replace(sources.open_source(str(folder), None, folder), name=name)
 

@@ -165,7 +165,7 @@ def open_source(name: str, revision: str | None, folder: Path, is_on_hub: bool =
     if not is_on_hub and Path(name).exists():
         raise ValueError(f"{name} is a file. Give the folder that it is in, or a Hub id.")
     with hub_errors(name):
-        info = retried(lambda: HfApi().model_info(name, revision=revision))
+        info = retried(lambda: HfApi().model_info(name, revision=revision), name)
         _remember_commit(name, info.sha, folder)
         # Names that could lie elsewhere than in the folder are no files of a checkpoint.
         files = {sibling.rfilename for sibling in info.siblings if re.fullmatch(r"[\w-][\w.-]*", sibling.rfilename)}
@@ -275,7 +275,7 @@ def read_header(source: Source, file: str) -> dict[str, Entry]:
     length = int.from_bytes(begins, "little")
     with library_errors(f"{source.name}: {file} is no safetensors file"):
         if not 2 <= length <= min(size - 8, MAX_HEADER_SIZE):
-            raise ValueError("it would begin with the length of its header")
+            raise ValueError("it would begin with the length of its header. Fetch it again.")
         header = json.loads(b"".join(source.read(file, 8, 8 + length)))
         header.pop("__metadata__", None)
         for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -289,7 +289,7 @@ def read_header(source: Source, file: str) -> dict[str, Entry]:
                 raise ValueError(said[:500])
             entries[name], end = Entry(name, file, dtype, shape, 8 + length + start, 8 + length + stop), stop
     if 8 + length + end > size:
-        raise ValueError(f"{source.name}: {file} is cut short: {size} of {8 + length + end} bytes.")
+        raise ValueError(f"{source.name}: {file} is cut short: {size} of {8 + length + end} bytes. Fetch it again.")
     return entries
 
 
@@ -401,8 +401,11 @@ def _check_answer(response, start, stop):
         raise ValueError(f"The server of {response.url.host} sends files encoded, though asked not to.")
 
 
-def retried(call: Callable):
-    """What a call of the client gives, which by itself gives up at a 5xx of some kinds of request."""
+def retried(call: Callable, sought: str | None = None):
+    """
+    What a call of the client gives, which by itself gives up at a 5xx of some kinds of request. `sought`: what may be
+    no Hub id but a folder's name with a slip in it.
+    """
     failures = 0
     while True:
         try:
@@ -411,12 +414,12 @@ def retried(call: Callable):
             if is_offline_mode() or (isinstance(error, HfHubHTTPError) and error.response.status_code < 500):
                 raise
             failures += 1
-            _wait_or_raise(failures, error)
+            _wait_or_raise(failures, error, f"There is no folder {sought}, and the" if sought else "The")
 
 
-def _wait_or_raise(failures, error):
+def _wait_or_raise(failures, error, begins="The"):
     if failures > MAX_RETRIES:
-        raise ValueError(f"The network fails ({one_line(error)}). The same command goes on from here.") from error
+        raise ValueError(f"{begins} network fails ({one_line(error)}). The same command goes on from here.") from error
     seconds = min(2 ** (failures - 1), 8)
     tqdm.write(f"{one_line(error)}: trying again in {seconds} s", file=sys.stderr)
     time.sleep(seconds)

@@ -165,7 +165,10 @@ def _hub(row):
 
 def _check(images, messages):
     if None in images:
-        raise ValueError("an image is not there, or lies outside of the data's own folder")
+        raise ValueError("an image is not given, or lies outside of the data's own folder")
+    paths = [image["path"] for image in images if image["bytes"] is None]
+    if missing := [path for path in paths if not Path(path).exists()]:
+        raise ValueError(f"there is no image {missing[0]}. Add it, or take the row out")
     roles = [message["role"] for message in messages]
     if unknown := {*roles} - {*ROLES.values()}:
         raise ValueError(

@@ -43,8 +43,8 @@ def load_talker(where: dict) -> PreTrainedModel:
 
 def talk_trainer(settings: Settings, start: Model, splits: dict[str, Dataset], processor) -> Trainer:
     """The trainer of `--task align` or `instruct`, ready to train."""
-    model = load_talker(start.pinned)
-    is_fresh, model.config.untrained = model.config.untrained, False
+    is_fresh = AutoConfig.from_pretrained(**start.pinned).untrained
+    model = load_talker({**start.pinned, "untrained": False})  # so that it is not told while that is mended
     validation = splits.get("validation")
     if settings.task.task == "align":
         return _aligning(settings, model, splits["train"], validation, processor, is_fresh)

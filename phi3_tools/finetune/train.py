@@ -407,7 +407,6 @@ def _embedding_trainer(settings, start, splits, names, collate, processor):
         )
     embedder = SentenceTransformer(modules=[embedder[0]])  # the loss takes vectors of any length
     model = embedder[0].model
-    model.config.pooling_mode = start.pooling or model.config.pooling_mode
     _set_lengths(model.config, options)
     if options.words and not hasattr(processor, "tokenizer"):
         raise ValueError(f"--words needs a tokenizer, which {name} has none of.")
