@@ -13,7 +13,6 @@ beside this file. --save puts the trained projection there, in half precision, a
 """
 
 import argparse
-import inspect
 import json
 import subprocess
 import sys
@@ -36,16 +35,15 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     CLIPVisionConfig,
-    Phi3Model,
 )
 
 from phi3_tools.checkpoint.packages import fetch_package
-from phi3_tools.finetune.align import with_features
+from phi3_tools.finetune.align import CACHE_NAME, with_features
 from phi3_tools.finetune.conversations import conversation, load_conversations
 from phi3_tools.finetune.settings import DataOptions
 from phi3_tools.finetune.talk import said
 from phi3_tools.measures import same_class_retrieval, unit
-from phi3_tools.models import PARTS, PROJECTION
+from phi3_tools.models import PARTS, PROJECTION, prompt_inputs
 
 FOLDER = Path(__file__).resolve().parent
 QUESTION = "What kind of clothing is this?"
@@ -68,7 +66,6 @@ FIRST = "trained tower"
 ANSWERS, LIKELIEST, PROBE = "exact class in the answer", "likeliest of the ten words", "linear probe of the tower"
 RECALL, PRECISION = "words find a photograph: recall@1", "words find photographs: average precision"
 AHEAD = "answers ahead of the probe"
-CACHE = "cache" if "cache" in inspect.signature(Phi3Model.forward).parameters else "past_key_values"
 RESAMPLES = 1000
 
 
@@ -136,22 +133,17 @@ def ask(model, processor, rows: Dataset, names: list[str], num_crops: int, title
     longest = max(map(len, answers))
     labels = torch.tensor([answer + [-100] * (longest - len(answer)) for answer in answers])
     for row in tqdm(rows, desc=title, mininterval=10):
-        inputs = processor.apply_chat_template(
-            [conversation(row, processor)[:-1]],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            processor_kwargs={"return_tensors": "pt", "num_crops": num_crops},
-        )
+        asked = [conversation(row, processor)[:-1]]
+        inputs = prompt_inputs(processor, asked, num_crops, add_generation_prompt=True)
         pixels, sizes = inputs["pixel_values"].to(model.dtype), inputs["image_sizes"]
         images = model.get_image_features(pixels, sizes, pooling_mode="mean")
         in_global = model.get_image_features(images.last_hidden_state, sizes, pooling_mode="global").image_embeds
         output = model.model(inputs["input_ids"], mm_encoder_outputs={"image": images}, use_cache=True)
         last = output.last_hidden_state[:, -1]
         first = model.lm_head(last).float().log_softmax(-1).repeat(len(names), 1)[:, None]
-        cache = output[CACHE]
+        cache = output[CACHE_NAME]
         cache.batch_repeat_interleave(len(names))
-        more = model(labels[:, :-1].clamp(min=0), **{CACHE: cache}).logits.float().log_softmax(-1)
+        more = model(labels[:, :-1].clamp(min=0), **{CACHE_NAME: cache}).logits.float().log_softmax(-1)
         likelihoods = torch.cat((first, more), 1)
         steps = likelihoods.gather(2, labels.clamp(min=0)[..., None])[..., 0]
         values = {

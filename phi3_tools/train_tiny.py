@@ -40,7 +40,7 @@ from phi3_tools.finetune.data import change
 from phi3_tools.finetune.settings import Changes
 from phi3_tools.images import DIGIT_NAMES, digits_split
 from phi3_tools.measures import nearest, pixel_vectors, recall, unit
-from phi3_tools.models import in_batches
+from phi3_tools.models import in_batches, prompt_inputs
 from phi3_tools.results import TEMPLATES, folder_beside, write_beside, write_text
 
 SEED = 0
@@ -487,19 +487,12 @@ class Asker:
 
     def __init__(self, model, processor, images, features=None, num_crops=0):
         self.model, self.processor, self.images, self.features = model, processor, images, features
-        self.settings = {"num_crops": num_crops, "padding": True}
+        self.num_crops = num_crops
 
     def inputs(self, text, shown, **kwargs):
         """What the model takes of a text about the images of each row of `shown` `(n, count)`."""
         conversations = [ask(text, [self.images[index] for index in row]) for row in shown]
-        inputs = self.processor.apply_chat_template(
-            conversations,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs=self.settings,
-            **kwargs,
-        )
+        inputs = prompt_inputs(self.processor, conversations, self.num_crops, **kwargs)
         if self.features is not None:
             inputs["pixel_values"] = self.features[shown.ravel()]
         return inputs
