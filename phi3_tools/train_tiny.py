@@ -30,11 +30,11 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.trainer_utils import get_last_checkpoint
 
 from phi3_tools import ROOT
 from phi3_tools.checkpoint import recipes
+from phi3_tools.checkpoint.layout import from_module
 from phi3_tools.digits import ANSWERS, NAME_IT, PHRASES, ask
 from phi3_tools.finetune.data import change
 from phi3_tools.finetune.settings import Changes
@@ -120,11 +120,6 @@ def make_tokenizer():
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
     )
-
-
-def from_module(reference):
-    """A class of the repository's modules, by its file and name."""
-    return get_class_from_dynamic_module(reference, str(ROOT))
 
 
 def make_model(tokenizer, crop_size):
