@@ -14,15 +14,14 @@ beside this file. --save puts the trained projection there, in half precision, a
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
-from measure import machine
+from measure import command, listed, machine, table
+from quantization import settings_of
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
@@ -88,13 +87,6 @@ def make_tower(name: str, work: Path) -> str:
         AutoImageProcessor.from_pretrained(trained).save_pretrained(folder)
         AutoModel.from_config(config).save_pretrained(folder)
     return str(folder)
-
-
-def command(*words: str | Path) -> float:
-    """Runs a command of ours in a process of its own -> the seconds it took."""
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "phi3_tools", *map(str, words)], check=True)
-    return time.perf_counter() - start
 
 
 def align(arm: str, data: Path, work: Path, training: str) -> dict[str, float]:
@@ -244,17 +236,8 @@ def search(arm: str, labels: np.ndarray, work: Path) -> dict:
 
 def variants(arm: str, splits: dict[str, Dataset], names: list[str], number: int, work: Path) -> dict:
     """An arm otherwise than it was aligned, beside itself, on some held-out photographs."""
-    from torchao.quantization import Int8WeightOnlyConfig, PerGroup
-    from transformers import BitsAndBytesConfig, TorchAoConfig
-
-    int8 = TorchAoConfig(Int8WeightOnlyConfig(granularity=PerGroup(64)))
-    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    contenders = {
-        "torchao int8 weight-only": ({"quantization_config": int8}, 0),
-        "bitsandbytes int8": ({"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": "cpu"}, 0),
-        "bitsandbytes nf4": ({"quantization_config": four, "device_map": "cpu"}, 0),
-        "float32, 4 HD crops": ({}, 4),
-    }
+    quantised = ("torchao int8 weight-only", "bitsandbytes int8", "bitsandbytes nf4")
+    contenders = {name: (settings_of(name), 0) for name in quantised} | {"float32, 4 HD crops": ({}, 4)}
     folder, chosen = work / slug(arm), np.random.default_rng(0).permutation(len(splits["test"]))[:number]
     rows = splits["test"].select(chosen)
     labels = np.array([names.index(said(row)) for row in rows])
@@ -287,7 +270,9 @@ def percent(figure: dict[str, float]) -> str:
 
 def markdown(results: dict) -> str:
     arms = results["arms"]
-    columns = [ANSWERS, LIKELIEST, PROBE, AHEAD, RECALL, PRECISION]
+    columns = (ANSWERS, LIKELIEST, PROBE, AHEAD, RECALL, PRECISION)
+    rows = [[column, *(percent(arm["figures"][column]) for arm in arms.values())] for column in columns]
+    rows.append(["minutes in all", *(f"{sum(arm['seconds'].values()) / 60:.0f}" for arm in arms.values())])
     lines = [
         "# Towers",
         "",
@@ -299,13 +284,8 @@ def markdown(results: dict) -> str:
         "photographs, its strength chosen by cross-validation among them. In brackets 95% intervals by the bootstrap",
         "over the photographs.",
         "",
-        f"| | {' | '.join(arms)} |",
-        f"|---|{'---:|' * len(arms)}",
+        *table(["", *arms], rows),
     ]
-    for column in columns:
-        lines.append(f"| {column} | {' | '.join(percent(arm['figures'][column]) for arm in arms.values())} |")
-    seconds = {name: sum(arm["seconds"].values()) for name, arm in arms.items()}
-    lines.append(f"| minutes in all | {' | '.join(f'{taken / 60:.0f}' for taken in seconds.values())} |")
     if missing := [name for name in ARMS if name not in arms]:
         lines += ["", f"Not run: {'; '.join(missing)}."]
     for arm, rows in results.get("search", {}).items():
@@ -317,27 +297,24 @@ def markdown(results: dict) -> str:
             "all views, `mean` and `global` are those of the projection's tokens, `last` is the state of the language",
             "model where it is about to answer; centred: the mean of all photographs is taken off first.",
             "",
-            "| | recall@1 | mAP |",
-            "|---|---:|---:|",
-            *(f"| {name} | {percent(row['recall@1'])} | {percent(row['mAP'])} |" for name, row in rows.items()),
+            *table(["", "recall@1", "mAP"], [[name, *map(percent, row.values())] for name, row in rows.items()]),
         ]
-    if table := results.get("variants"):
-        columns = list(next(iter(table["rows"].values())))
+    if found := results.get("variants"):
+        columns = list(next(iter(found["rows"].values())))
+        rows = [
+            [name, *(f"{value:.4f}" if "cosine" in column else f"{value:.1%}" for column, value in row.items())]
+            for name, row in found["rows"].items()
+        ]
         lines += [
             "",
-            f"## In lower precision, and with crops that it was not aligned on: {table['arm']}",
+            f"## In lower precision, and with crops that it was not aligned on: {found['arm']}",
             "",
-            f"Beside itself in float32 with the global view alone, on {table['photographs']} held-out photographs.",
+            f"Beside itself in float32 with the global view alone, on {found['photographs']} held-out photographs.",
             "",
-            f"| | {' | '.join(columns)} |",
-            f"|---|{'---:|' * len(columns)}",
+            *table(["", *columns], rows),
         ]
-        for name, row in table["rows"].items():
-            cells = [f"{value:.4f}" if "cosine" in column else f"{value:.1%}" for column, value in row.items()]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    about = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
     trained = f"Trained with `{results['options']}`, and `--token-dropout` 0.5, or 0.8 with crops. "
-    return "\n".join([*lines, "", f"{trained}Machine: {about}; shared with other work.", ""])
+    return "\n".join([*lines, "", f"{trained}Machine: {listed(results['machine'])}; shared with other work.", ""])
 
 
 def save_small(aligned: Path, folder: Path) -> None:
