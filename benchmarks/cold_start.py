@@ -10,7 +10,6 @@ in the page cache for all. Private memory is what the loaded model takes beside 
 
 import json
 import shutil
-import struct
 import tempfile
 from pathlib import Path
 
@@ -28,21 +27,18 @@ def save_embedding(folder):
 
 def save_whole(folder):
     """Phi-3-vision's sizes; all weights are zero, and holes on disk."""
+    from phi3_tools.checkpoint.source import safetensors_header  # here, as loading is measured with all its imports
+
     of_root = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
     config = type(of_root).from_pretrained(ROOT / "tests" / "data" / "phi-3-vision-128k-instruct.config.json")
     config.auto_map, config.name_or_path = of_root.auto_map, of_root.name_or_path  # where its code is
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
-    header, end = {}, 0
-    for name, weight in model.state_dict().items():
-        start, end = end, end + 2 * weight.numel()
-        header[name] = {"dtype": "BF16", "shape": list(weight.shape), "data_offsets": [start, end]}
-    text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
+    weights = model.state_dict()
     with open(Path(folder) / "model.safetensors", "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(file.tell() + end)
-    about = json.loads((ROOT / "config.json").read_text())
-    about = config.to_dict() | {"auto_map": about["auto_map"], "dtype": "bfloat16"}
+        file.write(safetensors_header({name: ("BF16", list(weight.shape)) for name, weight in weights.items()}))
+        file.truncate(file.tell() + 2 * sum(weight.numel() for weight in weights.values()))
+    about = config.to_dict() | {"auto_map": of_root.auto_map, "dtype": "bfloat16"}
     (Path(folder) / "config.json").write_text(json.dumps(about))
     for module in ROOT.glob("*_phi3_embed.py"):
         shutil.copy(module, folder)

@@ -10,17 +10,12 @@ beside this file; a quick run writes nothing.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
-from measure import ROOT, machine
+from measure import ROOT, command, listed, machine, table
 from PIL import Image, ImageOps
-from rich.console import Console
-from rich.table import Table
 from sklearn.datasets import load_sample_images
 
 FOLDER = Path(__file__).resolve().parent
@@ -65,35 +60,29 @@ def run(num_training, num_held_out, arguments):
 
 def finetune(source, model, output, arguments):
     """Figures on the held-out images, as metrics.json has them, and the seconds."""
-    command = [sys.executable, "-m", "phi3_tools", "finetune", source, "--model", model, "--output", output]
-    start = time.perf_counter()
-    subprocess.run([*command, *arguments.split()], check=True)
-    return json.loads(Path(output, "metrics.json").read_text())["held out"], time.perf_counter() - start
+    seconds = command("finetune", source, "--model", model, "--output", output, *arguments.split())
+    return json.loads(Path(output, "metrics.json").read_text())["held out"], seconds
 
 
-def rows_of(measured):
+def table_of(measured):
     """A row of figures each for the untrained model and for each training."""
-    first = next(iter(measured.values()))["held out"]
-    return {"frozen": first["untrained"]} | {
-        f"fine-tuned: {name}": part["held out"]["fine-tuned"] for name, part in measured.items()
-    }
+    rows = {"frozen": next(iter(measured.values()))["held out"]["untrained"]}
+    rows |= {f"fine-tuned: {name}": part["held out"]["fine-tuned"] for name, part in measured.items()}
+    columns = list(rows["frozen"])
+    cells = {name: [f"{row[column]:.1%}" if column in row else "" for column in columns] for name, row in rows.items()}
+    return table(["", *columns], [[name, *row] for name, row in cells.items()])
 
 
 def markdown(measured, setting):
-    rows = rows_of(measured)
-    columns = list(rows["frozen"])
     lines = [
         "Written by `benchmarks/finetuning.py`: the small checkpoint, which knows digits alone, fine-tuned by "
         "`phi3-embed finetune` to tell what a grey patch of a photograph shows, at the command's own learning rates "
         f"and epochs; {setting['training']} patches to train with and {setting['held_out']} held out.",
         "",
-        f"| | {' | '.join(columns)} |",
-        f"|---|{'---:|' * len(columns)}",
+        *table_of(measured),
     ]
-    cells = {name: [f"{row[column]:.1%}" if column in row else "" for column in columns] for name, row in rows.items()}
-    lines += [f"| {name} | {' | '.join(row)} |" for name, row in cells.items()]
     seconds = ", ".join(f"{name} {part['seconds']:.0f} s" for name, part in measured.items())
-    about = ", ".join(f"{key} {value}" for key, value in setting["machine"].items())
+    about = listed(setting["machine"])
     return "\n".join([*lines, "", f"Evaluation included it took: {seconds}. Machine: {about}.", ""])
 
 
@@ -106,13 +95,9 @@ def main():
     for name, arguments in TRAININGS.items():
         figures, seconds = run(training, held_out, arguments)
         measured[name] = {"held out": figures, "seconds": seconds}
-    rows = rows_of(measured)
-    table = Table("", *rows["frozen"], title="Patches of photographs")
-    for name, row in rows.items():
-        table.add_row(name, *(f"{row[column]:.1%}" if column in row else "" for column in rows["frozen"]))
-    Console().print(table)
+    setting = {"training": training * len(PARTS), "held_out": held_out * len(PARTS), "machine": machine()}
+    print(markdown(measured, setting))
     if not quick:
-        setting = {"training": training * len(PARTS), "held_out": held_out * len(PARTS), "machine": machine()}
         (FOLDER / "finetuning.json").write_text(json.dumps({"trainings": measured, **setting}, indent=1) + "\n")
         (FOLDER / "finetuning.md").write_text(markdown(measured, setting))
 

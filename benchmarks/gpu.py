@@ -10,20 +10,19 @@ bitsandbytes) is said in the table. `--tiny`, the only size for a CPU, has the s
 import argparse
 import copy
 import json
-import os
 import platform
 import sys
 import time
 from pathlib import Path
 from statistics import median
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import torch
+import transformers
+from language_model import native
+from measure import ROOT, table, timed
+from quantization import settings_of
+from transformers import AutoConfig, AutoModelForImageTextToText
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from transformers import AutoConfig, AutoModelForImageTextToText, Phi3ForCausalLM  # noqa: E402
-
-ROOT = Path(__file__).resolve().parent.parent
 FULL = ROOT / "tests" / "data" / "phi-3-vision-128k-instruct.config.json"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS, NEW_TOKENS, TEXT, VIEWS = 5, 32, 256, 16
@@ -37,10 +36,10 @@ def main():
     arguments = parser.parse_args()
     if DEVICE == "cpu" and not arguments.tiny:
         sys.exit("gpu.py: torch finds no GPU. Take --tiny to try the script on a CPU.")
-    table = markdown(measure(arguments.tiny))
-    print(table)
+    page = markdown(measure(arguments.tiny))
+    print(page)
     if arguments.output:
-        arguments.output.write_text(table)
+        arguments.output.write_text(page)
 
 
 def measure(tiny):
@@ -70,8 +69,8 @@ def measure(tiny):
         # With a static cache `generate` compiles the decoding step on a GPU.
         add("generate, rows: 1, static cache, compiled", decode, ours, 1, cache_implementation="static")
         add("weights in bfloat16", footprint, ours)
-        for name, settings in QUANTISED.items():
-            add(f"generate, rows: 1, {name}", decode_quantised, ours, settings)
+        for name in ("torchao int8 weight-only", "bitsandbytes int8", "bitsandbytes nf4"):
+            add(f"generate, rows: 1, {name}", decode_quantised, ours, name)
     return rows
 
 
@@ -86,31 +85,15 @@ def load(tiny):
     return model.eval()
 
 
-def native(ours):
-    """transformers' own Phi-3, with the weights of ours."""
-    with torch.device("meta"):
-        limit = Phi3ForCausalLM(copy.deepcopy(ours.config.text_config)).eval()
-    for name in ("layers", "norm", "rotary_emb"):
-        setattr(limit.model, name, getattr(ours.model.language_model, name))
-    limit.model.embed_tokens, limit.lm_head = ours.get_input_embeddings(), ours.lm_head
-    return limit
-
-
 def seconds(call):
     """Median of some rounds, after two that set up and compile."""
-    taken = []
-    for _ in range(ROUNDS + 2):
-        synchronize()
-        started = time.perf_counter()
+
+    def finished():
         call()
-        synchronize()
-        taken.append(time.perf_counter() - started)
-    return median(taken[2:])
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
 
-
-def synchronize():
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+    return median([timed(finished)[0] for _ in range(ROUNDS + 2)][2:])
 
 
 def pixels(views):
@@ -145,32 +128,10 @@ def decode(model, rows, **settings):
     return f"{rows * NEW_TOKENS / seconds(lambda: model.generate(given, **settings)):.1f} tokens a second"
 
 
-def torchao():
-    from torchao.quantization import Int8WeightOnlyConfig
-    from transformers import TorchAoConfig
-
-    return TorchAoConfig(Int8WeightOnlyConfig())
-
-
-def bitsandbytes(**settings):
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(**settings)
-
-
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
-QUANTISED = {
-    "int8 by torchao": torchao,
-    "int8 by bitsandbytes": lambda: bitsandbytes(load_in_8bit=True),
-    "nf4 by bitsandbytes": lambda: bitsandbytes(**NF4),
-}
-
-
-def decode_quantised(ours, settings):
+def decode_quantised(ours, name):
     state, config = {name: weight.cpu() for name, weight in ours.state_dict().items()}, copy.deepcopy(ours.config)
-    model = type(ours).from_pretrained(
-        None, config=config, state_dict=state, quantization_config=settings(), device_map=DEVICE, dtype=torch.bfloat16
-    )
+    settings = settings_of(name, bnb_4bit_compute_dtype=torch.bfloat16) | {"device_map": DEVICE}
+    model = type(ours).from_pretrained(None, config=config, state_dict=state, dtype=torch.bfloat16, **settings)
     return f"{decode(model.eval(), 1)}, {footprint(model)}"
 
 
@@ -182,8 +143,7 @@ def markdown(rows):
     card = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
     about = f"{card}, torch {torch.__version__}, transformers {transformers.__version__}"
     lines = [f"`benchmarks/gpu.py` on {about}. Medians of {ROUNDS} rounds, bfloat16, random weights.", ""]
-    lines += ["| | |", "|---|---:|", *(f"| {name} | {figure} |" for name, figure in rows)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *table(["", ""], rows), ""])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ embeddings. Images are encoded beforehand, but where their encoding is what is m
 import copy
 
 import torch
-from measure import ROOT, figures, fresh, interleaved_seconds, peak_bytes, timed
+from measure import ROOT, figures, fresh, in_turns, peak_bytes
 from transformers import AutoConfig, AutoModelForImageTextToText, Phi3ForCausalLM
 
 NEW_TOKENS, TEXT = 16, 64
@@ -86,12 +86,8 @@ def measure_seconds(geometry, dtype, rounds):
     """By work and rows the seconds of each contender, all in one process."""
     both, seconds = load(geometry, dtype), {}
     for work, rows in WIDE_WORK if GEOMETRIES[geometry] else WORK:
-        contenders = calls(work, *both, rows)
-        for call in contenders.values():
-            call()
-        timed_calls = {name: lambda call=call: timed(call) for name, call in contenders.items()}
         title = f"{geometry}, {dtype}: {work}, rows: {rows}"
-        seconds[work, rows] = interleaved_seconds(timed_calls, rounds, title, check_agreement)
+        seconds[work, rows] = in_turns(calls(work, *both, rows), rounds, title, check_agreement)
     return seconds
 
 
@@ -130,8 +126,7 @@ def measure_encoding(rounds):
         views.clear()
         call()
         counted[name] = list(views)
-    timed_calls = {name: lambda call=call: timed(call) for name, call in contenders.items()}
-    return interleaved_seconds(timed_calls, rounds, "encoding"), counted
+    return in_turns(contenders, rounds, "encoding"), counted
 
 
 def run(quick):

@@ -4,6 +4,8 @@ import ctypes
 import gc
 import os
 import platform
+import subprocess
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -35,6 +37,14 @@ def timed(call) -> tuple[float, object]:
     start = time.perf_counter()
     result = call()
     return time.perf_counter() - start, result
+
+
+def in_turns(calls: dict, rounds: int, title: str, check=None) -> dict[str, list[float]]:
+    """[`interleaved_seconds`] of plain calls, each made once before: so no round pays for what is set up once."""
+    for call in calls.values():
+        call()
+    contenders = {name: lambda call=call: timed(call) for name, call in calls.items()}
+    return interleaved_seconds(contenders, rounds, title, check)
 
 
 def interleaved_seconds(contenders: dict, rounds: int, title: str, check=None) -> dict[str, list[float]]:
@@ -89,6 +99,32 @@ def figures(seconds: dict[str, list[float]], peaks: dict[str, int]) -> dict[str,
         }
         for name, taken in seconds.items()
     }
+
+
+def figures_of_cases(cases, contenders, measure_seconds, measure_peak, rounds: dict[str, int]) -> dict[str, dict]:
+    """[`figures`] of each case: all contenders' seconds in one fresh process, the peak of each in one of its own."""
+    return {
+        case: figures(
+            fresh(measure_seconds, case, rounds[case]), {name: fresh(measure_peak, case, name) for name in contenders}
+        )
+        for case in cases
+    }
+
+
+def command(*words) -> float:
+    """Runs a command of ours in a process of its own -> the seconds that it took."""
+    return timed(lambda: subprocess.run([sys.executable, "-m", "phi3_tools", *map(str, words)], check=True))[0]
+
+
+def table(columns: list[str], rows) -> list[str]:
+    """Lines of Markdown, of rows with a cell for each column."""
+    first, *others = (f"| {' | '.join(cells).lstrip()} |" for cells in (columns, *rows))
+    return [first, f"|---|{'---:|' * (len(columns) - 1)}", *others]
+
+
+def listed(about: dict) -> str:
+    """What [`machine`] gives, as a page says it."""
+    return ", ".join(f"{key} {value}" for key, value in about.items())
 
 
 def machine() -> dict:

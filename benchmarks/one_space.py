@@ -9,7 +9,7 @@ image the tower, the projection, and one such pass over the prompt with the imag
 
 import numpy as np
 import torch
-from measure import ROOT, figures, fresh, interleaved_seconds, peak_bytes, timed
+from measure import ROOT, figures_of_cases, in_turns, peak_bytes
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from torch.nn.functional import normalize
@@ -74,16 +74,11 @@ def calls(case):
 
 @torch.inference_mode()
 def measure_seconds(case, rounds):
-    contenders = {name: lambda call=call: timed(call) for name, call in calls(case).items()}
-    for contender in contenders.values():
-        contender()  # so that no first round pays for what is set up once
-    return interleaved_seconds(contenders, rounds, case, check_agreement)
+    return in_turns(calls(case), rounds, case, check_agreement)
 
 
 def check_agreement(results):
-    difference = (results["ours"] - results["limit"]).abs().max().item()
-    if not difference <= TOLERANCE:
-        raise AssertionError(f"The vectors differ by {difference:.1e}.")
+    torch.testing.assert_close(results["ours"], results["limit"], atol=TOLERANCE, rtol=0)
 
 
 @torch.inference_mode()
@@ -95,9 +90,4 @@ def measure_peak(case, name):
 
 def run(quick):
     rounds = {"8 texts of up to 66 tokens": 2 if quick else 7, "1 image of 4 crops": 1 if quick else 5}
-    return {
-        case: figures(
-            fresh(measure_seconds, case, rounds[case]), {name: fresh(measure_peak, case, name) for name in CONTENDERS}
-        )
-        for case in CASES
-    }
+    return figures_of_cases(CASES, CONTENDERS, measure_seconds, measure_peak, rounds)

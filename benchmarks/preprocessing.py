@@ -3,9 +3,11 @@ Pictures -> views. `limit` is the least work that gives the same views of a pict
 of each crop, and the global view from the pixels that it needs. `original scheme` is the published computation.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
-from measure import ROOT, figures, fresh, interleaved_seconds, peak_bytes, timed
+from measure import ROOT, figures, fresh, in_turns, peak_bytes
 from PIL import Image
 from torch.nn.functional import interpolate
 from transformers import AutoImageProcessor
@@ -131,11 +133,8 @@ def original_views(picture):
 
 def measure_seconds(rounds):
     pictures = load_pictures()
-    calls = {name: contender(name) for name in CONTENDERS}
-    for call in calls.values():
-        call(pictures)
-    timed_calls = {name: lambda call=call: timed(lambda: call(pictures)) for name, call in calls.items()}
-    return interleaved_seconds(timed_calls, rounds, CASE, check_agreement)
+    calls = {name: partial(contender(name), pictures) for name in CONTENDERS}
+    return in_turns(calls, rounds, CASE, check_agreement)
 
 
 def check_agreement(results):
@@ -143,9 +142,7 @@ def check_agreement(results):
     padded_views = results["original scheme"]
     results = results | {"original scheme": np.concatenate([row[:n] for row, n in zip(padded_views, counts)])}
     for name, pixel_values in results.items():
-        difference = np.abs(np.asarray(pixel_values) - results["limit"]).max()
-        if not difference <= TOLERANCE:
-            raise AssertionError(f"{name!r} differs from 'limit' by {difference:.1e}.")
+        np.testing.assert_allclose(pixel_values, results["limit"], atol=TOLERANCE, rtol=0, err_msg=name)
 
 
 def measure_peak(name):

@@ -61,23 +61,28 @@ def load(name, folder):
     return cosine, status("VmRSS") - before
 
 
-def load_model(name, folder):
-    from transformers import AutoModel
-
-    settings = {"dtype": torch.bfloat16 if "bfloat16" in name else torch.float32, "trust_remote_code": True}
+def settings_of(name, **more):
+    """The arguments of `from_pretrained` that quantise by the library and in the way of this name."""
     if name.startswith("torchao"):
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, PerGroup
         from transformers import TorchAoConfig
 
         weight_only, dynamic = Int8WeightOnlyConfig(granularity=PerGroup(64)), Int8DynamicActivationInt8WeightConfig()
-        settings["quantization_config"] = TorchAoConfig(dynamic if "dynamic" in name else weight_only)
+        return {"quantization_config": TorchAoConfig(dynamic if "dynamic" in name else weight_only)}
     if name.startswith("bitsandbytes"):
         from transformers import BitsAndBytesConfig
 
-        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-        settings["quantization_config"] = BitsAndBytesConfig(**(four if "nf4" in name else {"load_in_8bit": True}))
-        settings["device_map"] = "cpu"
-    loaded = AutoModel.from_pretrained(folder, **settings).eval()
+        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} | more
+        config = BitsAndBytesConfig(**(four if "nf4" in name else {"load_in_8bit": True}))
+        return {"quantization_config": config, "device_map": "cpu"}
+    return {}
+
+
+def load_model(name, folder):
+    from transformers import AutoModel
+
+    dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
+    loaded = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=dtype, **settings_of(name)).eval()
     if name.startswith("torch.ao"):
         for layer in loaded.vision_embed_tokens.img_processor.encoder.layers:
             part = layer.mlp if "MLP" in name else layer

@@ -19,9 +19,7 @@ import language_model
 import one_space
 import preprocessing
 import quantization
-from measure import machine
-from rich.console import Console
-from rich.table import Table
+from measure import listed, machine, table
 
 FOLDER = Path(__file__).resolve().parent
 PARTS = {
@@ -45,19 +43,9 @@ def main():
     measured = {}
     for name in [arguments.only] if arguments.only else PARTS:
         measured[name] = {"machine": machine(), "cases": PARTS[name].run(arguments.quick)}
-        show(measured[name]["cases"])
+        print(*lines_of(name, measured[name]), sep="\n")
     if not arguments.quick:
         write(measured)
-
-
-def show(cases):
-    for case, contenders in cases.items():
-        table = Table(title=case)
-        for number, column in enumerate(COLUMNS):
-            table.add_column(column, justify="right" if number else "left")
-        for cells in rows(contenders):
-            table.add_row(*cells)
-        Console().print(table)
 
 
 def rows(contenders):
@@ -82,12 +70,15 @@ def markdown(results):
         "to `limit`. Peak memory is above that with weights and inputs loaded, each contender in a process of its own."
     ]
     for name, part in results.items():
-        about = ", ".join(f"{key} {value}" for key, value in part["machine"].items())
-        lines += ["", f"## {name}", "", f"Machine: {about}."]
-        for case, contenders in part["cases"].items():
-            lines += ["", f"**{case}**", "", f"| {' | '.join(COLUMNS)} |", "|---|---:|---:|---:|---:|"]
-            lines += [f"| {' | '.join(cells)} |" for cells in rows(contenders)]
+        lines += lines_of(name, part)
     return "\n".join(lines) + "\n"
+
+
+def lines_of(name, part):
+    lines = ["", f"## {name}", "", f"Machine: {listed(part['machine'])}."]
+    for case, contenders in part["cases"].items():
+        lines += ["", f"**{case}**", "", *table(COLUMNS, rows(contenders))]
+    return lines
 
 
 if __name__ == "__main__":

@@ -13,17 +13,15 @@ beside this file. --save puts the trained projection there, in half precision, a
 """
 
 import argparse
-import inspect
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
-from measure import machine
+from measure import command, listed, machine, table
+from quantization import settings_of
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
@@ -36,16 +34,15 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     CLIPVisionConfig,
-    Phi3Model,
 )
 
 from phi3_tools.checkpoint.packages import fetch_package
-from phi3_tools.finetune.align import with_features
+from phi3_tools.finetune.align import CACHE_NAME, with_features
 from phi3_tools.finetune.conversations import conversation, load_conversations
 from phi3_tools.finetune.settings import DataOptions
 from phi3_tools.finetune.talk import said
 from phi3_tools.measures import same_class_retrieval, unit
-from phi3_tools.models import PARTS, PROJECTION
+from phi3_tools.models import PARTS, PROJECTION, prompt_inputs
 
 FOLDER = Path(__file__).resolve().parent
 QUESTION = "What kind of clothing is this?"
@@ -67,7 +64,6 @@ FIRST = "trained tower"
 ANSWERS, LIKELIEST, PROBE = "exact class in the answer", "likeliest of the ten words", "linear probe of the tower"
 RECALL, PRECISION = "words find a photograph: recall@1", "words find photographs: average precision"
 AHEAD = "answers ahead of the probe"
-CACHE = "cache" if "cache" in inspect.signature(Phi3Model.forward).parameters else "past_key_values"
 RESAMPLES = 1000
 
 
@@ -90,13 +86,6 @@ def make_tower(name: str, work: Path) -> str:
         AutoImageProcessor.from_pretrained(trained).save_pretrained(folder)
         AutoModel.from_config(config).save_pretrained(folder)
     return str(folder)
-
-
-def command(*words: str | Path) -> float:
-    """Runs a command of ours in a process of its own -> the seconds it took."""
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "phi3_tools", *map(str, words)], check=True)
-    return time.perf_counter() - start
 
 
 def align(arm: str, data: Path, work: Path, training: str) -> dict[str, float]:
@@ -135,22 +124,17 @@ def ask(model, processor, rows: Dataset, names: list[str], num_crops: int, title
     longest = max(map(len, answers))
     labels = torch.tensor([answer + [-100] * (longest - len(answer)) for answer in answers])
     for row in tqdm(rows, desc=title, mininterval=10):
-        inputs = processor.apply_chat_template(
-            [conversation(row, processor)[:-1]],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            processor_kwargs={"return_tensors": "pt", "num_crops": num_crops},
-        )
+        asked = [conversation(row, processor)[:-1]]
+        inputs = prompt_inputs(processor, asked, num_crops, add_generation_prompt=True)
         pixels, sizes = inputs["pixel_values"].to(model.dtype), inputs["image_sizes"]
         images = model.get_image_features(pixels, sizes, pooling_mode="mean")
         in_global = model.get_image_features(images.last_hidden_state, sizes, pooling_mode="global").image_embeds
         output = model.model(inputs["input_ids"], mm_encoder_outputs={"image": images}, use_cache=True)
         last = output.last_hidden_state[:, -1]
         first = model.lm_head(last).float().log_softmax(-1).repeat(len(names), 1)[:, None]
-        cache = output[CACHE]
+        cache = output[CACHE_NAME]
         cache.batch_repeat_interleave(len(names))
-        more = model(labels[:, :-1].clamp(min=0), **{CACHE: cache}).logits.float().log_softmax(-1)
+        more = model(labels[:, :-1].clamp(min=0), **{CACHE_NAME: cache}).logits.float().log_softmax(-1)
         likelihoods = torch.cat((first, more), 1)
         steps = likelihoods.gather(2, labels.clamp(min=0)[..., None])[..., 0]
         values = {
@@ -251,17 +235,8 @@ def search(arm: str, labels: np.ndarray, work: Path) -> dict:
 
 def variants(arm: str, splits: dict[str, Dataset], names: list[str], number: int, work: Path) -> dict:
     """An arm otherwise than it was aligned, beside itself, on some held-out photographs."""
-    from torchao.quantization import Int8WeightOnlyConfig, PerGroup
-    from transformers import BitsAndBytesConfig, TorchAoConfig
-
-    int8 = TorchAoConfig(Int8WeightOnlyConfig(granularity=PerGroup(64)))
-    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    contenders = {
-        "torchao int8 weight-only": ({"quantization_config": int8}, 0),
-        "bitsandbytes int8": ({"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": "cpu"}, 0),
-        "bitsandbytes nf4": ({"quantization_config": four, "device_map": "cpu"}, 0),
-        "float32, 4 HD crops": ({}, 4),
-    }
+    quantised = ("torchao int8 weight-only", "bitsandbytes int8", "bitsandbytes nf4")
+    contenders = {name: (settings_of(name), 0) for name in quantised} | {"float32, 4 HD crops": ({}, 4)}
     folder, chosen = work / slug(arm), np.random.default_rng(0).permutation(len(splits["test"]))[:number]
     rows = splits["test"].select(chosen)
     labels = np.array([names.index(said(row)) for row in rows])
@@ -294,7 +269,9 @@ def percent(figure: dict[str, float]) -> str:
 
 def markdown(results: dict) -> str:
     arms = results["arms"]
-    columns = [ANSWERS, LIKELIEST, PROBE, AHEAD, RECALL, PRECISION]
+    columns = (ANSWERS, LIKELIEST, PROBE, AHEAD, RECALL, PRECISION)
+    rows = [[column, *(percent(arm["figures"][column]) for arm in arms.values())] for column in columns]
+    rows.append(["minutes in all", *(f"{sum(arm['seconds'].values()) / 60:.0f}" for arm in arms.values())])
     lines = [
         "# Towers",
         "",
@@ -306,13 +283,8 @@ def markdown(results: dict) -> str:
         "photographs, its strength chosen by cross-validation among them. In brackets 95% intervals by the bootstrap",
         "over the photographs.",
         "",
-        f"| | {' | '.join(arms)} |",
-        f"|---|{'---:|' * len(arms)}",
+        *table(["", *arms], rows),
     ]
-    for column in columns:
-        lines.append(f"| {column} | {' | '.join(percent(arm['figures'][column]) for arm in arms.values())} |")
-    seconds = {name: sum(arm["seconds"].values()) for name, arm in arms.items()}
-    lines.append(f"| minutes in all | {' | '.join(f'{taken / 60:.0f}' for taken in seconds.values())} |")
     if missing := [name for name in ARMS if name not in arms]:
         lines += ["", f"Not run: {'; '.join(missing)}."]
     for arm, rows in results.get("search", {}).items():
@@ -324,27 +296,24 @@ def markdown(results: dict) -> str:
             "all views, `mean` and `global` are those of the projection's tokens, `last` is the state of the language",
             "model where it is about to answer; centred: the mean of all photographs is taken off first.",
             "",
-            "| | recall@1 | mAP |",
-            "|---|---:|---:|",
-            *(f"| {name} | {percent(row['recall@1'])} | {percent(row['mAP'])} |" for name, row in rows.items()),
+            *table(["", "recall@1", "mAP"], [[name, *map(percent, row.values())] for name, row in rows.items()]),
         ]
-    if table := results.get("variants"):
-        columns = list(next(iter(table["rows"].values())))
+    if found := results.get("variants"):
+        columns = list(next(iter(found["rows"].values())))
+        rows = [
+            [name, *(f"{value:.4f}" if "cosine" in column else f"{value:.1%}" for column, value in row.items())]
+            for name, row in found["rows"].items()
+        ]
         lines += [
             "",
-            f"## In lower precision, and with crops that it was not aligned on: {table['arm']}",
+            f"## In lower precision, and with crops that it was not aligned on: {found['arm']}",
             "",
-            f"Beside itself in float32 with the global view alone, on {table['photographs']} held-out photographs.",
+            f"Beside itself in float32 with the global view alone, on {found['photographs']} held-out photographs.",
             "",
-            f"| | {' | '.join(columns)} |",
-            f"|---|{'---:|' * len(columns)}",
+            *table(["", *columns], rows),
         ]
-        for name, row in table["rows"].items():
-            cells = [f"{value:.4f}" if "cosine" in column else f"{value:.1%}" for column, value in row.items()]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    about = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
     trained = f"Trained with `{results['options']}`."
-    return "\n".join([*lines, "", f"{trained} Machine: {about}; shared with other work.", ""])
+    return "\n".join([*lines, "", f"{trained} Machine: {listed(results['machine'])}; shared with other work.", ""])
 
 
 def save_small(aligned: Path, folder: Path) -> None:

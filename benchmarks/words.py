@@ -14,17 +14,16 @@ run writes nothing.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from finetuning import finetune, rows_of
-from measure import ROOT, machine
+from finetuning import finetune, table_of
+from measure import ROOT, command, listed, machine
 from sentence_transformers import SentenceTransformer
 
 from phi3_tools import train_tiny
+from phi3_tools.checkpoint.layout import from_module
 
 FOLDER = Path(__file__).resolve().parent
 COMMON = "--task embedding --num-crops 0 --validation 0 --per-device-train-batch-size 10"
@@ -63,7 +62,7 @@ RECIPE = {
 def make_wordless(folder):
     """The checkpoint to begin with, with the recipe of the small one."""
     embedder = SentenceTransformer(str(ROOT), trust_remote_code=True, device="cpu")
-    model_class = train_tiny.from_module("modeling_phi3_embed.Phi3EmbedModel")
+    model_class = from_module("modeling_phi3_embed.Phi3EmbedModel")
     embedder[0].model = train_tiny.make_whole(model_class.from_pretrained(ROOT), embedder.tokenizer)
     words = embedder[0].model.get_input_embeddings().weight
     torch.nn.init.normal_(words, std=words.std().item())
@@ -74,8 +73,7 @@ def make_clothing(folder):
     """The whole model of clothing/, with a recipe."""
     recipe = folder.with_suffix(".json")
     recipe.write_text(json.dumps(RECIPE))
-    assemble = [sys.executable, "-m", "phi3_tools", "assemble", folder, "--aligned", ROOT / "clothing"]
-    subprocess.run([*assemble, "--recipe", recipe], check=True)
+    command("assemble", folder, "--aligned", ROOT / "clothing", "--recipe", recipe)
 
 
 def markdown(measured):
@@ -87,21 +85,17 @@ def markdown(measured):
         "words (image to text). Chance is 10% but for recall@5.",
     ]
     for data, trainings in measured.items():
-        rows = rows_of(trainings)
-        columns = list(rows["frozen"])
         seconds = ", ".join(
             f"{name} {part['steps']} steps, {part['seconds']:.0f} s" for name, part in trainings.items()
         )
-        about = ", ".join(f"{key} {value}" for key, value in next(iter(trainings.values()))["machine"].items())
+        about = listed(next(iter(trainings.values()))["machine"])
         lines += [
             "",
             f"## {data.capitalize()}",
             "",
             ABOUT[data],
             "",
-            f"| | {' | '.join(columns)} |",
-            f"|---|{'---:|' * len(columns)}",
-            *(f"| {name} | {' | '.join(f'{row[column]:.1%}' for column in columns)} |" for name, row in rows.items()),
+            *table_of(trainings),
             "",
             f"Evaluation included: {seconds}. Machine: {about}.",
         ]

@@ -37,28 +37,20 @@ SOURCE = "a folder of images, one image, parquet, a tar file, a Hub dataset NAME
 MODEL = "a folder or Hub id: NAME[@REVISION][:mean|global|tower]"
 SMALL = "Without it the repository's small checkpoint, which knows digits alone."
 
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE, show_default=False)]
-Model = Annotated[str | None, typer.Option("--model", metavar="MODEL", help=f"{MODEL}. {SMALL}", show_default=False)]
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL, show_default=False)]
-Index = Annotated[Path, typer.Argument(metavar="INDEX", help="the folder of the index", show_default=False)]
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE)]
+Model = Annotated[str | None, typer.Option("--model", metavar="MODEL", help=f"{MODEL}. {SMALL}")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
+Index = Annotated[Path, typer.Argument(metavar="INDEX", help="the folder of the index")]
 NumCrops = Annotated[
     int | None,
-    typer.Option(
-        "--num-crops", min=0, help="the most crops of an image; without it the model's own", show_default=False
-    ),
+    typer.Option("--num-crops", min=0, help="the most crops of an image; without it the model's own"),
 ]
-ImageColumn = Annotated[
-    str | None, typer.Option("--image-column", help="without it the only column of images", show_default=False)
-]
-LabelColumn = Annotated[str | None, typer.Option("--label-column", help="without it `label`", show_default=False)]
-TextColumn = Annotated[
-    str | None, typer.Option("--text-column", help="without it `text` or `caption`", show_default=False)
-]
+ImageColumn = Annotated[str | None, typer.Option("--image-column", help="without it the only column of images")]
+LabelColumn = Annotated[str | None, typer.Option("--label-column", help="without it `label`")]
+TextColumn = Annotated[str | None, typer.Option("--text-column", help="without it `text` or `caption`")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="images in a batch")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16")]
-Device = Annotated[
-    str | None, typer.Option("--device", help="without it the machine's accelerator, else its CPU", show_default=False)
-]
+Device = Annotated[str | None, typer.Option("--device", help="without it the machine's accelerator, else its CPU")]
 Seed = Annotated[int, typer.Option("--seed", min=0)]
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -67,9 +59,7 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 def convert(
     source: Annotated[str, typer.Argument(help="a folder or Hub id; also of a LoRA or DoRA adapter")],
     output: Annotated[Path, typer.Argument(help="the folder to write; must not exist")],
-    dtype: Annotated[
-        str | None, typer.Option(help="of the weights; without it SOURCE's own", show_default=False)
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="of the weights; without it SOURCE's own")] = None,
     revision: Annotated[str | None, typer.Option(help="a branch, tag or commit of SOURCE on the Hub")] = None,
     base: Annotated[str | None, typer.Option(help="of an adapter, in place of the base that it names")] = None,
     push_to_hub: Annotated[str | None, typer.Option(metavar="NAME", help="push OUTPUT to this repository")] = None,
@@ -109,40 +99,27 @@ def finetune(context: typer.Context):
 def assemble(
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="the folder to write; must not exist")],
     tower: Annotated[
-        str | None,
-        typer.Option(metavar="TOWER", help="a folder or Hub id of a plain vision transformer", show_default=False),
+        str | None, typer.Option(metavar="TOWER", help="a folder or Hub id of a plain vision transformer")
     ] = None,
     language_model: Annotated[
         str | None,
         typer.Option(
-            metavar="LM",
-            help="a folder or Hub id of a Phi-3 text model or one of Llama's form, or a GGUF file",
-            show_default=False,
+            metavar="LM", help="a folder or Hub id of a Phi-3 text model or one of Llama's form, or a GGUF file"
         ),
     ] = None,
     aligned: Annotated[
         Path | None,
-        typer.Option(
-            help="a folder with a trained projection between the two, as finetune --task align leaves it",
-            show_default=False,
-        ),
+        typer.Option(help="a folder with a trained projection between the two, as finetune --task align leaves it"),
     ] = None,
     crop_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="pixels a side; without it the tower's own, or the nearest that fits", show_default=False
-        ),
+        int | None, typer.Option(min=1, help="pixels a side; without it the tower's own, or the nearest that fits")
     ] = None,
     layer_idx: Annotated[
-        int | None,
-        typer.Option(help="the hidden state of the tower that is projected [default: -2]", show_default=False),
+        int | None, typer.Option(help="the hidden state of the tower that is projected [default: -2]")
     ] = None,
-    num_crops: Annotated[
-        int | None, typer.Option(min=0, help="the most crops of an image [default: 16]", show_default=False)
-    ] = None,
+    num_crops: Annotated[int | None, typer.Option(min=0, help="the most crops of an image [default: 16]")] = None,
     recipe: Annotated[
-        str | None,
-        typer.Option(help="how it embeds texts and images: a name or a JSON file, as for convert", show_default=False),
+        str | None, typer.Option(help="how it embeds texts and images: a name or a JSON file, as for convert")
     ] = None,
 ):
     """Put a plain vision transformer before a language model of Phi-3's or Llama's form, with a projection between."""
@@ -162,27 +139,22 @@ def compare(
     model: Annotated[list[str], typer.Option("--model", metavar="MODEL", help=f"{MODEL}, or pixels; several times")],
     output: Annotated[Path, typer.Option(help="the folder to write")] = Path("report"),
     split: Annotated[
-        str | None,
-        typer.Option(help="of the data; without it test if there is one, else the first", show_default=False),
+        str | None, typer.Option(help="of the data; without it test if there is one, else the first")
     ] = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     text_column: TextColumn = None,
     question: Annotated[
-        str | None,
-        typer.Option(help="asked about the images; their captions or classes are the answers", show_default=False),
+        str | None, typer.Option(help="asked about the images; their captions or classes are the answers")
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="a random sample of so many images", show_default=False)
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="a random sample of so many images")] = None,
     probe: Annotated[int, typer.Option(min=1, help="images that are changed, for robustness and detail")] = 100,
     num_crops: NumCrops = None,
     resamples: Annotated[int, typer.Option(min=100, help="of the bootstrap")] = 1000,
     batch_size: BatchSize = 8,
     seed: Seed = 0,
     cache: Annotated[
-        Path | None,
-        typer.Option(help="the folder that keeps the vectors; without it in the user's cache", show_default=False),
+        Path | None, typer.Option(help="the folder that keeps the vectors; without it in the user's cache")
     ] = None,
 ):
     """Measure the embeddings of several models on your images, and write a report."""
@@ -211,7 +183,7 @@ def index(
 
 @search.command()
 def add(
-    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help=SOURCE, show_default=False)],
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help=SOURCE)],
     index: Index,
     image_column: ImageColumn = None,
     device: Device = None,
@@ -224,7 +196,7 @@ def add(
 
 @search.command()
 def remove(
-    paths: Annotated[list[str], typer.Argument(metavar="IMAGE_OR_FOLDER...", show_default=False)],
+    paths: Annotated[list[str], typer.Argument(metavar="IMAGE_OR_FOLDER...")],
     index: Index,
 ):
     """Remove images from an index; their files stay."""
@@ -235,9 +207,9 @@ def remove(
 
 @search.command()
 def query(
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="the file of an image, or words", show_default=False)],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="the file of an image, or words")],
     index: Index,
-    text: Annotated[str | None, typer.Option(help="words beside an image", show_default=False)] = None,
+    text: Annotated[str | None, typer.Option(help="words beside an image")] = None,
     count: Annotated[int, typer.Option("--count", min=1, help="how many to find")] = 5,
     exclude_self: Annotated[bool, typer.Option(help="leave out the query itself where the index holds it")] = True,
     output: Annotated[Path, typer.Option(help="the PNG file to draw")] = Path("neighbours.png"),
@@ -256,14 +228,11 @@ def embed(
     model: Model = None,
     num_crops: NumCrops = None,
     image_column: ImageColumn = None,
-    text_column: Annotated[
-        str | None, typer.Option(help="embed texts, or texts with their images", show_default=False)
-    ] = None,
+    text_column: Annotated[str | None, typer.Option(help="embed texts, or texts with their images")] = None,
     template: Annotated[str, typer.Option(help="what is said around a text")] = "{text}",
     shard_size: Annotated[int, typer.Option(min=1, help="images in a shard, which is one batch")] = 64,
     copies: Annotated[
-        int | None,
-        typer.Option(help="of the model; without it one a GPU, or for a quarter of the CPUs", show_default=False),
+        int | None, typer.Option(help="of the model; without it one a GPU, or for a quarter of the CPUs")
     ] = None,
     dtype: Dtype = "float32",
 ):
@@ -322,7 +291,7 @@ def evaluate(
 
 @app.command()
 def demo(
-    source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help=SOURCE, show_default=False)] = None,
+    source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help=SOURCE)] = None,
     model: Model = None,
     output: Annotated[Path, typer.Option(help="the PNG file to draw")] = Path("demo/neighbours.png"),
 ):

@@ -34,6 +34,7 @@ from phi3_tools.models import (
     load_embedder,
     load_model,
     pick_device,
+    prompt_inputs,
 )
 from phi3_tools.results import check_png, console, draw_rows, new_figure, save_figure
 
@@ -131,14 +132,8 @@ def _ask(model, images, labels):
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def answer(question, asked, **kwargs):
-        inputs = processor.apply_chat_template(
-            [ask(question, [images[number] for number in members]) for members in asked],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"num_crops": DIGIT_CROPS, "padding": True},
-        ).to(loaded.device)
+        conversations = [ask(question, [images[number] for number in members]) for members in asked]
+        inputs = prompt_inputs(processor, conversations, DIGIT_CROPS, add_generation_prompt=True).to(loaded.device)
         ids = loaded.generate(**inputs, max_new_tokens=MAX_ANSWER, do_sample=False, **kwargs)
         return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 

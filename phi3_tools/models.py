@@ -385,6 +385,18 @@ def embed_words(model, tokenizer, words: Sequence[str]) -> np.ndarray:
     return torch.nn.functional.normalize(vectors, dim=-1).numpy(force=True)
 
 
+def prompt_inputs(processor, conversations: list[list[dict]], num_crops: int | None = None, **settings):
+    """
+    Conversations as a chat template takes them -> what a whole model takes of them, several padded to one length;
+    `settings` are more arguments of `apply_chat_template`.
+    """
+    processing = {"return_tensors": "pt", "padding": len(conversations) > 1}
+    processing |= {} if num_crops is None else {"num_crops": num_crops}
+    return processor.apply_chat_template(
+        conversations, tokenize=True, return_dict=True, processor_kwargs=processing, **settings
+    )
+
+
 def encode_conversation(messages: list[dict], processor, num_crops: int | None = None) -> dict[str, torch.Tensor]:
     """
     Messages as a chat template takes them -> `input_ids` and `labels` `(length,)`, -100 where the assistant says
@@ -393,13 +405,7 @@ def encode_conversation(messages: list[dict], processor, num_crops: int | None =
     Raises:
         ValueError: the template marks no answers.
     """
-    inputs = processor.apply_chat_template(
-        [messages],
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        processor_kwargs={"return_tensors": "pt"} | ({} if num_crops is None else {"num_crops": num_crops}),
-    )
+    inputs = prompt_inputs(processor, [messages], num_crops, return_assistant_tokens_mask=True)
     input_ids = inputs.pop("input_ids")[0]
     is_answer = torch.as_tensor(inputs.pop("assistant_masks"))[0].bool()
     if not is_answer.any():

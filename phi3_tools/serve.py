@@ -50,7 +50,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from phi3_tools import ROOT
 from phi3_tools.measures import unit
-from phi3_tools.models import PHI3_EMBED, Model, embed, find_model, load_embedder
+from phi3_tools.models import PHI3_EMBED, Model, embed, find_model, load_embedder, prompt_inputs
 
 ALIAS = "phi3-embed"  # any client may name the served model so
 
@@ -395,16 +395,8 @@ class Api(litserve.LitAPI):
         images = iter(open_data_uris(uris, self.limits, self.embedder.open_image))
         for part in (part for message in conversation for part in message["content"] if part["type"] == "image"):
             part["image"] = next(images)
-        crops = {} if self.num_crops is None else {"num_crops": self.num_crops}
         try:
-            return self.processor.apply_chat_template(
-                conversation,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs=crops,
-            )
+            return prompt_inputs(self.processor, [conversation], self.num_crops, add_generation_prompt=True)
         except (ValueError, TemplateError) as error:
             raise _refuse(f"The messages cannot be read: {error}") from error
 

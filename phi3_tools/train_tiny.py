@@ -30,17 +30,17 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.trainer_utils import get_last_checkpoint
 
 from phi3_tools import ROOT
 from phi3_tools.checkpoint import recipes
+from phi3_tools.checkpoint.layout import from_module
 from phi3_tools.digits import ANSWERS, NAME_IT, PHRASES, ask
 from phi3_tools.finetune.data import change
 from phi3_tools.finetune.settings import Changes
 from phi3_tools.images import DIGIT_NAMES, digits_split
 from phi3_tools.measures import nearest, pixel_vectors, recall, unit
-from phi3_tools.models import in_batches
+from phi3_tools.models import in_batches, prompt_inputs
 from phi3_tools.results import TEMPLATES, folder_beside, write_beside, write_text
 
 SEED = 0
@@ -120,11 +120,6 @@ def make_tokenizer():
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
     )
-
-
-def from_module(reference):
-    """A class of the repository's modules, by its file and name."""
-    return get_class_from_dynamic_module(reference, str(ROOT))
 
 
 def make_model(tokenizer, crop_size):
@@ -487,19 +482,12 @@ class Asker:
 
     def __init__(self, model, processor, images, features=None, num_crops=0):
         self.model, self.processor, self.images, self.features = model, processor, images, features
-        self.settings = {"num_crops": num_crops, "padding": True}
+        self.num_crops = num_crops
 
     def inputs(self, text, shown, **kwargs):
         """What the model takes of a text about the images of each row of `shown` `(n, count)`."""
         conversations = [ask(text, [self.images[index] for index in row]) for row in shown]
-        inputs = self.processor.apply_chat_template(
-            conversations,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs=self.settings,
-            **kwargs,
-        )
+        inputs = prompt_inputs(self.processor, conversations, self.num_crops, **kwargs)
         if self.features is not None:
             inputs["pixel_values"] = self.features[shown.ravel()]
         return inputs

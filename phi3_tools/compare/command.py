@@ -101,7 +101,11 @@ def run(
     spaces = {label: space_of(of_model, items, probed) for label, of_model in embedded.items()}
 
     undefined = {label: reason for label, space in spaces.items() if (reason := measures.why_undefined(space[ALL]))}
-    units = {label: units_of(space) for label, space in spaces.items() if label not in undefined}
+    units = {
+        label: {name: unit(vectors) for name, vectors in space.items()}
+        for label, space in spaces.items()
+        if label not in undefined
+    }
     of_all = {label: space[ALL] for label, space in units.items()}
     figures = measure(items, probed, units, {label: embedded[label].texts for label in units}, undefined, seed)
     if question:
@@ -209,10 +213,6 @@ def space_of(embedded: Embedded, items, probed) -> dict[str, np.ndarray]:
         keys = [changed_key(items[number], change) for number in probed]
         space[change] = np.stack([embedded.images[key] for key in keys]) if keys else space[ALL][:0]
     return space
-
-
-def units_of(space):
-    return {name: unit(vectors) for name, vectors in space.items()}
 
 
 # Figures

@@ -9,7 +9,6 @@ This is transformers' Trainer and not TRL's, because TRL's works out logits of t
 text, and takes images where these batches hold features.
 """
 
-import hashlib
 import inspect
 import json
 from pathlib import Path
@@ -26,11 +25,11 @@ from tqdm import tqdm
 from transformers import DynamicCache, Phi3Model, PreTrainedModel, Trainer, get_cosine_schedule_with_warmup
 
 from phi3_tools.finetune.conversations import encode
-from phi3_tools.finetune.data import ValidatesAll
+from phi3_tools.finetune.data import FEATURES, SIZES, ValidatesAll, keep_features
 from phi3_tools.models import PARTS, PROJECTION
 from phi3_tools.results import write_beside, write_text
 
-FEATURES, SIZES, KEPT = "features", "image_sizes", "kept"
+KEPT = "kept"
 WORDS, ALIGNED = "words.safetensors", "aligned"
 WORDS_EPOCHS, WORDS_BATCH, WORDS_LEARNING_RATE, WORDS_WARMUP = 12, 32, 1e-3, 40
 WORDS_TEMPERATURE, WORDS_SMOOTHING = 0.05, 0.05
@@ -43,12 +42,8 @@ def with_features(rows: Dataset, model: PreTrainedModel, processor, num_crops: i
     Conversations -> what aligning takes of them, on disk and found there by the next run: `input_ids`, `labels`, the
     features of all views `(views, patches, C)` in float32 and `image_sizes` `(images, 2)`.
     """
-    digest = hashlib.sha256(f"{rows._fingerprint} {num_crops} {processor.chat_template}".encode())
-    for weight in model.model.vision_embed_tokens.img_processor.state_dict().values():
-        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
     longest = model.config.text_config.max_position_embeddings
 
-    @torch.inference_mode()
     def of(row):
         inputs = encode(row, processor, num_crops, longest)
         if "pixel_values" not in inputs:
@@ -62,24 +57,10 @@ def with_features(rows: Dataset, model: PreTrainedModel, processor, num_crops: i
             SIZES: sizes.tolist(),
         }
 
-    folder.mkdir(parents=True, exist_ok=True)
-    shape = (None, model.config.patches_per_side**2, model.config.vision_config.hidden_size)
-    return rows.map(
-        of,
-        remove_columns=rows.column_names,
-        features=datasets.Features(
-            {
-                "input_ids": datasets.List(datasets.Value("int64")),
-                "labels": datasets.List(datasets.Value("int64")),
-                FEATURES: datasets.Array3D(shape, "float32"),
-                SIZES: datasets.List(datasets.List(datasets.Value("int64"))),
-            }
-        ),
-        writer_batch_size=16,
-        cache_file_name=str(folder / f"{digest.hexdigest()[:16]}.arrow"),
-        new_fingerprint=digest.hexdigest()[:16],
-        desc="Tower",
-    ).with_format("numpy")
+    numbers = datasets.List(datasets.Value("int64"))
+    columns = {"input_ids": numbers, "labels": numbers, SIZES: datasets.List(numbers)}
+    about = f"{num_crops} {processor.chat_template}"
+    return keep_features(rows, of, model, about, columns, folder, writer_batch_size=16)
 
 
 class Collator:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -129,10 +130,7 @@ def measure(settings: Settings, start: Model, splits: dict, names: list[str], pr
             named = (vectors @ words.numpy(force=True).T).argmax(-1)
         if named is not None:
             rows[row] |= report.figures_of_classes(labels, named)
-        rows[row] |= report.figures_of_search(vectors, labels)
-        for size in options.matryoshka:
-            cut = report.figures_of_search(vectors[:, :size], labels)
-            rows[row] |= {f"{name}, {size} dimensions": value for name, value in cut.items()}
+        rows[row] |= report.with_cuts(partial(report.figures_of_search, vectors, labels), options.matryoshka)
         weight, bias = probe
         rows[row]["linear probe"] = float(((vectors @ weight.T + bias).argmax(-1) == labels).mean())
     labels = labels.tolist()
@@ -154,14 +152,12 @@ def measure_pairs(settings: Settings, start: Model, splits: dict) -> dict:
         found = pairs.figures(
             embedder.encode_texts, embedder.encode_images, split, collate, arguments.eval_batch_size, row
         )
-        rows[row] = found()
-        for size in options.matryoshka:
-            rows[row] |= {f"{name}, {size} dimensions": value for name, value in found(size).items()}
-    texts = len(set(split[TEXT]))
+        rows[row] = report.with_cuts(found, options.matryoshka)
+    texts, (before, trained) = len(set(split[TEXT])), (row[report.TO_TEXT] for row in rows.values())
     return {
         "held out": rows,
         "held-out images": f"{len(split)} images with {texts} texts (one drawn at random is right in {1 / texts:.1%})",
-        "verdict": pairs.verdict(rows, texts),
+        "verdict": report.against_chance(report.TO_TEXT, trained, before, 1 / texts, "a text at random"),
         "confusion": None,
     }
 

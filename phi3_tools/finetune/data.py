@@ -308,12 +308,7 @@ def with_features(split: Dataset, model, collate: Collator, folder: Path, batch_
     A split with the tower's features in place of images: `(views, patches, C)` in float32, on disk, and found there by
     the next run. A view of Phi-3-vision takes 2.4 MB.
     """
-    digest = hashlib.sha256(f"{split._fingerprint} {collate.num_crops}".encode())
-    for weight in model.vision_embed_tokens.img_processor.state_dict().values():
-        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    side, width = model.config.patches_per_side, model.config.vision_config.hidden_size
 
-    @torch.inference_mode()
     def encode(rows):
         inputs = collate([dict(zip(rows, values)) for values in zip(*rows.values())])
         sizes = inputs[SIZES]
@@ -322,21 +317,27 @@ def with_features(split: Dataset, model, collate: Collator, folder: Path, batch_
         features = [part.float().numpy(force=True) for part in output.last_hidden_state.split(views)]
         return {FEATURES: features, SIZES: sizes.tolist(), LABEL: inputs["labels"].tolist()}
 
+    columns = {LABEL: split.features[LABEL], SIZES: datasets.List(datasets.Value("int64"))}
+    settings = {"batched": True, "batch_size": batch_size, "writer_batch_size": batch_size}
+    return keep_features(split, encode, model, collate.num_crops, columns, folder, **settings)
+
+
+def keep_features(split: Dataset, encode, model, about, columns: dict, folder: Path, **settings) -> Dataset:
+    """
+    What `encode` gives of rows: features `(views, patches, C)` in float32, and other `columns`. It is kept in a file,
+    which is found by the rows, the tower's weights, and what else the features are `about`; `settings` are of `map`.
+    """
+    digest = hashlib.sha256(f"{split._fingerprint} {about}".encode())
+    for weight in model.base_model.vision_embed_tokens.img_processor.state_dict().values():
+        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    shape = (None, model.config.patches_per_side**2, model.config.vision_config.hidden_size)
     folder.mkdir(parents=True, exist_ok=True)
     return split.map(
-        encode,
-        batched=True,
-        batch_size=batch_size,
-        remove_columns=[name for name in split.column_names if name != LABEL],
-        features=datasets.Features(
-            {
-                LABEL: split.features[LABEL],
-                FEATURES: datasets.Array3D((None, side**2, width), "float32"),
-                SIZES: datasets.List(datasets.Value("int64")),
-            }
-        ),
-        writer_batch_size=batch_size,
+        torch.inference_mode()(encode),
+        remove_columns=[name for name in split.column_names if name not in columns],
+        features=datasets.Features(columns | {FEATURES: datasets.Array3D(shape, "float32")}),
         cache_file_name=str(folder / f"{digest.hexdigest()[:16]}.arrow"),
         new_fingerprint=digest.hexdigest()[:16],
         desc="Tower",
+        **settings,
     ).with_format("numpy")

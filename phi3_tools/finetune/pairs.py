@@ -24,13 +24,12 @@ from sentence_transformers.sentence_transformer.losses import (
 from sentence_transformers.util import mine_hard_negatives
 
 from phi3_tools.finetune.data import NUMBER, Collator, check_texts, load_splits, split_at_random
-from phi3_tools.finetune.report import MORE, TO_TEXT
+from phi3_tools.finetune.report import TO_TEXT
 from phi3_tools.finetune.settings import DataOptions, Settings, TaskOptions
 from phi3_tools.images import IMAGE, LABEL, NAME, TEXT, image_bytes, image_hash, load_images, readable
 from phi3_tools.measures import retrieval
 from phi3_tools.models import embed
 
-NEGATIVE = "negative"
 # Both ways: images by words, and words by images; each softmax is over what one query is compared with.
 BOTH_WAYS = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
 # A mined image that is nearly as near as the true one may well be true (NV-Retriever, arXiv 2407.15831).
@@ -103,16 +102,6 @@ def figures(
         return found | {TO_TEXT: float(to_text["recall@1"].mean())}
 
     return of
-
-
-def verdict(rows: dict[str, dict[str, float]], num_texts: int) -> list[str]:
-    """Sentences on a result that is no result."""
-    value, before, chance = rows["fine-tuned"][TO_TEXT], rows["untrained"][TO_TEXT], 1 / num_texts
-    if value <= chance:
-        return [f"**No better than chance**: {TO_TEXT} is {value:.1%}, and a text at random has {chance:.1%}. {MORE}"]
-    if value <= before < 1:
-        return [f"**Not better than before**: {TO_TEXT} is {value:.1%}, and was {before:.1%}. {MORE}"]
-    return []
 
 
 class PairCollator(SentenceTransformerDataCollator):

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,35 +34,49 @@ def figures_of_classes(labels: np.ndarray, predicted: np.ndarray) -> dict[str, f
     }
 
 
-def figures_of_search(vectors: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Of the images with another of their label, each searched among all others; nothing where there are none such."""
+def figures_of_search(vectors: np.ndarray, labels: np.ndarray, size: int | None = None) -> dict[str, float]:
+    """
+    Of the images with another of their label, each searched among all others, by vectors that are cut to `size`;
+    nothing where there are none such.
+    """
     try:
-        found = same_class_retrieval(unit(vectors), np.asarray(labels))
+        found = same_class_retrieval(unit(vectors[:, :size]), np.asarray(labels))
     except Undefined:
         return {}
     return {name: float(found[name].mean()) for name in METRICS["embedding"]}
 
 
+def with_cuts(figures_of: Callable[[int | None], dict[str, float]], sizes: list[int]) -> dict[str, float]:
+    """Figures by whole vectors, and by those that are cut to each of some sizes."""
+    cut = {f"{name}, {size} dimensions": value for size in sizes for name, value in figures_of(size).items()}
+    return figures_of(None) | cut
+
+
 def verdict(rows: dict[str, dict[str, float]], labels: list[int], task: str) -> list[str]:
     """Sentences on a result that is no result: at chance, below the linear probe, or not above the untrained model."""
-    trained, before, counts = rows["fine-tuned"], rows["untrained"], Counter(labels)
-    if task == "classification":
-        name, chance = "accuracy", max(counts.values()) / len(labels)
-        guess = "naming the most common class alone"
-    else:
-        name, chance = "recall@1", sum(n * (n - 1) for n in counts.values()) / (len(labels) * (len(labels) - 1))
+    trained, before, counts, total = rows["fine-tuned"], rows["untrained"], Counter(labels), len(labels)
+    if task == "embedding":
+        name, chance = "recall@1", sum(n * (n - 1) for n in counts.values()) / (total * (total - 1))
         guess = "drawing another image at random"
-    value, probe, best = trained[name], before["linear probe"], before[name]
-    if value <= chance + _noise(chance, labels):
+        return against_chance(name, trained[name], before[name], chance, guess, _noise(chance, labels))
+    value, probe, chance = trained["accuracy"], before["linear probe"], max(counts.values()) / total
+    guess = "naming the most common class alone"
+    said = against_chance("accuracy", value, None, chance, guess, _noise(chance, labels))
+    if said or value >= probe:
+        return said
+    within = " (within noise)" if value >= probe - _noise(probe, labels) else ""
+    return [
+        f"**Below a linear probe**{within}: accuracy is {value:.1%}, and logistic regression on the untrained "
+        f"model's vectors has {probe:.1%}. {MORE} --train head is the nearest to such a probe."
+    ]
+
+
+def against_chance(name, value, before, chance, guess, noise=0.0) -> list[str]:
+    """A sentence on a figure that is not above chance, or above what it was `before` unless that is `None`."""
+    if value <= chance + noise:
         return [f"**No better than chance**: {name} is {value:.1%}, and {guess} gives {chance:.1%}. {MORE}"]
-    if task == "classification" and value < probe:
-        within = " (within noise)" if value >= probe - _noise(probe, labels) else ""
-        return [
-            f"**Below a linear probe**{within}: accuracy is {value:.1%}, and logistic regression on the untrained "
-            f"model's vectors has {probe:.1%}. {MORE} --train head is the nearest to such a probe."
-        ]
-    if task == "embedding" and value <= best < 1:
-        return [f"**Not better than before**: {name} is {value:.1%}, and was {best:.1%}. {MORE}"]
+    if before is not None and value <= before < 1:
+        return [f"**Not better than before**: {name} is {value:.1%}, and was {before:.1%}. {MORE}"]
     return []
 
 

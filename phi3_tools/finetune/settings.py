@@ -33,6 +33,7 @@ TALK = ("align", "instruct")
 TALK_RATES, TALK_EPOCHS = {"align": 1e-3, "instruct": 2e-4}, {"align": 4, "instruct": 2}
 QUESTIONS = {LABEL: "What is this?", TEXT: "Describe this image."}
 
+ONCE = "--train head computes each image's features once"
 AT_ONCE = "figures are of all validation images at once"
 IN_ONE_COMMIT = "the result is pushed once, in one commit at the end; --push-to-hub and --hub-model-id say where"
 # TrainingArguments that would do nothing here, or harm, and why; any value but the default is an error.
@@ -338,15 +339,11 @@ def _check(data: DataOptions, changes: Changes, task: TaskOptions, arguments: Tr
         raise ValueError("--accelerator-config: split_batches and dispatch_batches cut batches of unequal images.")
     # Each process reads a stream by itself, and takes its own images of it.
     arguments.accelerator_config.dispatch_batches = False
-    if task.train == "head" and (changes.any or data.streaming):
+    if (task.train == "head" or task.task in TALK) and (changes.any or data.streaming):
+        once = f"--task {task.task} takes images as they are and at once" if task.task in TALK else ONCE
         raise ValueError(
-            "--train head computes each image's features once, so it goes with no change of images (--flip, --zoom, "
-            "--shift, --rotate, --color) and not with --streaming."
-        )
-    if task.task in TALK and (changes.any or data.streaming):
-        raise ValueError(
-            f"--task {task.task} takes images as they are and at once, so it goes with no change of images (--flip, "
-            "--zoom, --shift, --rotate, --color) and not with --streaming."
+            f"{once}, so it goes with no change of images (--flip, --zoom, --shift, --rotate, --color) and not with "
+            "--streaming."
         )
     reentrant = (arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     if task.train == "lora" and arguments.gradient_checkpointing and reentrant:

@@ -17,7 +17,7 @@ from phi3_tools.finetune.data import ValidatesAll
 from phi3_tools.finetune.report import verdict_of_answers
 from phi3_tools.finetune.settings import Settings, as_class
 from phi3_tools.images import NAME
-from phi3_tools.models import Model, score_answer
+from phi3_tools.models import Model, prompt_inputs, score_answer
 
 OTHER = "(other)"  # an answer that names no class
 # Held-out conversations that are answered, and of these how many are shown.
@@ -138,15 +138,7 @@ def ask(model: PreTrainedModel, processor, rows: Dataset, num_crops: int | None,
     for start in tqdm(range(0, len(rows), batch_size), desc=title, unit="batch"):
         batch = rows.select(range(start, min(start + batch_size, len(rows))))
         asked = [conversation(row, processor)[:-1] for row in batch]
-        inputs = processor.apply_chat_template(
-            asked,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            processor_kwargs={"return_tensors": "pt", "padding": True}
-            | ({} if num_crops is None else {"num_crops": num_crops}),
-        ).to(model.device)
-        inputs.pop("num_img_tokens", None)
+        inputs = prompt_inputs(processor, asked, num_crops, add_generation_prompt=True).to(model.device)
         truths = [said(row) for row in batch]
         most = 8 + max(len(processor.tokenizer(text).input_ids) for text in truths)
         output = model.generate(**inputs, max_new_tokens=most, do_sample=False)
