@@ -25,7 +25,7 @@ from phi3_tools.images import (
     read_image,
     readable,
 )
-from phi3_tools.measures import nearest, pixel_vectors, recall, unit
+from phi3_tools.measures import check_finite, nearest, pixel_vectors, recall, unit
 from phi3_tools.models import (
     embed,
     embed_words,
@@ -57,6 +57,7 @@ def run(source=None, model=None, output=Path("demo/neighbours.png")) -> None:
     loaded, image_processor = load_model(found)
     embedder = load_embedder(found, None if source else DIGIT_CROPS, loaded=loaded)
     vectors = unit(embed(embedder.encode_images, images))
+    check_finite(vectors, found.label)
     rows = nearest(vectors, vectors, NUM_NEIGHBOURS, own=np.arange(len(vectors)))
     _show_neighbours(rows, vectors, names)
     if labels is not None and len(np.unique(labels)) > 1:

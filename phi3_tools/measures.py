@@ -59,6 +59,12 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
+def check_finite(vectors: np.ndarray, model: str) -> None:
+    """Raises ValueError if a model's vectors are not finite."""
+    if not np.isfinite(vectors).all():
+        raise ValueError(f"{model} gives vectors that are not finite. Are its weights whole?")
+
+
 def why_undefined(vectors):
     """Why no figure can be had from these vectors, or None."""
     broken = int((~np.isfinite(vectors)).any(1).sum())

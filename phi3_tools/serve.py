@@ -76,7 +76,7 @@ def run(model=None, host="127.0.0.1", port=8000, num_crops=None, dtype="float32"
     limits = limits or Limits()
     api = Api(find_model(model or str(ROOT)), num_crops, dtype, limits)
     accelerator = device.partition(":")[0] if device else "auto"
-    server = litserve.LitServer(api, accelerator=accelerator, max_payload_size=limits.bytes)
+    server = Server(api, accelerator=accelerator, max_payload_size=limits.bytes)
     server.app.add_exception_handler(RequestValidationError, _say_invalid)
     server.app.add_exception_handler(StarletteHTTPException, _say)
     _end_as_by_ctrl_c()
@@ -311,6 +311,16 @@ class Spec(LitSpec):
                 yield piece
         finally:
             self.response_buffer.pop(uid, None)
+
+
+class Server(litserve.LitServer):
+    def launch_inference_worker(self, lit_api):
+        """Ctrl+C reaches all processes, but is for the first, which ends the others: they would show tracebacks."""
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the worker inherits
+        try:
+            return super().launch_inference_worker(lit_api)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 class Api(litserve.LitAPI):

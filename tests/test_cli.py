@@ -1,13 +1,17 @@
 """The command line as a whole: help, options, and errors in a line. Commands have tests of their own."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, copy_checkpoint, run_python
 from fresh_process import run_alone
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from phi3_tools.cli import error_line, main
 
@@ -108,6 +112,20 @@ def test_a_git_lfs_pointer_in_place_of_weights_is_told_in_a_line(tmp_path):
         words = [*command, str(model), *([str(tmp_path / "out")] if command == ["export"] else [])]
         with pytest.raises(SystemExit, match="is a Git LFS pointer in place of the weights. Run `git lfs pull`"):
             main(words)
+
+
+@pytest.mark.parametrize("command", ["demo OUT --output OUT/x.png --model", "finetune OUT --output OUT/x --model"])
+def test_weights_that_are_not_finite_are_told_in_a_line(command, embedding_checkpoint, tmp_path):
+    shutil.copytree(embedding_checkpoint, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    broken = {name: weight * torch.nan for name, weight in weights.items()}
+    save_file(broken, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    for name in ("out/a/1.png", "out/a/2.png", "out/b/1.png", "out/b/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    words = command.replace("OUT", str(tmp_path / "out")).split()
+    with pytest.raises(SystemExit, match="model gives vectors that are not finite. Are its weights whole?"):
+        main([*words, str(tmp_path / "model")])
 
 
 def test_an_interrupted_command_says_whether_it_goes_on(monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -44,12 +45,15 @@ def address(tmp_path_factory, whole_checkpoint):
         print(log.read_text())
     finally:
         workers = psutil.Process(server.pid).children(recursive=True)
+        for worker in workers:  # as Ctrl+C does; SIGTERM is for the first process alone
+            worker.send_signal(signal.SIGINT)
         server.terminate()
         server.wait(30)
         left = psutil.wait_procs(workers, timeout=10)[1]
         for worker in left:
             worker.kill()
     assert not left, "the server is gone, and its processes are not"
+    assert "Traceback" not in log.read_text()
 
 
 def is_ready(address):

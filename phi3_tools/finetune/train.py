@@ -42,6 +42,7 @@ from phi3_tools.finetune.report import figures_of_classes, figures_of_search
 from phi3_tools.finetune.settings import TALK, Settings, TaskOptions, as_class, last_checkpoint, steps_done
 from phi3_tools.finetune.talk import load_talker, talk_trainer
 from phi3_tools.images import IMAGE, LABEL, TEXT
+from phi3_tools.measures import check_finite
 from phi3_tools.models import Model, copy_recipe, load_sentence_transformer
 from phi3_tools.results import without_path, write_text
 
@@ -300,6 +301,7 @@ def embed(
         labels.append(batch.pop("labels").numpy())
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         vectors.append(model(**batch).pooler_output.float().numpy(force=True))
+        check_finite(vectors[-1], model.name_or_path)
     return np.concatenate(vectors), np.concatenate(labels)
 
 
