@@ -47,16 +47,17 @@ compare: $(VENV)/ready
 benchmark: $(VENV)/ready $(VENV)/quantizers
 	$(RUN) benchmarks/run.py
 
+# Nothing is compiled ahead: Python compiles what is imported, which of all packages' modules is a small part.
 $(VENV)/ready: requirements-dev.txt requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
+	$(VENV)/bin/pip install --quiet --no-compile -r requirements-dev.txt
 	$(VENV)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
 # requirements.txt and what the tests themselves need, at the versions of requirements-dev.txt.
 $(CHECK)/ready: requirements-dev.txt requirements.txt
 	$(PYTHON) -m venv $(CHECK)
-	$(CHECK)/bin/pip install --quiet -c requirements-dev.txt -r requirements.txt -r tests/requirements.txt
+	$(CHECK)/bin/pip install --quiet --no-compile -c requirements-dev.txt -r requirements.txt -r tests/requirements.txt
 	$(CHECK)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
@@ -70,7 +71,7 @@ $(VENV)/transformers-tests: $(VENV)/ready
 # In a folder of their own: wherever transformers or peft find them, they warn of what is not for CPUs.
 $(VENV)/quantizers: $(VENV)/ready
 	rm -rf $@ $@.part
-	$(VENV)/bin/pip install --quiet --no-deps --target $@.part torchao==0.18.0 bitsandbytes==0.50.2
+	$(VENV)/bin/pip install --quiet --no-compile --no-deps --target $@.part torchao==0.18.0 bitsandbytes==0.50.2
 	mv $@.part $@
 
 $(VENV)/browser: $(VENV)/ready

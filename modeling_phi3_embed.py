@@ -990,6 +990,9 @@ class Phi3VisionForConditionalGeneration(Phi3EmbedPreTrainedModel, GenerationMix
         others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return Phi3VisionCausalLMOutput(loss=loss, logits=logits, **others)
 
+    # `generate` reads the signature of remote code at every step, and making it anew takes a tenth of a small model's.
+    forward.__signature__ = inspect.signature(forward)
+
     def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs):
         r"""
         As [`~transformers.GenerationMixin.generate`]. Images are encoded once; the image token is never generated;

@@ -16,17 +16,19 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     generator = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
     normal = generator.standard_normal(shape, dtype=np.float32)
     *_, owner, last = f".{name}".split(".")
-    if "norm" in owner:
-        return normal * np.float32(0.02) + np.float32(last == "weight")
-    if last == "bias":
-        return normal * np.float32(0.02)
+    gains = {"q_proj": 2.0, "k_proj": 2.0, "out_proj": 0.5, "fc2": 0.5, "qkv_proj": 1.2, "lm_head": 4.0}
     if last in ("glb_GN", "sub_GN", "class_embedding") or owner == "wte":
         return normal
-    if owner == "position_embedding":
-        return normal * np.float32(0.5)
-    gains = {"q_proj": 2.0, "k_proj": 2.0, "out_proj": 0.5, "fc2": 0.5, "qkv_proj": 1.2, "lm_head": 4.0}
-    gain = gains.get(owner, 1.0)
-    return normal * np.float32(gain / math.sqrt(math.prod(shape[1:])))
+    if "norm" in owner or last == "bias":
+        scale = 0.02
+    elif owner == "position_embedding":
+        scale = 0.5
+    else:
+        scale = gains.get(owner, 1.0) / math.sqrt(math.prod(shape[1:]))
+    normal *= np.float32(scale)  # in place, because full size makes billions of values
+    if "norm" in owner:
+        normal += np.float32(last == "weight")
+    return normal
 
 
 def published(name: str) -> str:

@@ -111,60 +111,53 @@ def assert_equal_rows(folder, names, vectors):
     assert not list(folder.glob("*.part"))
 
 
-def test_a_killed_driver_and_a_killed_worker_lose_and_double_no_row(cluster, files, vectors, tmp_path):
-    pictures, folder = tmp_path / "pictures", tmp_path / "vectors"
-    pictures.mkdir()
-    for name, file in files.items():
-        (pictures / name).write_bytes(file)
+@pytest.fixture
+def source(files, tmp_path):
+    """A folder of a parquet and a tar file -> it, and the names of their images in order."""
+    folder, names, half = tmp_path / "images", [*files], NUM_IMAGES // 2
+    folder.mkdir()
+    images = [{"bytes": files[name], "path": name} for name in names[:half]]
+    data = Dataset.from_dict({"image": images}).cast_column("image", ImageFeature(decode=False))
+    data.to_parquet(folder / "a.parquet", batch_size=25)
+    with tarfile.open(folder / "b.tar", "w") as archive:
+        for name in names[half:]:
+            for member, content in ((name, files[name]), (name.replace("png", "txt"), b"a text")):
+                about = tarfile.TarInfo(member)
+                about.size = len(content)
+                archive.addfile(about, io.BytesIO(content))
+    rows = [f"{folder}/a.parquet#{row}" for row in range(half)]
+    return folder, rows + [f"{folder}/b.tar#{name}" for name in names[half:]]
 
-    driver = begin(cluster, pictures, folder)
+
+def test_a_killed_driver_and_a_killed_worker_lose_and_double_no_row(cluster, source, vectors, tmp_path):
+    (source, names), folder = source, tmp_path / "vectors"
+    num_shards = 13 + 8 + 20  # of a table's row groups of 25 and 15 rows, and of a tar file
+
+    driver = begin(cluster, source, folder)
     wait_for_files(folder, 3)
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
-    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
-    assert 3 <= len(before) < NUM_IMAGES // SHARD_SIZE
     while workers(cluster, "Embed"):  # those of the dead driver may still finish a shard
         time.sleep(0.1)
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
+    assert 3 <= len(before) < num_shards
 
-    driver = begin(cluster, pictures, folder)
+    driver = begin(cluster, source, folder)
     wait_for_files(folder, len(before) + 3)
     (model,) = workers(cluster, "Embed")
     assert workers(cluster, "Preprocess")  # in processes of their own, so that they overlap
     model.kill()
     said, errors = driver.communicate(timeout=TIMEOUT)
     assert driver.returncode == 0, errors
-    assert f"{NUM_IMAGES} images in {NUM_IMAGES // SHARD_SIZE} shards, of which {len(before)} are done." in said
+    assert f"{NUM_IMAGES} images in {num_shards} shards, of which {len(before)} are done." in said
     assert "a second; the model was busy" in said
-    assert f"Left out 1 of {NUM_IMAGES} images, which are broken" in said and f"{pictures}/050.png: it cannot" in said
-    assert_equal_rows(folder, [str(pictures / name) for name in files], vectors)
+    assert f"Left out 1 of {NUM_IMAGES} images, which are broken" in said and f"{names[BROKEN]}: it cannot" in said
+    assert_equal_rows(folder, names, vectors)
     after = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
     assert before.items() <= after.items()  # what was done was not done again
 
 
-def test_parquet_and_webdataset_give_the_same_vectors(cluster, files, vectors, tmp_path):
-    source = tmp_path / "pictures"
-    source.mkdir()
-    half = NUM_IMAGES // 2
-    images = [{"bytes": file, "path": name} for name, file in files.items()]
-    data = Dataset.from_dict({"image": images[:half]}).cast_column("image", ImageFeature(decode=False))
-    data.to_parquet(source / "a.parquet", batch_size=25)
-    with tarfile.open(source / "b.tar", "w") as archive:
-        for name in list(files)[half:]:
-            for member, content in ((name, files[name]), (name.replace("png", "txt"), b"a text")):
-                about = tarfile.TarInfo(member)
-                about.size = len(content)
-                archive.addfile(about, io.BytesIO(content))
-
-    driver = begin(cluster, source, tmp_path / "vectors", "--shard-size", "20")
-    errors = driver.communicate(timeout=TIMEOUT)[1]
-    assert driver.returncode == 0, errors
-    names = [f"{source}/a.parquet#{row}" for row in range(half)]
-    names += [f"{source}/b.tar#{name}" for name in list(files)[half:]]
-    assert_equal_rows(tmp_path / "vectors", names, vectors)
-
-
-def test_texts_and_texts_with_images_are_embedded_by_a_template(cluster, whole_checkpoint, tmp_path):
+def test_texts_and_texts_with_images_are_embedded_by_a_template(whole_checkpoint, tmp_path):
     model = SentenceTransformer(whole_checkpoint, trust_remote_code=True, processor_kwargs={"num_crops": 1})
     model[0].processing_kwargs["image"]["num_crops"] = 1
     image = Image.new("RGB", (60, 40), "red")
@@ -172,11 +165,11 @@ def test_texts_and_texts_with_images_are_embedded_by_a_template(cluster, whole_c
     Dataset.from_dict(rows, Features({"image": ImageFeature(), "words": Value("string")})).to_parquet(
         tmp_path / "both.parquet"
     )
-    more = ["--model", whole_checkpoint, "--text-column", "words", "--template", "It is {text}."]
-    driver = begin(cluster, tmp_path / "both.parquet", tmp_path / "out", *more)
-    errors = driver.communicate(timeout=TIMEOUT)[1]
-    assert driver.returncode == 0, errors
-    both, text, none = pq.read_table(tmp_path / "out").to_pylist()
+    (shard,) = make_shards(tmp_path / "both.parquet", 3, text_column="words")
+    whole = find_model(whole_checkpoint)
+    row = embed_ray.Preprocess(whole, 1, "It is {text}.")(shard)
+    assert embed_ray.Embed(tmp_path, whole, 1, "float32")(row)["images"] == 3
+    both, text, none = pq.read_table(tmp_path / embed_ray.file_name(0)).to_pylist()
     said = "It is a dress."
     for row, wanted in ((both, {"text": said, "image": image}), (text, said)):
         np.testing.assert_allclose(row["embedding"], model.encode_document(wanted), atol=1e-6)
