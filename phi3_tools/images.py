@@ -485,13 +485,15 @@ def _named_columns(names, wanted, source):
     for ours, guesses in ((LABEL, [LABEL]), (TEXT, [TEXT, "caption"])):
         name = wanted[ours] or next((guess for guess in guesses if guess in names), None)
         if name is not None and name not in names:
-            raise ValueError(
-                f"{source} has no column {name!r}, but {', '.join(map(repr, names))}. Name the one of the {ours}s by "
-                f"--{ours}-column."
-            )
+            raise _no_column(source, name, names, ours)
         if name is not None:
             found[ours] = name
     return found
+
+
+def _no_column(source, name, names, ours):
+    named, there = repr(name) if name else f"of {ours}s", ", ".join(map(repr, names))
+    return ValueError(f"{source} has no column {named}, but {there}. Name the one of the {ours}s by --{ours}-column.")
 
 
 def _load_tables(source, files, columns, streaming):
@@ -649,10 +651,7 @@ def _find_image_column(schema, name, source, text_column):
     if name is None and (len(candidates) == 1 or (text_column and not candidates)):
         return next(iter(candidates), None)
     if name is None or name not in schema.names:
-        raise ValueError(
-            f"{source} has no column {repr(name) if name else 'of images'}, but {', '.join(map(repr, schema.names))}. "
-            "Name the one of the images by --image-column."
-        )
+        raise _no_column(source, name, schema.names, IMAGE)
     if not holds_images(schema.field(name).type):
         raise ValueError(f"The column {name!r} of {source} holds no images, but {schema.field(name).type}.")
     return name
@@ -697,10 +696,7 @@ def _own_columns(split, columns, dataset):
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     image = columns[IMAGE] or next(iter(images), None)
     if image not in images:
-        raise ValueError(
-            f"{dataset} has no column {repr(image) if image else 'of images'}, but {', '.join(map(repr, features))}. "
-            "Name the one of the images by --image-column."
-        )
+        raise _no_column(dataset, image, features, IMAGE)
     names = {IMAGE: image} | _named_columns([name for name in features if name != image], columns, dataset)
     # Undecoded from the start: in a stream each step that follows would decode, and fail at a broken image.
     split = split.cast_column(image, UNDECODED).select_columns(list(names.values()))

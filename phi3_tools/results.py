@@ -185,13 +185,19 @@ def push_target(name: str, token: str | None = None) -> str:
 
 
 def push(
-    folder: Path, name: str, message: str, private: bool | None = None, token: str | None = None, ignore=()
+    folder: Path,
+    name: str,
+    message: str,
+    private: bool | None = None,
+    token: str | None = None,
+    ignore=(),
+    again: str = "run the same command again",
 ) -> str:
     """
     Pushes a folder in one commit, which also deletes weights that an older push left -> the commit's address.
 
     Raises:
-        ValueError: the push failed.
+        ValueError: the push failed; `again` says how to push what is there.
     """
     api = HfApi(token=token)
     try:
@@ -204,7 +210,5 @@ def push(
             commit_message=message,
         )
     except (HfHubHTTPError, OSError) as error:
-        raise ValueError(
-            f"Pushing to {name} failed: {error}. {folder} is complete; run the same command again."
-        ) from error
+        raise ValueError(f"Pushing to {name} failed: {one_line(error)}. {folder} is complete; {again}.") from error
     return commit.commit_url

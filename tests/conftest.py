@@ -152,6 +152,12 @@ def make_tokenizer():
     )
 
 
+def save_checkpoint(folder, tokenizer):
+    small_model(image_token_id=tokenizer.convert_tokens_to_ids("<|image|>")).save_pretrained(folder)
+    image_processor = Phi3EmbedImageProcessor(num_crops=4, size={"height": 56, "width": 56}, num_img_tokens=4)
+    Phi3EmbedProcessor(image_processor, tokenizer).save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()
@@ -181,9 +187,7 @@ def browser():
 def repository(tmp_path_factory, tokenizer):
     """A whole small checkpoint with its code, as a user of transformers saves one -> its folder."""
     path = tmp_path_factory.mktemp("repository")
-    small_model(image_token_id=tokenizer.convert_tokens_to_ids("<|image|>")).save_pretrained(path)
-    image_processor = Phi3EmbedImageProcessor(num_crops=4, size={"height": 56, "width": 56}, num_img_tokens=4)
-    Phi3EmbedProcessor(image_processor, tokenizer).save_pretrained(path)
+    save_checkpoint(path, tokenizer)
     return str(path)
 
 

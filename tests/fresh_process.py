@@ -4,6 +4,7 @@ that imported these, and so begin in a third of the time. transformers, huggingf
 themselves, in the environment and folder that they are given.
 """
 
+import json
 import multiprocessing
 import os
 import runpy
@@ -69,3 +70,47 @@ def _main(arguments, cwd, environment, *files):
     else:
         sys.argv = arguments
         runpy.run_path(first, run_name="__main__")
+
+
+class Machine:
+    """A process that lives on: `machine(code, *arguments)` is as conftest's `run_python`, but keeps its names."""
+
+    LOOP = """
+import contextlib, io, json, sys, traceback
+names = {"__name__": "machine"}
+for line in sys.stdin:
+    code, *sys.argv[1:] = json.loads(line)
+    error = None
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            exec(code, names)
+        except Exception as exception:
+            error = "".join(traceback.format_exception_only(exception))
+    print(json.dumps([printed.getvalue(), error]), flush=True)
+"""
+
+    def __init__(self, home, **environment):
+        self.home = home
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.LOOP],
+            env=os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"} | environment,
+            cwd=home,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def __call__(self, code, *arguments):
+        print(json.dumps([code, *map(str, arguments)]), file=self.process.stdin, flush=True)
+        printed, error = json.loads(self.process.stdout.readline())
+        if error:
+            raise RuntimeError(error)
+        return printed
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.communicate()

@@ -5,7 +5,6 @@ A Hub for tests: a real HTTP server on loopback that speaks the Hub's API as far
 with HubServer() as hub:
     commit = hub.add_repo("someone/model", folder, private=True)  # or {"config.json": b"{}", "big.safetensors": path}
     later = hub.commit("someone/model", {"config.json": b"{}"}, delete=["old.json"])  # old revisions stay loadable
-    hub.tag("someone/model", "v1", commit)
     hub.fail(r"GET .*model\\.safetensors", times=2, kind="503")
     run_python(code, **hub.environment(tmp_path))  # in a fresh process: this Hub, this cache, this token
     hub.files("someone/model", "main")  # path -> content, as far as the files are small
@@ -89,30 +88,22 @@ class File:
 
 
 @dataclass
-class Commit:
-    files: dict[str, File]
-    title: str
-    parents: list[str]
-
-
-@dataclass
 class Repo:
     private: bool = False
     gated: bool = False
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
-    commits: dict[str, Commit] = field(default_factory=dict)
+    commits: dict[str, dict[str, File]] = field(default_factory=dict)
 
     def resolve(self, revision):
         """Branch, tag or commit -> commit, or None."""
         sha = self.branches.get(revision) or self.tags.get(revision) or revision
         return sha if sha in self.commits else None
 
-    def add(self, files, title, branch="main"):
-        parents = [self.branches[branch]] if branch in self.branches else []
+    def add(self, files, branch="main"):
         tree = sorted((path, file.oid) for path, file in files.items())
-        sha = hashlib.sha1(repr((tree, title, parents, len(self.commits))).encode()).hexdigest()
-        self.commits[sha] = Commit(files, title, parents)
+        sha = hashlib.sha1(repr((tree, len(self.commits))).encode()).hexdigest()
+        self.commits[sha] = files
         self.branches[branch] = sha
         return sha
 
@@ -121,16 +112,8 @@ class Repo:
 class Request:
     """What the log keeps of a request; `sent` counts the content's bytes, without headers."""
 
-    method: str
-    path: str
-    range: str | None
-    has_token: bool
-    status: int | None = None
+    line: str
     sent: int = 0
-
-    @property
-    def line(self):
-        return f"{self.method} {self.path}"
 
 
 @dataclass
@@ -202,19 +185,16 @@ class HubServer:
             new[path] = content if isinstance(content, File) else File(path, content)
         with self.lock:
             repo = self.repos[repo_id]
-            old = repo.commits[repo.branches[branch]].files if branch in repo.branches else {}
+            old = repo.commits[repo.branches[branch]] if branch in repo.branches else {}
             self.objects |= {file.sha256: file for file in new.values() if file.sha256}
-            return repo.add({path: file for path, file in (old | new).items() if path not in delete}, "", branch)
-
-    def tag(self, repo_id, name, revision="main"):
-        self.repos[repo_id].tags[name] = self.repos[repo_id].resolve(revision)
+            return repo.add({path: file for path, file in (old | new).items() if path not in delete}, branch)
 
     def head(self, repo_id, branch="main"):
         return self.repos[repo_id].branches[branch]
 
     def files(self, repo_id, revision="main"):
         repo = self.repos[repo_id]
-        files = repo.commits[repo.resolve(revision)].files
+        files = repo.commits[repo.resolve(revision)]
         return {path: b"".join(file.chunks(0, file.size)) for path, file in files.items()}
 
     def fail(self, pattern, times=1, kind="503", at=0):
@@ -263,7 +243,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_any(self):
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
-        self.entry = Request(self.command, self.path, self.headers.get("Range"), token is not None)
+        self.entry = Request(f"{self.command} {self.path}")
         self.hub.log.append(self.entry)
         url = urlsplit(self.path)
         self.query = {name: values[0] for name, values in parse_qs(url.query, keep_blank_values=True).items()}
@@ -308,7 +288,6 @@ class _Handler(BaseHTTPRequestHandler):
             content, headers["Content-Type"] = json.dumps(content).encode(), "application/json"
         if isinstance(content, bytes):
             headers["Content-Length"], content = len(content), [content]
-        self.entry.status = status
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -332,7 +311,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Answers with a file or the range of it that was asked for."""
         start, stop, status = 0, file.size, 200
         headers = {"ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"} | headers
-        if match := re.fullmatch(r"bytes=(\d*)-(\d*)", self.entry.range or ""):
+        if match := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range") or ""):
             first, last = (int(text) if text else None for text in match.groups())
             start = max(file.size - last, 0) if first is None else first
             stop = file.size if first is None or last is None else min(last + 1, file.size)
@@ -409,8 +388,6 @@ class _Api(_Handler):
         r"POST /api/validate-yaml": "validate_yaml",
         rf"GET /api/{KIND}/{REPO}(?:/revision/{REVISION})?": "info",
         rf"GET /api/{KIND}/{REPO}/tree/{REVISION}(?:/(?P<path>.*))?": "tree",
-        rf"GET /api/{KIND}/{REPO}/refs": "refs",
-        rf"GET /api/{KIND}/{REPO}/commits/{REVISION}": "commits",
         rf"POST /api/{KIND}/{REPO}/paths-info/{REVISION}": "paths_info",
         rf"POST /api/{KIND}/{REPO}/branch/{REVISION}": "create_branch",
         rf"POST /api/{KIND}/{REPO}/tag/{REVISION}": "create_tag",
@@ -457,7 +434,7 @@ class _Api(_Handler):
         sha = repo.resolve(revision)
         if sha is None:
             raise _Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return sha, repo.commits[sha].files
+        return sha, repo.commits[sha]
 
     # Reading
 
@@ -506,23 +483,6 @@ class _Api(_Handler):
             for path in asked
             if is_folder[path] or path in files
         ]
-
-    def refs(self, repo_id):
-        repo = self.readable(repo_id)
-        kinds = {"branches": (repo.branches, "heads"), "tags": (repo.tags, "tags")}
-        lists = {
-            kind: [{"name": name, "ref": f"refs/{where}/{name}", "targetCommit": sha} for name, sha in names.items()]
-            for kind, (names, where) in kinds.items()
-        }
-        return lists | {"converts": [], "pullRequests": []}
-
-    def commits(self, repo_id, revision):
-        repo = self.readable(repo_id)
-        shas = [self.revision(repo, revision)[0]]
-        while parents := repo.commits[shas[-1]].parents:
-            shas += parents
-        common = {"authors": [{"user": OWNER}], "date": DATE, "message": ""}
-        return [{"id": sha, "title": repo.commits[sha].title} | common for sha in shas]
 
     def resolve(self, repo_id, revision, path):
         sha, file = self.find(repo_id, revision, path)
@@ -633,10 +593,9 @@ class _Api(_Handler):
             if revision not in repo.branches:
                 raise _Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
             sha, files = self.revision(repo, revision)
-            files, title = dict(files), ""
+            files = dict(files)
             for key, value in ((line["key"], line["value"]) for line in lines):
                 if key == "header":
-                    title = value["summary"]
                     if value.get("parentCommit", sha) != sha:
                         raise _Refusal(412, "A commit has happened since. Please refresh and try again.")
                 elif key == "file":
@@ -645,18 +604,9 @@ class _Api(_Handler):
                     if value["oid"] not in self.hub.objects:
                         raise _Refusal(400, f"LFS pointer of {value['path']} points to a file that does not exist")
                     files[value["path"]] = self.hub.objects[value["oid"]]
-                else:
-                    gone = [
-                        path
-                        for path in files
-                        if path == value["path"]
-                        or (key == "deletedFolder" and path.startswith(value["path"].rstrip("/") + "/"))
-                    ]
-                    if not gone:
-                        raise _Refusal(404, "A file with this name doesn't exist", "EntryNotFound")
-                    for path in gone:
-                        del files[path]
-            sha = repo.add(files, title, revision)
+                elif files.pop(value["path"], None) is None:
+                    raise _Refusal(404, "A file with this name doesn't exist", "EntryNotFound")
+            sha = repo.add(files, revision)
         return {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}"}
 
 

@@ -1,17 +1,11 @@
 """Small vision towers and language models with random weights, as folders that transformers loads."""
 
 import torch
+from conftest import SMALL_TOWER
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil, PreTrainedTokenizerFast
 
-SHAPE = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "image_size": 56,
-    "patch_size": 14,
-}
+SHAPE = {name: size for name, size in SMALL_TOWER.items() if name != "model_type"}
 # Model types, and what their configs need beside SHAPE. AIMv2 and DINOv3 have no table of positions to resample here.
 TOWERS = {
     "clip_vision_model": {},

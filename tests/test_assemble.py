@@ -4,13 +4,13 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_python
 from parts import SHAPE, TOWERS, save_language_model, save_tower
 from PIL import Image
 from safetensors.torch import load_file
+from trainings import make_images
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -143,12 +143,7 @@ def test_features_and_logits_are_those_of_the_parts(assembled):
 
 
 def test_assembled_towers_are_compared_as_any_other_model(assembled, tmp_path):
-    rng = np.random.default_rng(0)
-    for name, light in {"dark": 60, "light": 180}.items():
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for number in range(3):
-            pixels = rng.integers(light, light + 60, (40, 40, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.png")
+    make_images(tmp_path / "images", ("blue", "green"), 3)
     models = [word for pooling in ("tower", "mean") for word in ("--model", f"{assembled[2]}:{pooling}")]
     options = ["--output", str(tmp_path / "report"), "--cache", str(tmp_path / "cache"), "--num-crops", "1"]
     main(["compare", str(tmp_path / "images"), *models, *options, "--resamples", "100", "--probe", "2"])

@@ -15,6 +15,7 @@ from conftest import ROOT
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from fresh_process import run_fresh
+from parts import save_tower
 from phi3_embed.modeling_phi3_embed import Phi3EmbedModel
 from PIL import Image
 from safetensors.numpy import load_file
@@ -25,13 +26,9 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
-    Dinov2Config,
-    Dinov2Model,
     IJepaConfig,
     IJepaModel,
     PreTrainedTokenizerFast,
-    SiglipVisionConfig,
-    SiglipVisionModel,
     ViTConfig,
     ViTMAEConfig,
     ViTMAEModel,
@@ -461,18 +458,9 @@ def save_clip(path):
     return str(path)
 
 
-TOWERS = {"dinov2": (Dinov2Model, Dinov2Config), "siglip": (SiglipVisionModel, SiglipVisionConfig)}
-
-
-@pytest.mark.parametrize("name", ["clip", "vit", *TOWERS])
+@pytest.mark.parametrize("name", ["clip", "vit", "dinov2", "siglip_vision_model"])
 def test_models_of_transformers_embed_by_their_own_processor(name, tmp_path):
-    if name == "clip":
-        path = save_clip(tmp_path / name)
-    else:
-        path = save_vit(tmp_path / name)
-        if name in TOWERS:
-            model_class, config_class = TOWERS[name]
-            model_class(config_class(**SMALL_VISION)).save_pretrained(path)
+    path = save_clip(tmp_path / name) if name == "clip" else save_tower(tmp_path / name, name, image_size=224)
     images = [noise(0), noise(1, (50, 30))]
     vectors, made = embed_here(tmp_path, [path], images)[0]
     model = AutoModel.from_pretrained(path).eval()

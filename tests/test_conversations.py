@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from PIL import Image
+from trainings import make_images
 from transformers import AutoProcessor
 
 from phi3_tools.finetune.conversations import _conversations, encode, load_conversations
@@ -46,10 +47,7 @@ def test_the_answer_alone_is_learnt_and_must_fit_into_the_context(tmp_path):
 
 
 def test_what_is_left_out_of_classes_is_named_once(tmp_path, capfd):
-    for name in ("cat", "dog"):
-        (tmp_path / name).mkdir()
-        for number in range(5):
-            Image.new("L", (8 + number, 8)).save(tmp_path / name / f"{number}.png")
+    make_images(tmp_path, ("cat", "dog"), 5)
     (tmp_path / "notes.txt").write_text("of no use")
     load_conversations(str(tmp_path), DataOptions(validation=0), 0)
     assert "".join(capfd.readouterr()).count("Left out 1 of 11 files") == 1

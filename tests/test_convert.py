@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from subprocess import DEVNULL, PIPE
+from subprocess import DEVNULL
 
 import golden
 import numpy as np
@@ -15,7 +15,7 @@ import published
 import pytest
 import torch
 from conftest import ROOT, run_python
-from fresh_process import run_alone, run_fresh
+from fresh_process import Machine, run_alone, run_fresh
 from hub_server import File, HubServer
 from peft import LoraConfig, PeftModel, get_peft_model
 from phi3_embed.configuration_phi3_embed import SENTENCE_TRANSFORMERS_FILES, Phi3EmbedConfig
@@ -34,6 +34,7 @@ from phi3_tools.checkpoint.put_back import put_back
 
 MODULES = ("checks_phi3_embed.py", "configuration_phi3_embed.py", "modeling_phi3_embed.py", "processing_phi3_embed.py")
 SCRIPT = ROOT / "convert_phi3_vision.py"
+QKV, NORM, WHOLE = "model.layers.3.self_attn.qkv_proj.weight", "model.norm.weight", {"whole": True}
 GLB, FC1 = "model.vision_embed_tokens.glb_GN", f"{TOWER}encoder.layers.1.mlp.fc1.weight"
 
 
@@ -202,21 +203,31 @@ def fill(name, value):
 
 
 @pytest.mark.parametrize(
-    "change, dtype, said",
+    "change, settings, said",
     [
-        (pop(GLB), None, rf"missing \(1\): {GLB}$"),
-        (pop(EMBED_TOKENS), None, rf"missing \(1\): {WTE} or {EMBED_TOKENS}$"),
-        (put("model.vision_embed_tokens.new", torch.zeros(2)), None, r"extra \(1\): model.vision_embed_tokens.new$"),
-        (put(FC1, torch.zeros(64, 128)), None, rf"wrong shape \(1\): {FC1} is \(64, 128\), not \(128, 64\)$"),
-        (put(FC1, torch.zeros(128, 64, dtype=torch.int8)), None, rf"wrong dtype \(1\): {FC1} is I8, not one of BF16"),
-        (fill(FC1, float("nan")), None, rf"NaN or infinite \(1\): {FC1}$"),
-        (fill(EMBED_TOKENS, float("inf")), None, rf"NaN or infinite \(1\): {EMBED_TOKENS}$"),
-        (fill(FC1, 1e6), torch.float16, rf"NaN or infinite as float16 \(1\): {FC1}$"),
+        (pop(GLB), {}, rf"missing \(1\): {GLB}$"),
+        (pop(EMBED_TOKENS), {}, rf"missing \(1\): {WTE} or {EMBED_TOKENS}$"),
+        (put("model.vision_embed_tokens.new", torch.zeros(2)), {}, r"extra \(1\): model.vision_embed_tokens.new$"),
+        (put(FC1, torch.zeros(64, 128)), {}, rf"wrong shape \(1\): {FC1} is \(64, 128\), not \(128, 64\)$"),
+        (put(FC1, torch.zeros(128, 64, dtype=torch.int8)), {}, rf"wrong dtype \(1\): {FC1} is I8, not one of BF16"),
+        (fill(FC1, float("nan")), {}, rf"NaN or infinite \(1\): {FC1}$"),
+        (fill(EMBED_TOKENS, float("inf")), {}, rf"NaN or infinite \(1\): {EMBED_TOKENS}$"),
+        (fill(FC1, 1e6), {"dtype": torch.float16}, rf"NaN or infinite as float16 \(1\): {FC1}$"),
+        (pop(QKV), WHOLE, rf"missing \(1\): {QKV}$"),
+        (pop("lm_head.weight"), WHOLE, r"missing \(1\): lm_head.weight$"),
+        (put(NORM, torch.zeros(95)), WHOLE, rf"wrong shape \(1\): {NORM} is \(95,\), not \(96,\)$"),
+        (put("model.layers.4.new", torch.zeros(1)), WHOLE, r"extra \(1\): model.layers.4.new$"),
+        (fill(QKV, torch.nan), WHOLE, rf"NaN or infinite \(1\): {QKV}$"),
+        (
+            lambda weights: put(WTE, weights[EMBED_TOKENS] + 1)(weights),
+            WHOLE,
+            "two different tables of word embeddings",
+        ),
     ],
 )
-def test_weights_that_are_not_as_they_should_be_are_named(change, dtype, said, tmp_path):
+def test_weights_that_are_not_as_they_should_be_are_named(change, settings, said, tmp_path):
     with pytest.raises(ValueError, match=said):
-        convert(str(changed(tmp_path / "source", change)), tmp_path / "output", dtype)
+        convert(str(changed(tmp_path / "source", change)), tmp_path / "output", **settings)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -554,20 +565,18 @@ def test_weights_go_back_only_where_they_give_the_same_embeddings(source, conver
 WANTED = 6_575_616
 STORAGE = r"GET /repos/.*model.*\.safetensors"
 
-SERVE = """
-import contextlib, io, json, os, resource, sys, time
+CONVERT = """
+import json, os, resource, sys, time
 from phi3_tools.cli import main
 
 time.sleep = lambda seconds: None
-for line in sys.stdin:
-    limit, os.environ["HF_TOKEN"], *arguments = json.loads(line)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        try:
-            said = main(["convert", *arguments])
-        except SystemExit as exit:
-            said = str(exit.code)
-    print(json.dumps(said), flush=True)
+limit, os.environ["HF_TOKEN"], *arguments = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+try:
+    said = main(["convert", *arguments])
+except SystemExit as exit:
+    said = str(exit.code)
+print(json.dumps(said))
 """
 
 
@@ -576,17 +585,13 @@ def far(source, tmp_path_factory):
     """A Hub that has the checkpoint, and the command's main in a process of its own."""
     with HubServer() as hub:
         hub.add_repo("someone/phi3v", source)
-        environment = os.environ | hub.environment(tmp_path_factory.mktemp("home"), token="")
-        with subprocess.Popen(
-            [sys.executable, "-c", SERVE], env=environment, stdin=PIPE, stdout=PIPE, text=True
-        ) as process:
+        home = tmp_path_factory.mktemp("home")
+        with Machine(home, **hub.environment(home, token="")) as machine:
 
             def main(*arguments, limit=-1, token=""):
-                print(json.dumps([limit, token, *map(str, arguments)]), file=process.stdin, flush=True)
-                return json.loads(process.stdout.readline())
+                return json.loads(machine(CONVERT, limit, token, *arguments).splitlines()[-1])
 
             yield hub, main
-            process.stdin.close()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from conftest import ROOT
 from fresh_process import run_fresh
 from phi3_embed import configuration_phi3_embed, processing_phi3_embed
 from PIL import Image
+from trainings import make_images
 from transformers import AutoConfig, AutoImageProcessor
 
 from phi3_tools.cli import main
@@ -41,11 +42,7 @@ def test_the_demo_asks_and_says_how_many_answers_are_right(whole_checkpoint, mon
 
 
 def test_the_demo_runs_on_a_folder_and_names_what_it_cannot_read(tmp_path):
-    for number, color in enumerate(["red", "green", "blue"]):
-        folder = tmp_path / color
-        folder.mkdir()
-        for size in (40, 60):
-            Image.new("RGB", (size, 30 + number), color).save(folder / f"{size}.png")
+    make_images(tmp_path, ("blue", "green", "red"), 2)
     (tmp_path / "red" / "broken.png").write_bytes(b"no picture")
     done = run_fresh("-m", "phi3_tools", "demo", tmp_path, "--output", tmp_path / "out" / "drawn.png")
     assert done.returncode == 0, done.stderr

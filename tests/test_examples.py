@@ -3,21 +3,15 @@
 import pytest
 from conftest import ROOT
 from fresh_process import run_fresh
-from PIL import Image
 from sentence_transformers import SentenceTransformer
+from trainings import make_images
 
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Sixteen images, eight a class."""
-    folder = tmp_path_factory.mktemp("images")
-    for number in range(16):
-        path = folder / ("dark" if number % 2 else "light") / f"{number}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.new("L", (8 + number, 12), 30 + number if number % 2 else 220 + number).save(path)
-    return folder
+    return make_images(tmp_path_factory.mktemp("images"), ("blue", "green"), 8)
 
 
 def run(script, *arguments, cwd):
@@ -33,7 +27,7 @@ def test_a_script_is_short_and_names_nothing_private():
 
 
 def test_search_finds_an_image_itself_first(images, tmp_path):
-    query = images / "dark" / "1.png"
+    query = images / "blue" / "1.png"
     assert run("search_images.py", images, query, cwd=tmp_path).splitlines()[0] == f"1.000  {query}"
 
 
@@ -47,4 +41,4 @@ def test_a_classifier_is_trained_and_saved_with_its_code(images, tmp_path):
 def test_an_embedding_is_trained_and_loads(images, tmp_path):
     run("train_embedding.py", images, tmp_path / "embedding", cwd=tmp_path)
     embedder = SentenceTransformer(str(tmp_path / "embedding"), trust_remote_code=True)
-    assert embedder.encode([str(images / "dark" / "1.png")]).shape == (1, 128)
+    assert embedder.encode([str(images / "blue" / "1.png")]).shape == (1, 128)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run_python, small_config, small_model, small_pixels
-from phi3_embed.modeling_phi3_embed import AUTO_MAP, Phi3EmbedForImageClassification
+from phi3_embed.modeling_phi3_embed import AUTO_MAP, Phi3EmbedForImageClassification, Phi3EmbedModel
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor
 from PIL import Image
 from torch import nn
@@ -101,15 +101,11 @@ def head_folder(tmp_path_factory):
     return path
 
 
-def test_a_head_on_a_base_checkpoint_starts_fresh_and_says_so(repository, caplog):
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    level = logger.level
-    logger.setLevel(logging.WARNING)  # a test before this one may have turned it down
+def test_a_head_on_a_base_checkpoint_starts_fresh_and_says_so(repository, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, "transformers")  # a test before this one may have turned it down
     loaded = Phi3EmbedForImageClassification.from_pretrained(repository, id2label=CLASSES, output_loading_info=True)
     head, info = loaded
-    logger.removeHandler(caplog.handler)
-    logger.setLevel(level)
     assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"} and not info["unexpected_keys"]
     assert "classifier.weight" in caplog.text and "MISSING" in caplog.text
     assert 0 < head.classifier.weight.std() < 0.1 and not head.classifier.bias.any()
@@ -117,17 +113,20 @@ def test_a_head_on_a_base_checkpoint_starts_fresh_and_says_so(repository, caplog
 
 
 @pytest.mark.parametrize(
-    "model, gone",
-    [(small_head, "classifier.weight"), (small_model, "vision_embed_tokens.wte.weight")],
-    ids=["head", "base"],
+    "model, model_class, gone",
+    [
+        (small_head, Phi3EmbedForImageClassification, "classifier.weight"),
+        (small_model, Phi3EmbedForImageClassification, "vision_embed_tokens.wte.weight"),
+        (small_model, Phi3EmbedModel, "vision_embed_tokens.projector.img_projection.2.bias"),
+    ],
 )
-def test_a_head_with_weights_missing_is_an_error(model, gone, tmp_path):
+def test_weights_that_are_missing_are_an_error_that_names_them(model, model_class, gone, tmp_path):
     model = model()
     weights = model.state_dict()
     del weights[gone]
     model.save_pretrained(tmp_path, state_dict=weights)
     with pytest.raises(ValueError, match=f"lacks 1 of the model's weights: .*{gone}"):
-        Phi3EmbedForImageClassification.from_pretrained(tmp_path, id2label=CLASSES)
+        model_class.from_pretrained(tmp_path, id2label=CLASSES)
 
 
 def test_a_head_without_a_checkpoint_of_the_base_is_an_error(repository):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -589,10 +590,6 @@ def unreadable(folder):
     (folder / "red" / "bad.png").write_bytes(b"no image")
 
 
-def one_class(folder):
-    make_images(folder, ("red",), 3)
-
-
 def flat(folder):
     make_images(folder.with_name("classes"), per_class=3)
     folder.mkdir()
@@ -609,19 +606,12 @@ def hidden_labels(folder, feature=None):
         Dataset.from_dict(rows, features).to_parquet(folder / f"{split}.parquet")
 
 
-def hidden_numbers(folder):
-    hidden_labels(folder, Value("int64"))
-
-
-def two_of_each(folder):
-    make_images(folder, per_class=2)
-
-
+one_class, two_of_each = partial(make_images, names=("red",), per_class=3), partial(make_images, per_class=2)
 HIDDEN = "row 0 in the split 'test' of .*data has no label, or one hidden as -1. Give every"
 BAD_DATA = {
     "hidden labels": (hidden_labels, "", HIDDEN),
     "hidden labels of an embedding": (hidden_labels, "--task embedding", HIDDEN),
-    "hidden numbers": (hidden_numbers, "--task embedding", HIDDEN),
+    "hidden numbers": (partial(hidden_labels, feature=Value("int64")), "--task embedding", HIDDEN),
     "a class with one image": (one_class_of_one, "", "The class 'red' has 1 left .* 1 must be held out"),
     "labels that differ": (unknown_label_in_test, "", "labels differ between splits: 'test' has green, which 'train'"),
     "an empty split": (empty_split, "--skip-broken", "The split 'test' of .* is empty"),

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_python
+from fresh_process import Machine
 from hub_server import HubServer
 from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor
 from safetensors.torch import load
 from safetensors.torch import save as to_bytes
 from test_finetune import small_head
-from test_loading import EMBED, MODULES, save
+from test_loading import EMBED, MODULES
 
 PAGE = (ROOT / "docs" / "hub.md").read_text()
 WEIGHTS = "model.safetensors"
@@ -36,50 +37,6 @@ CODE_VERSION = "print(getattr(type(model), 'version', 'old'))"
 NEW_CODE = (ROOT / "modeling_phi3_embed.py").read_bytes() + b'\nPhi3EmbedModel.version = "new"\n'
 
 
-class Machine:
-    """A process that lives on: `machine(code, *arguments)` is as `run_python`, but keeps its names."""
-
-    LOOP = """
-import contextlib, io, json, sys, traceback
-names = {"__name__": "machine"}
-for line in sys.stdin:
-    code, *sys.argv[1:] = json.loads(line)
-    error = None
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        try:
-            exec(code, names)
-        except Exception as exception:
-            error = "".join(traceback.format_exception_only(exception))
-    print(json.dumps([printed.getvalue(), error]), flush=True)
-"""
-
-    def __init__(self, hub, home, token=None):
-        self.home = home
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", self.LOOP],
-            env=os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"} | hub.environment(home, token),
-            cwd=home,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def __call__(self, code, *arguments):
-        print(json.dumps([code, *map(str, arguments)]), file=self.process.stdin, flush=True)
-        printed, error = json.loads(self.process.stdout.readline())
-        if error:
-            raise RuntimeError(error)
-        return printed
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.communicate()
-
-
 @pytest.fixture(scope="module")
 def hub():
     with HubServer() as server:
@@ -89,22 +46,22 @@ def hub():
 @pytest.fixture(scope="module")
 def author(hub, tmp_path_factory):
     """A machine that may write."""
-    with Machine(hub, tmp_path_factory.mktemp("author")) as machine:
+    home = tmp_path_factory.mktemp("author")
+    with Machine(home, **hub.environment(home)) as machine:
         yield machine
 
 
 @pytest.fixture(scope="module")
 def stranger(hub, tmp_path_factory):
     """Another machine, with a cache of its own and without a token."""
-    with Machine(hub, tmp_path_factory.mktemp("stranger"), token="") as machine:
+    home = tmp_path_factory.mktemp("stranger")
+    with Machine(home, **hub.environment(home, token="")) as machine:
         yield machine
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
-    path = tmp_path_factory.mktemp("checkpoint")
-    save(path, tokenizer)
-    return path
+def folder(repository):
+    return Path(repository)
 
 
 @pytest.fixture(scope="module")

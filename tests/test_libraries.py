@@ -8,13 +8,14 @@ import mteb
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, small_config, small_model, small_pixels
+from conftest import ROOT, small_model, small_pixels, whole_model
 from datasets import Dataset, Features, List, Value
 from peft import LoraConfig, PeftModel, get_peft_model
-from phi3_embed.modeling_phi3_embed import Phi3EmbedForImageClassification
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModel, AutoModelForImageClassification
+from test_finetune import small_head
+from test_generation import prompt
+from transformers import AutoModel, AutoModelForImageClassification, AutoModelForImageTextToText
 
 from phi3_tools import evaluate as mteb_eval  # noqa: E402
 from phi3_tools.cli import main
@@ -158,32 +159,34 @@ def test_scores_of_other_weights_are_not_taken_over(repository, tmp_path):
 # peft
 
 
-def small_head():
-    torch.manual_seed(0)
-    return Phi3EmbedForImageClassification(small_config(num_labels=3)).eval()
+TARGETS = r".*(language_model.*(qkv_proj|o_proj|gate_up_proj|down_proj)|img_processor.*(q_proj|v_proj))"
+IMAGES = small_pixels((1, 2), (1, 1))
 
 
 @pytest.mark.parametrize(
-    ("build", "auto_class", "output"),
-    [(small_model, AutoModel, "pooler_output"), (small_head, AutoModelForImageClassification, "logits")],
+    ("build", "auto_class", "output", "inputs", "atol"),
+    [
+        (small_model, AutoModel, "pooler_output", IMAGES, 1e-5),
+        (small_head, AutoModelForImageClassification, "logits", IMAGES, 1e-5),
+        (whole_model, AutoModelForImageTextToText, "logits", prompt(0), 1e-4),
+    ],
 )
-def test_lora_trains_is_saved_and_merges_into_the_model(build, auto_class, output, tmp_path):
-    images = small_pixels((1, 2), (1, 1))
-    adapted = get_peft_model(build(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+def test_lora_trains_is_saved_and_merges_into_the_model(build, auto_class, output, inputs, atol, tmp_path):
+    adapted = get_peft_model(build(), LoraConfig(r=4, target_modules=TARGETS))
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.1)
     for _ in range(2):  # B starts at zero, so A gets its first gradient in the second step
-        adapted(**images)[output].square().mean().backward()
+        adapted(**inputs)[output].square().mean().backward()
         assert all(parameter.grad is not None for parameter in trained)
         optimizer.step()
     with torch.no_grad():
-        untrained, wanted = build()(**images)[output], adapted(**images)[output]
+        untrained, wanted = build()(**inputs)[output], adapted(**inputs)[output]
         assert not torch.allclose(wanted, untrained, atol=1e-3)
 
         adapted.save_pretrained(tmp_path / "adapter")
         again = PeftModel.from_pretrained(build(), tmp_path / "adapter")
-        torch.testing.assert_close(again(**images)[output], wanted)
+        torch.testing.assert_close(again(**inputs)[output], wanted)
 
         again.merge_and_unload().save_pretrained(tmp_path / "merged")
         merged = auto_class.from_pretrained(tmp_path / "merged", trust_remote_code=True)
-        torch.testing.assert_close(merged(**images)[output], wanted, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(merged(**inputs)[output], wanted, atol=atol, rtol=1e-4)

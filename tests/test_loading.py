@@ -2,16 +2,14 @@
 
 import ast
 import json
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, infer_auto_device_map, load_checkpoint_and_dispatch
-from conftest import ROOT, copy_checkpoint, run_python, small_config, small_model, small_pixels
+from conftest import ROOT, copy_checkpoint, run_python, save_checkpoint, small_config, small_model, small_pixels
 from phi3_embed.modeling_phi3_embed import AUTO_MAP, Phi3EmbedModel
-from phi3_embed.processing_phi3_embed import Phi3EmbedImageProcessor, Phi3EmbedProcessor
 from safetensors.torch import load_file
 
 MODULES = ("checks_phi3_embed.py", "configuration_phi3_embed.py", "modeling_phi3_embed.py", "processing_phi3_embed.py")
@@ -35,27 +33,10 @@ assert not [module for module in sys.modules if module.partition(".")[0] == "tor
 """
 
 
-def save(folder, tokenizer, code=True):
-    """A whole checkpoint, as a user would save one."""
-    model = small_model(image_token_id=tokenizer.convert_tokens_to_ids("<|image|>"))
-    image_processor = Phi3EmbedImageProcessor(num_crops=4, size={"height": 56, "width": 56}, num_img_tokens=4)
-    model.save_pretrained(folder)
-    Phi3EmbedProcessor(image_processor, tokenizer).save_pretrained(folder)
-    if not code:
-        for module in MODULES:
-            (folder / module).unlink()
-    return model
-
-
-def folder_layout(path, tokenizer):
-    save(path, tokenizer)
-    return path, {}
-
-
 def subfolder_layout(path, tokenizer):
-    save(path / "small", tokenizer, code=False)
+    save_checkpoint(path / "small", tokenizer)
     for module in MODULES:
-        shutil.copy(ROOT / module, path)
+        (path / "small" / module).rename(path / module)
     return path, {"subfolder": "small"}
 
 
@@ -63,24 +44,17 @@ def cache_layout(path, tokenizer):
     repo, commit = path / "hub" / "models--someone--phi3-embed", "0" * 40
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text(commit)
-    save(repo / "snapshots" / commit, tokenizer)
+    save_checkpoint(repo / "snapshots" / commit, tokenizer)
     return "someone/phi3-embed", {"revision": commit}
 
 
-@pytest.fixture(scope="module")
-def folder_output(tmp_path_factory, tokenizer):
-    path, options = folder_layout(tmp_path_factory.mktemp("folder"), tokenizer)
-    return run_python(EMBED, path, json.dumps(options))
-
-
 @pytest.mark.parametrize("layout", [subfolder_layout, cache_layout])
-def test_auto_classes_load_alike_in_fresh_processes_offline(layout, tmp_path, tokenizer, folder_output):
+def test_auto_classes_load_alike_in_fresh_processes_offline(layout, tmp_path, tokenizer, repository):
     name, options = layout(tmp_path, tokenizer)
-    assert run_python(EMBED, name, json.dumps(options), HF_HOME=str(tmp_path)) == folder_output
+    assert run_python(EMBED, name, json.dumps(options), HF_HOME=str(tmp_path)) == run_python(EMBED, repository, "{}")
 
 
-def test_a_saved_folder_carries_its_code_also_when_loaded_code_saves_it(tmp_path, tokenizer):
-    model = save(tmp_path / "first", tokenizer)
+def test_a_saved_folder_carries_its_code_also_when_loaded_code_saves_it(repository, tmp_path):
     code = """
 import sys
 from pathlib import Path
@@ -88,14 +62,13 @@ from transformers import AutoModel, AutoProcessor
 AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).save_pretrained(sys.argv[2])
 AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True).save_pretrained(sys.argv[2])
 """
-    run_python(code, tmp_path / "first", tmp_path / "second")
+    run_python(code, repository, tmp_path / "second")
     for module in MODULES:
         assert (tmp_path / "second" / module).read_bytes() == (ROOT / module).read_bytes()
     auto_map = json.loads((tmp_path / "second" / "config.json").read_text())["auto_map"]
     assert auto_map == AUTO_MAP
-    again = load_file(tmp_path / "second" / "model.safetensors")
-    assert again.keys() == model.state_dict().keys()
-    assert all(torch.equal(again[name], weight) for name, weight in model.state_dict().items())
+    again, weights = (load_file(folder / "model.safetensors") for folder in (tmp_path / "second", Path(repository)))
+    assert again.keys() == weights.keys() and all(torch.equal(again[name], weights[name]) for name in weights)
 
 
 def test_whole_and_embedding_of_one_code_and_name_load_each_as_what_they_are(embedding_checkpoint, tmp_path):

@@ -222,11 +222,6 @@ def test_inputs_embeds_and_pixels_of_a_wrong_kind_are_an_error(model):
         model(pixel_values=images["pixel_values"].numpy(), image_sizes=images["image_sizes"])
 
 
-def test_placeholders_without_images_are_an_error(model):
-    with pytest.raises(ValueError, match=r"13 image placeholders, in runs of \[13\], but the images take 0 tokens"):
-        model(torch.tensor([run(1, 1)]))
-
-
 # The sample's interface
 
 
@@ -557,16 +552,6 @@ def test_a_fresh_model_is_initialised_completely_also_from_meta():
 # Checkpoints that do not fit
 
 
-def test_missing_weights_are_an_error_that_names_them(tmp_path):
-    model = small_model()
-    weights = model.state_dict()
-    gone = "vision_embed_tokens.projector.img_projection.2.bias"
-    del weights[gone]
-    model.save_pretrained(tmp_path, state_dict=weights)
-    with pytest.raises(ValueError, match=f"lacks 1 of the model's weights: {gone}"):
-        Phi3EmbedModel.from_pretrained(tmp_path)
-
-
 def test_a_checkpoint_of_another_size_is_an_error(tmp_path):
     small_model().save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="(?s)size mismatch|mismatched"):
@@ -576,12 +561,9 @@ def test_a_checkpoint_of_another_size_is_an_error(tmp_path):
 # Bad input
 
 
-def altered(images, **changes):
-    return images | changes
-
-
 GOOD = small_pixels((1, 2), (2, 1), pad_views=True)
 PIXELS, SIZES = GOOD["pixel_values"], GOOD["image_sizes"]
+NO_IMAGES = {"pixel_values": None, "image_sizes": None}
 BEYOND = torch.cat((PIXELS, torch.ones_like(PIXELS[:, :1])), dim=1)
 NAN = PIXELS.clone()
 NAN[0, 0, 0, 0, 0] = math.nan
@@ -623,12 +605,16 @@ NAN[0, 0, 0, 0, 0] = math.nan
         ({"image_sizes": "336x336"}, "are '336x336', but must be ints"),
         ({"inputs_embeds": [[0.0] * 48], "input_ids": None}, "`inputs_embeds` are of type list, but must be a tensor"),
         ({"pixel_values": None}, "without `pixel_values`"),
-        ({"pixel_values": None, "image_sizes": None}, "Nothing was given"),
+        (
+            NO_IMAGES | {"input_ids": torch.tensor([run(1, 1)])},
+            r"13 .* in runs of \[13\], but the images take 0 tokens",
+        ),
+        (NO_IMAGES, "Nothing was given"),
     ],
 )
 def test_bad_input_is_an_error_of_ours(model, changes, message):
     with pytest.raises(ValueError, match=message):
-        model(**altered(GOOD, **changes))
+        model(**GOOD | changes)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint64])

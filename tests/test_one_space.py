@@ -137,11 +137,6 @@ def test_what_goes_not_with_one_space_is_refused_before_it_is_trained(options, s
         finetune(start, classes, tmp_path / "out", f"{SHORT} {options}")
 
 
-def test_hard_negatives_need_a_recipe(classes, repository, tmp_path):
-    with pytest.raises(ValueError, match="--hard-negatives goes with whole checkpoints"):
-        finetune(repository, classes, tmp_path / "out", f"{SHORT} --hard-negatives 1")
-
-
 def test_captions_that_are_lacking_are_named(captions, start, tmp_path):
     rows = Dataset.from_parquet(str(captions)).to_list()
     rows[3]["said"] = " "

@@ -12,6 +12,8 @@ from transformers.decision import DecisionConfig
 from transformers.pipelines import SUPPORTED_TASKS, any_to_any
 from transformers.pipelines.pt_utils import KeyDataset
 
+from phi3_tools.digits import ask
+
 PICTURES = [Image.linear_gradient("L").resize(size) for size in [(60, 60), (200, 50), (50, 200), (70, 60), (150, 50)]]
 
 
@@ -82,14 +84,9 @@ def test_feature_extraction_gives_word_embeddings(repository):
 # Of the whole model
 
 
-def ask(text, *images):
-    parts = [{"type": "image", "image": image} for image in images]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-
-
 CHATS = [
-    ask("what digit is this ?", PICTURES[0]),
-    ask("which of the two is larger ?", *PICTURES[1:3]),
+    ask("what digit is this ?", PICTURES[:1]),
+    ask("which of the two is larger ?", PICTURES[1:3]),
     ask("the number seven"),
 ]
 

@@ -185,17 +185,6 @@ def test_vectors_that_are_not_finite_are_left_out(folder, tmp_path, capsys):
         (("query", "{folder}/b/copy.png", "{index}", "--output", "{folder}"), "no name for a PNG"),
         (("query", "{folder}/b/copy.png", "{index}"), "holds no images"),
     ],
-    ids=[
-        "no_permission",
-        "not_an_index",
-        "no_folder",
-        "no_model",
-        "no_index",
-        "broken",
-        "none",
-        "output",
-        "empty",
-    ],
 )
 def test_what_cannot_be_is_told_in_a_line(arguments, message, folder, tmp_path, capsys):
     index = tmp_path / "index"

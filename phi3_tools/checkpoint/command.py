@@ -56,7 +56,9 @@ def run(
     said, weights_dtype = shlex.join(command), getattr(torch, dtype) if dtype else None
     convert.convert(source, output, weights_dtype, revision, base, target, said, whole, recipe, allow_pickle)
     if target:
-        _push(output, target, private)
+        again = shlex.join(["hf", "upload", target, str(output), ".", "--delete", "*.safetensors*"])
+        message = "Convert Phi-3-vision to phi3-embed"
+        print(f"Pushed to {results.push(output, target, message, private, again=f'push it by `{again}`')}")
 
 
 def _push_target(name, private):
@@ -70,13 +72,3 @@ def _push_target(name, private):
         if private and HfApi().repo_exists(name) and not HfApi().model_info(name).private:
             raise ValueError(f"{name} exists and is public. Make it private in its settings, or give another.")
     return name
-
-
-def _push(output, name, private):
-    try:
-        address = results.push(output, name, "Convert Phi-3-vision to phi3-embed", private)
-    except ValueError as error:
-        again = shlex.join(["hf", "upload", name, str(output), ".", "--delete", "*.safetensors*"])
-        reason = results.one_line(error.__cause__ or error)
-        raise ValueError(f"Pushing to {name} failed: {reason}. {output} is complete; push it by `{again}`.") from error
-    print(f"Pushed to {address}")
