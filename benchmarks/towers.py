@@ -63,7 +63,8 @@ ARMS = {
 FIRST = "trained tower"
 ANSWERS, LIKELIEST, PROBE = "exact class in the answer", "likeliest of the ten words", "linear probe of the tower"
 RECALL, PRECISION = "words find a photograph: recall@1", "words find photographs: average precision"
-AHEAD = "answers ahead of the probe"
+AHEAD, AHEAD_OF_FIRST = "answers ahead of the probe", f"answers ahead of the {FIRST}'s"
+LIKELIEST_OF_FIRST, NAMELESS = f"likeliest ahead of the {FIRST}'s", "none of the ten words in the answer"
 RESAMPLES = 1000
 
 
@@ -209,15 +210,32 @@ def measure(arm: str, splits: dict[str, Dataset], names: list[str], work: Path) 
     rows = with_features(splits["train"], model, processor, ARMS[arm][1], folder / "aligned" / "features")
     features = np.stack([row["features"].mean((0, 1)) for row in rows.select_columns("features")])
     told = probe(features, train, found["tower"]) == labels
-    right = found["exact"][np.arange(len(labels)), labels] > 0
+    right, likeliest = right_answers(found, labels)
 
     def shares(right, likeliest, told):
         return right.mean(), likeliest.mean(), told.mean(), right.mean() - told.mean()
 
-    values = with_intervals(shares, right, found["scores"].argmax(1) == labels, told)
+    values = with_intervals(shares, right, likeliest, told)
     values += with_intervals(average_precision, found["scores"], labels)
     figures = dict(zip((ANSWERS, LIKELIEST, PROBE, AHEAD, RECALL, PRECISION), values))
+    figures |= beside_first(found, dict(np.load(work / slug(FIRST) / "asked.npz")), labels)
     return {"figures": figures, "seconds": {"measure": float(found["seconds"])}}
+
+
+def right_answers(found: dict[str, np.ndarray], labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each photograph, whether the answer is its class to the letter, and whether that is the likeliest."""
+    return found["exact"][np.arange(len(labels)), labels] > 0, found["scores"].argmax(1) == labels
+
+
+def beside_first(found: dict[str, np.ndarray], first: dict[str, np.ndarray], labels: np.ndarray) -> dict[str, dict]:
+    """How far an arm is ahead of the first for the same photographs, and how often it says none of the words."""
+
+    def shares(right, likeliest, right_before, likeliest_before, is_nameless):
+        ahead = right.mean() - right_before.mean(), likeliest.mean() - likeliest_before.mean()
+        return *ahead, is_nameless.mean()
+
+    samples = *right_answers(found, labels), *right_answers(first, labels), found["exact"].sum(1) == 0
+    return dict(zip((AHEAD_OF_FIRST, LIKELIEST_OF_FIRST, NAMELESS), with_intervals(shares, *samples)))
 
 
 def search(arm: str, labels: np.ndarray, work: Path) -> dict:
@@ -269,7 +287,7 @@ def percent(figure: dict[str, float]) -> str:
 
 def markdown(results: dict) -> str:
     arms = results["arms"]
-    columns = (ANSWERS, LIKELIEST, PROBE, AHEAD, RECALL, PRECISION)
+    columns = (ANSWERS, AHEAD_OF_FIRST, NAMELESS, LIKELIEST, LIKELIEST_OF_FIRST, PROBE, AHEAD, RECALL, PRECISION)
     rows = [[column, *(percent(arm["figures"][column]) for arm in arms.values())] for column in columns]
     rows.append(["minutes in all", *(f"{sum(arm['seconds'].values()) / 60:.0f}" for arm in arms.values())])
     lines = [
@@ -344,7 +362,7 @@ def main():
     path = given.work / "towers.json"
     results = json.loads(path.read_text()) if path.exists() else {"arms": {}, "search": {}}
     results |= {"training": len(splits["train"]), "held out": len(splits["test"]), "options": given.training}
-    for arm in given.arms or ARMS:
+    for arm in dict.fromkeys([FIRST, *(given.arms or ARMS)]):  # each is measured beside the first
         if arm not in results["arms"]:
             seconds = align(arm, given.data, given.work, given.training)
             measured = measure(arm, splits, names, given.work)
