@@ -6,6 +6,9 @@ RUN = $(VENV)/bin/python
 MODEL ?=
 IMAGES ?=
 
+# Nothing is compiled ahead, but Python keeps what it compiles: of all packages' modules few are ever imported.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo app test check versions lint types format tiny compare benchmark clean
 
 demo: $(VENV)/ready
@@ -47,7 +50,6 @@ compare: $(VENV)/ready
 benchmark: $(VENV)/ready $(VENV)/quantizers
 	$(RUN) benchmarks/run.py
 
-# Nothing is compiled ahead: Python compiles what is imported, which of all packages' modules is a small part.
 $(VENV)/ready: requirements-dev.txt requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --no-compile -r requirements-dev.txt
