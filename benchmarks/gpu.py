@@ -68,6 +68,7 @@ def measure(tiny):
             add(f"limit: transformers' Phi-3, rows: {count}", decode, limit, count)
         # With a static cache `generate` compiles the decoding step on a GPU.
         add("generate, rows: 1, static cache, compiled", decode, ours, 1, cache_implementation="static")
+        add("generate, rows: 1, offloaded cache", decode_offloaded, ours)
         add("weights in bfloat16", footprint, ours)
         for name in ("torchao int8 weight-only", "bitsandbytes int8", "bitsandbytes nf4"):
             add(f"generate, rows: 1, {name}", decode_quantised, ours, name)
@@ -126,6 +127,14 @@ def decode(model, rows, **settings):
     settings |= {"attention_mask": torch.ones_like(given), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     settings |= {"max_new_tokens": NEW_TOKENS}
     return f"{rows * NEW_TOKENS / seconds(lambda: model.generate(given, **settings)):.1f} tokens a second"
+
+
+def decode_offloaded(model):
+    """With the keys and values of all layers but one in the CPU's memory."""
+    inputs = {"inputs": ids(1), "attention_mask": torch.ones_like(ids(1)), "do_sample": False, "max_new_tokens": 8}
+    kept, offloaded = (model.generate(**inputs, cache_implementation=kind) for kind in ("dynamic", "offloaded"))
+    said = "the same tokens" if torch.equal(kept, offloaded) else "OTHER TOKENS"
+    return f"{decode(model, 1, cache_implementation='offloaded')}, {said}"
 
 
 def decode_quantised(ours, name):
