@@ -44,7 +44,9 @@ def load_talker(where: dict) -> PreTrainedModel:
 def talk_trainer(settings: Settings, start: Model, splits: dict[str, Dataset], processor) -> Trainer:
     """The trainer of `--task align` or `instruct`, ready to train."""
     is_fresh = AutoConfig.from_pretrained(**start.pinned).untrained
-    model = load_talker({**start.pinned, "untrained": False})  # so that it is not told while that is mended
+    # Aligning mends what loading would warn of; instructing goes on from it.
+    model = load_talker(start.pinned | ({"untrained": False} if settings.task.task == "align" else {}))
+    model.config.untrained = False
     validation = splits.get("validation")
     if settings.task.task == "align":
         return _aligning(settings, model, splits["train"], validation, processor, is_fresh)
