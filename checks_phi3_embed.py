@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers.utils import TransformersKwargs, torch_compilable_check
 
@@ -229,8 +230,8 @@ def check_inputs_embeds(inputs_embeds: torch.Tensor, width: int) -> None:
 
 def check_placeholders(is_placeholder: torch.BoolTensor, number: torch.LongTensor, num_tokens: list[int]) -> None:
     """
-    Placeholders `(batch_size, sequence_length)` of images that have so many tokens. `number`: Microsoft's negative id
-    of an image, or one value for all.
+    Placeholders `(batch_size, sequence_length)` of images that have so many tokens. `number`: the ids there, of which
+    Microsoft's negative ones tell an image from the next, or one value for all placeholders.
     """
     if torch.compiler.is_compiling():
         torch_compilable_check(
@@ -239,29 +240,36 @@ def check_placeholders(is_placeholder: torch.BoolTensor, number: torch.LongTenso
         return
     if not num_tokens and not is_placeholder.any():  # most calls: a text without images
         return
-    ends = _run_ends(is_placeholder, number)
-    run_ends = is_placeholder.flatten().cumsum(0)[ends.flatten()].tolist()
-    token_ends = torch.tensor(num_tokens).cumsum(0).tolist()
+    is_placeholder, number, ends = _run_ends(is_placeholder, number)
+    run_ends = is_placeholder.cumsum()[ends.ravel()].tolist()
+    token_ends = np.cumsum(num_tokens).tolist()
     if (run_ends[-1:] or [0]) != (token_ends[-1:] or [0]) or not set(run_ends) <= set(token_ends):
         runs = [end - start for start, end in zip([0, *run_ends], run_ends)]
         raise ValueError(
             f"The text has {sum(runs)} image placeholders, in runs of {runs}, but the images take {sum(num_tokens)} "
             f"tokens, {list(num_tokens)}. Each image's placeholders must stand together and be as many as its tokens."
         )
-    check_placeholder_order(is_placeholder, number)
-
-
-def _run_ends(is_placeholder, number):
-    """Where a run of placeholders ends: the row does, the next id is none, or another image's number begins."""
-    ends = is_placeholder.clone()
-    ends[:, :-1] &= number[:, 1:] != number[:, :-1]
-    return ends
+    _check_order(number, ends)
 
 
 def check_placeholder_order(is_placeholder: torch.BoolTensor, number: torch.LongTensor) -> None:
     """Images are consumed in order of appearance, so Microsoft's numbers out of order would swap images."""
-    ends = _run_ends(is_placeholder, number)
-    text, numbers = ends.nonzero(as_tuple=True)[0], number[ends]
+    _check_order(*_run_ends(is_placeholder, number)[1:])
+
+
+def _run_ends(is_placeholder, number):
+    """
+    Both as arrays, as many small steps are quicker there, and where a run of placeholders ends: the row does, the next
+    id is none, or another image's number begins.
+    """
+    is_placeholder, number = is_placeholder.numpy(force=True), number.numpy(force=True)
+    ends = is_placeholder.copy()
+    ends[:, :-1] &= number[:, 1:] != number[:, :-1]
+    return is_placeholder, number, ends
+
+
+def _check_order(number, ends):
+    text, numbers = ends.nonzero()[0], number[ends]
     if ((text[1:] == text[:-1]) & (numbers[1:] < 0) & (numbers[1:] >= numbers[:-1])).any():
         raise ValueError(
             f"The image placeholders are {numbers.tolist()}, but must be -1, -2, -3, ... in the order of their places "

@@ -467,8 +467,7 @@ class Phi3EmbedEmbeddings(nn.Module):
     ) -> torch.BoolTensor:
         """Where the image tokens go, `(batch_size, sequence_length)`; each image's must stand together, in order."""
         if input_ids is not None:
-            is_placeholder = self.is_placeholder(input_ids)
-            number = torch.where(is_placeholder, input_ids, MIN_PLACEHOLDER_ID)
+            is_placeholder, number = self.is_placeholder(input_ids), input_ids
         elif self.config.image_token_id is not None:
             image_token_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             is_placeholder = (inputs_embeds == self.wte(image_token_id)).all(-1)
