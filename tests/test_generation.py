@@ -1,5 +1,6 @@
 """The whole model: generation in all its forms, caches, loss, loading, and errors, at small size."""
 
+import contextlib
 import copy
 import json
 
@@ -87,9 +88,22 @@ def test_a_left_padded_batch_with_two_no_and_one_image_equals_each_alone_and_enc
     assert encodings == [2 + 3 + 1]
 
 
-@pytest.mark.parametrize("implementation", ["dynamic", "static"])
-def test_every_kind_of_cache_gives_the_same(model, answers, implementation):
+class InOrder(contextlib.nullcontext):
+    """Stands for the stream of an accelerator, on which an offloaded cache moves keys: a CPU works in order anyway."""
+
+    waits = 0
+
+    def wait_stream(self, other):
+        InOrder.waits += 1
+
+
+@pytest.mark.parametrize("implementation", ["dynamic", "static", "offloaded", "offloaded_static"])
+def test_every_kind_of_cache_gives_the_same(model, answers, implementation, monkeypatch):
+    monkeypatch.setattr(torch, "Stream", InOrder)
+    monkeypatch.setattr(torch.cuda, "default_stream", InOrder)
+    before = InOrder.waits
     assert generate(model, prompt(0, 1, 2), cache_implementation=implementation) == answers
+    assert (InOrder.waits > before) == implementation.startswith("offloaded")
 
 
 def test_beams_and_several_sequences_encode_once(model, encodings):
