@@ -253,14 +253,14 @@ class Phi3EmbedConfig(PreTrainedConfig):
         type_feature (`str`, *optional*, defaults to `"patch"`):
             `"patch"`, or `"cls_patch"` to keep the class token (without the HD transform only).
         use_hd_transform (`bool`, *optional*, defaults to `True`):
-            Whether an image is a grid of crops and a global view (5-D pixels), or a single picture (4-D pixels).
+            Whether an image is a grid of crops and a global view, or one view alone.
         hd_transform_order (`str`, *optional*, defaults to `"sub_glb"`):
             `"sub_glb"`: the crops' tokens before those of the global view; `"glb_sub"`: after them.
         projection_cls (`str`, *optional*, defaults to `"mlp"`):
             `"mlp"` (two layers with a GELU between) or `"linear"`.
         num_img_tokens (`int`, *optional*):
-            Tokens of a crop; derived from the tower. Without the HD transform another number may be given, for
-            features that come precomputed.
+            Tokens of a view, separators not counted; derived from the tower. Without the HD transform another number
+            may be given, for features that come precomputed.
         embd_pdrop (`float`, *optional*, defaults to 0.0):
             Dropout on the merged embeddings. Also called `embed_pdrop`.
         pooling_mode (`str`, *optional*, defaults to `"mean"`):

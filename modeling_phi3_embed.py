@@ -682,7 +682,7 @@ class Phi3EmbedModel(Phi3EmbedPreTrainedModel):
         image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        num_img_tokens: torch.Tensor | None = None,
+        num_image_tokens: torch.Tensor | None = None,
         pooling_mode: str | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Phi3EmbedModelOutput:
@@ -695,7 +695,7 @@ class Phi3EmbedModel(Phi3EmbedPreTrainedModel):
                 placeholders.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 In place of `input_ids`; placeholders are the embedding of `config.image_token_id`.
-            attention_mask, num_img_tokens (*optional*):
+            attention_mask, num_image_tokens (*optional*):
                 Taken because tokenizer and image processor give them; without effect.
 
         Returns:
@@ -766,7 +766,7 @@ class Phi3EmbedForImageClassification(Phi3EmbedPreTrainedModel):
         pixel_values: torch.Tensor,
         image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
         labels: torch.Tensor | None = None,
-        num_img_tokens: torch.Tensor | None = None,
+        num_image_tokens: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
         r"""
@@ -778,7 +778,7 @@ class Phi3EmbedForImageClassification(Phi3EmbedPreTrainedModel):
                 image does not count; `"multi_label_classification"` or `"regression"`, floats of shape
                 `(num_images, num_labels)`. Without a `problem_type` one label is a regression, and several are told
                 apart by the dtype.
-            num_img_tokens (*optional*):
+            num_image_tokens (*optional*):
                 Taken because the image processor gives them; without effect.
 
         Returns:
@@ -837,14 +837,14 @@ class Phi3VisionModel(Phi3EmbedModel):
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
         use_cache: bool | None = None,
-        num_img_tokens: torch.Tensor | None = None,
+        num_image_tokens: torch.Tensor | None = None,
         pooling_mode: str | None = None,
         mm_encoder_outputs: dict[str, Phi3EmbedImageOutput] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Phi3VisionModelOutput | Phi3EmbedModelOutput:
         r"""
         Args:
-            input_ids, pixel_values, image_sizes, inputs_embeds, num_img_tokens, pooling_mode (*optional*):
+            input_ids, pixel_values, image_sizes, inputs_embeds, num_image_tokens, pooling_mode (*optional*):
                 As in [`~Phi3EmbedModel.forward`].
             attention_mask (`torch.Tensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
                 0 at padding.
@@ -942,14 +942,14 @@ class Phi3VisionForConditionalGeneration(Phi3EmbedPreTrainedModel, GenerationMix
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        num_img_tokens: torch.Tensor | None = None,
+        num_image_tokens: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, Phi3EmbedImageOutput] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Phi3VisionCausalLMOutput:
         r"""
         Args:
             input_ids, pixel_values, image_sizes, attention_mask, position_ids, inputs_embeds, past_key_values, cache,
-            use_cache, num_img_tokens, mm_encoder_outputs (*optional*):
+            use_cache, num_image_tokens, mm_encoder_outputs (*optional*):
                 As in [`~Phi3VisionModel.forward`].
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 The ids to predict, each at its own place; -100 where none is to be learnt: at image placeholders,

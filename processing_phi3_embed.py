@@ -283,7 +283,7 @@ class Phi3EmbedImageProcessor(BaseImageProcessor):
         size (`dict`, *optional*, defaults to `{"height": 336, "width": 336}`):
             The size of a crop in pixels.
         num_img_tokens (`int`, *optional*, defaults to 144):
-            Tokens that the model makes of a crop.
+            Tokens that the model makes of a view, separators not counted.
         pad_views (`bool`, *optional*, defaults to `False`):
             Whether `pixel_values` have one row an image, as Microsoft's, with zeros behind its views: for tools that
             cut batches by rows. Also an argument of every call.
@@ -298,11 +298,11 @@ class Phi3EmbedImageProcessor(BaseImageProcessor):
     ```python
     >>> image_processor = AutoImageProcessor.from_pretrained(".", trust_remote_code=True)
     >>> inputs = image_processor(Image.new("RGB", (1366, 768)), return_tensors="pt")
-    >>> inputs.pixel_values.shape, inputs.image_sizes.tolist(), inputs.num_img_tokens.tolist()
+    >>> inputs.pixel_values.shape, inputs.image_sizes.tolist(), inputs.num_image_tokens.tolist()
     (torch.Size([16, 3, 336, 336]), [[1008, 1680]], [2353])
     ```"""
 
-    model_input_names = ["pixel_values", "image_sizes", "num_img_tokens"]
+    model_input_names = ["pixel_values", "image_sizes", "num_image_tokens"]
     valid_kwargs = Phi3EmbedImageProcessorKwargs
 
     num_crops = 16
@@ -352,7 +352,7 @@ class Phi3EmbedImageProcessor(BaseImageProcessor):
             each its global view, then its crops row by row; with `pad_views` `(num_images, max_views, 3, height,
             width)`, one row an image with zeros behind its views, `max_views` those of the image that has most.
             `image_sizes` (`(num_images, 2)`): height and width of each grid of crops in pixels; 0 x 0 for the global
-            view alone. `num_img_tokens` (`(num_images,)`): the tokens that the model makes of each image.
+            view alone. `num_image_tokens` (`(num_images,)`): the tokens that the model makes of each image.
 
         Raises:
             ValueError: an image cannot be read or is of a wrong kind, shape, dtype or range, or there is none.
@@ -414,7 +414,7 @@ class Phi3EmbedImageProcessor(BaseImageProcessor):
         data = {
             "pixel_values": pixel_values,
             "image_sizes": grids * size.height,
-            "num_img_tokens": hd_num_tokens(grids[:, 0], grids[:, 1], math.isqrt(num_img_tokens)),
+            "num_image_tokens": hd_num_tokens(grids[:, 0], grids[:, 1], math.isqrt(num_img_tokens)),
         }
         return BatchFeature(data, tensor_type=return_tensors)
 
@@ -597,7 +597,7 @@ class Phi3EmbedProcessor(ProcessorMixin):
 
         Returns:
             What the tokenizer (`input_ids`, `attention_mask`) and the image processor give, the latter in the order of
-            the tags; with a text without `num_img_tokens`.
+            the tags; with a text without `num_image_tokens`.
 
         Raises:
             ValueError: tags and images differ in number, numbers leave a gap, or truncation cuts an image.
@@ -608,12 +608,12 @@ class Phi3EmbedProcessor(ProcessorMixin):
             processor._after_image = ""
         inputs = super(Phi3EmbedProcessor, processor).__call__(images=images, text=text, **kwargs)
         if text is not None:  # which holds as many placeholders; a model of texts alone would refuse this key
-            inputs.pop("num_img_tokens", None)
+            inputs.pop("num_image_tokens", None)
         return inputs
 
     @property
     def model_input_names(self) -> list[str]:
-        return [name for name in super().model_input_names if name != "num_img_tokens"]
+        return [name for name in super().model_input_names if name != "num_image_tokens"]
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         if text is not None:
@@ -683,7 +683,7 @@ class Phi3EmbedProcessor(ProcessorMixin):
         return expanded, offsets
 
     def replace_image_token(self, image_inputs, image_idx, **kwargs) -> str:
-        return self.image_token * int(image_inputs["num_img_tokens"][image_idx]) + self._after_image
+        return self.image_token * int(image_inputs["num_image_tokens"][image_idx]) + self._after_image
 
     def _get_num_multimodal_tokens(self, image_sizes=None, num_crops=None, **kwargs) -> MultiModalData:
         """Tokens and views of images of these sizes, `(height, width)` in pixels."""

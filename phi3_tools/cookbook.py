@@ -29,5 +29,5 @@ def process_for_phi3_model(images, num_crops=None):
     """Images -> `pixel_values` and `image_sizes` in Phi-3-vision's geometry, which fine-tunes share."""
     image_processor = AutoImageProcessor.from_pretrained(str(ROOT), trust_remote_code=True)
     inputs = image_processor(images, num_crops=num_crops, return_tensors="pt")
-    del inputs["num_img_tokens"]
+    del inputs["num_image_tokens"]
     return inputs

@@ -25,7 +25,7 @@ INPUTS = {
 }
 OUTPUTS = {
     "last_hidden_state": "(num_images, max_num_tokens, hidden_size): the image tokens. An image's own are its first "
-    "`num_img_tokens`, which the image processor gives; the rest are zeros",
+    "`num_image_tokens`, which the image processor gives; the rest are zeros",
     "pooler_output": "(num_images, hidden_size): one vector an image",
 }
 # The greatest difference to torch, as a share of the greatest value.

@@ -461,7 +461,7 @@ def _encode_phi3_embed(model, image_processor, num_crops, images, poolings):
         num_views = (image_sizes // model.config.crop_size).prod(-1) + 1
         views, image_sizes = views[num_views.cumsum(0) - num_views], torch.zeros_like(image_sizes)
     num_tokens = {
-        "mean": inputs.num_img_tokens.tolist(),
+        "mean": inputs.num_image_tokens.tolist(),
         "global": [model.config.num_img_tokens] * len(images),
         "tower": [model.config.patches_per_side**2] * len(images),
     }

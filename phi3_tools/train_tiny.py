@@ -311,7 +311,7 @@ class Lessons(Dataset):
         A conversation as ids, positions, and the tokens of its images in place of placeholders. Of an image as many of
         its tokens are kept, at their true places, as make a lesson cheap; of crops three times as many.
         """
-        placeholder = self.processor.replace_image_token({"num_img_tokens": [1]}, 0)
+        placeholder = self.processor.replace_image_token({"num_image_tokens": [1]}, 0)
         template = self.processor.chat_template[template]
         text = self.processor.tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
         ids, positions, tokens, position, images = [], [], [], 0, iter(images)

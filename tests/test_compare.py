@@ -441,7 +441,7 @@ def test_poolings_of_one_pass_are_those_of_the_model(tmp_path):
         with torch.no_grad():
             output = model(**inputs)
         np.testing.assert_allclose(found[0], output.pooler_output.numpy(), atol=1e-4)
-    assert together[1][1].cost["tokens"] == np.mean(inputs.num_img_tokens.numpy())
+    assert together[1][1].cost["tokens"] == np.mean(inputs.num_image_tokens.numpy())
     assert together[3][0].shape == (3, 64) and together[0][1].cost["parameters"] == model.num_parameters()
 
 

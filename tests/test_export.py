@@ -105,7 +105,7 @@ def test_export_writes_onnx_with_its_preprocessing(tmp_path):
         **{name: torch.from_numpy(inputs[name]) for name in names}
     )
     assert_same_images(torch.from_numpy(tokens), torch.from_numpy(vectors), wanted)
-    for number, length in enumerate(inputs["num_img_tokens"]):
+    for number, length in enumerate(inputs["num_image_tokens"]):
         assert len(wanted.image_outputs.pooler_output[number]) == length
 
     with pytest.raises(SystemExit, match=f"phi3-embed export: {folder} exists already"):

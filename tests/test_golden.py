@@ -58,8 +58,8 @@ def test_preprocessing_equals_the_original(num_crops):
         wanted = {key.partition(".")[2]: arrays[key] for key in arrays if key.startswith(f"{number}.")}
         views, real = of_images(inputs)[number], int(wanted["real_crops"][0])
         np.testing.assert_array_equal(inputs["image_sizes"][number], wanted["image_size"])
-        assert inputs["num_img_tokens"][number] == wanted["num_img_tokens"]
-        assert processor.num_image_tokens(picture["width"], picture["height"]) == wanted["num_img_tokens"]
+        assert inputs["num_image_tokens"][number] == wanted["num_img_tokens"]
+        assert processor.num_image_tokens(image["width"], image["height"]) == wanted["num_img_tokens"]
         assert len(views) == real
 
         lines = wanted["line_crops"]
@@ -86,7 +86,7 @@ def test_image_tokens_equal_the_original_at_full_size(full_model, name, attn_imp
     with torch.inference_mode():
         outputs = full_model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
     tokens, features = outputs.pooler_output[0].numpy(), outputs.last_hidden_state.numpy()
-    assert len(tokens) == inputs["num_img_tokens"][0] == arrays["num_img_tokens"][0]
+    assert len(tokens) == inputs["num_image_tokens"][0] == arrays["num_img_tokens"][0]
     np.testing.assert_allclose(tokens[arrays["token_index"]], arrays["tokens"], **close)
     assert_probes_close(tokens, arrays, **close)
     np.testing.assert_allclose(features[:, arrays["feature_index"]], arrays["features"], **close)

@@ -107,8 +107,8 @@ def test_sizes_and_token_counts_agree_with_the_pixels(size, num_crops):
     crops = rows * width // 28
     assert out["pixel_values"].shape == (crops + 1, 3, 28, 28) and crops <= num_crops
     assert height % 28 == width % 28 == 0
-    assert out["num_img_tokens"][0] == (crops + 1) * 4 + 1 + (rows + 1) * 2
-    assert processor.num_image_tokens(*size, num_crops=num_crops) == out["num_img_tokens"][0]
+    assert out["num_image_tokens"][0] == (crops + 1) * 4 + 1 + (rows + 1) * 2
+    assert processor.num_image_tokens(*size, num_crops=num_crops) == out["num_image_tokens"][0]
 
 
 def test_a_line_of_pixels_is_kept_where_the_original_computes_a_height_of_0():
@@ -130,7 +130,7 @@ def test_a_batch_equals_its_images_one_by_one(image_processor):
         alone = image_processor(picture, return_tensors="pt")
         first = int(batch["image_sizes"][:number].prod(1).sum()) // 336**2 + number
         assert torch.equal(batch.pixel_values[first : first + len(alone.pixel_values)], alone.pixel_values)
-        for key in ("image_sizes", "num_img_tokens"):
+        for key in ("image_sizes", "num_image_tokens"):
             assert torch.equal(batch[key][number : number + 1], alone[key])
 
 
@@ -181,7 +181,7 @@ def test_views_are_packed_or_one_row_an_image(image_processor):
     assert not padded["pixel_values"][0, 2:].any()
     kept = torch.cat([row[:used] for row, used in zip(padded.pop("pixel_values"), num_views)])
     assert torch.equal(packed.pop("pixel_values"), kept)
-    assert all(torch.equal(packed[key], padded[key]) for key in ("image_sizes", "num_img_tokens"))
+    assert all(torch.equal(packed[key], padded[key]) for key in ("image_sizes", "num_image_tokens"))
 
 
 @pytest.mark.parametrize("size", [(640, 480), (480, 640), (300, 900), (20000, 1)])
@@ -497,7 +497,7 @@ def test_numbers_name_images_in_any_order_and_again(processor):
 
 def test_images_alone_and_texts_alone(processor, tokenizer):
     images = processor(images=[WIDE], return_tensors="pt")
-    assert set(images) == {"pixel_values", "image_sizes", "num_img_tokens"}
+    assert set(images) == {"pixel_values", "image_sizes", "num_image_tokens"}
     assert processor(text=["the cat"])["input_ids"] == tokenizer(["the cat"])["input_ids"]
     assert "pixel_values" not in processor(images=[[], []], text=["the cat", "the dog"])
 
@@ -512,7 +512,7 @@ def test_token_counts_without_pixels(processor):
     sizes = [(28, 56), (56, 28), (900, 17)]
     counted = processor._get_num_multimodal_tokens(image_sizes=sizes)
     out = processor(images=[Image.new("RGB", size[::-1]) for size in sizes], return_tensors="np")
-    assert counted["num_image_tokens"] == out["num_img_tokens"].tolist()
+    assert counted["num_image_tokens"] == out["num_image_tokens"].tolist()
     assert counted["num_image_patches"] == ((out["image_sizes"] // 28).prod(1) + 1).tolist()
 
 
