@@ -37,8 +37,8 @@ SOURCE = "a folder of images, one image, parquet, a tar file, a Hub dataset NAME
 MODEL = "a folder or Hub id: NAME[@REVISION][:mean|global|tower]"
 SMALL = "Without it the repository's small checkpoint, which knows digits alone."
 
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE)]
-Model = Annotated[str | None, typer.Option("--model", metavar="MODEL", help=f"{MODEL}. {SMALL}")]
+SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE)]
+ModelOption = Annotated[str | None, typer.Option("--model", metavar="MODEL", help=f"{MODEL}. {SMALL}")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
 Index = Annotated[Path, typer.Argument(metavar="INDEX", help="the folder of the index")]
 NumCrops = Annotated[
@@ -135,7 +135,7 @@ def assemble(
 
 @app.command()
 def compare(
-    source: Source,
+    source: SourceArgument,
     model: Annotated[list[str], typer.Option("--model", metavar="MODEL", help=f"{MODEL}, or pixels; several times")],
     output: Annotated[Path, typer.Option(help="the folder to write")] = Path("report"),
     split: Annotated[
@@ -167,9 +167,9 @@ def compare(
 
 @search.command()
 def index(
-    source: Source,
+    source: SourceArgument,
     index: Index,
-    model: Model = None,
+    model: ModelOption = None,
     num_crops: NumCrops = None,
     image_column: ImageColumn = None,
     dtype: Dtype = "float32",
@@ -223,9 +223,9 @@ def query(
 
 @app.command()
 def embed(
-    source: Source,
+    source: SourceArgument,
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="the folder to write, or to go on with")],
-    model: Model = None,
+    model: ModelOption = None,
     num_crops: NumCrops = None,
     image_column: ImageColumn = None,
     text_column: Annotated[str | None, typer.Option(help="embed texts, or texts with their images")] = None,
@@ -244,7 +244,7 @@ def embed(
 
 @app.command()
 def serve(
-    model: Model = None,
+    model: ModelOption = None,
     host: Annotated[str, typer.Option(help="where to listen")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     num_crops: NumCrops = None,
@@ -292,7 +292,7 @@ def evaluate(
 @app.command()
 def demo(
     source: Annotated[str | None, typer.Argument(metavar="[SOURCE]", help=SOURCE)] = None,
-    model: Model = None,
+    model: ModelOption = None,
     output: Annotated[Path, typer.Option(help="the PNG file to draw")] = Path("demo/neighbours.png"),
 ):
     """Embed and search images, and draw a picture of it; without a SOURCE, handwritten digits."""

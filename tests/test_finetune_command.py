@@ -479,7 +479,7 @@ def test_kept_features_give_what_images_give(pad_views, repository, images, tmp_
     splits, names = data.load_splits(settings.source, settings.data, seed=0, least=1)
     start = command.find_start(repository)
     model = train.load_model(start.pinned, "classification", names).eval()
-    collate = data.Collator(command.load_processor(start, 4).image_processor, pad_views=pad_views)
+    collate = data.ImageCollator(command.load_processor(start, 4).image_processor, pad_views=pad_views)
     kept = data.with_features(splits["train"], model.base_model, collate, tmp_path, batch_size=5)
     wanted, got = (
         model(**collate([split[number] for number in (0, 9, 20)])).logits for split in (splits["train"], kept)
@@ -494,7 +494,7 @@ def test_an_embedding_serves_when_cut_where_it_was_trained_to(repository, images
     assert rows["fine-tuned"]["recall@1, 16 dimensions"] == rows["fine-tuned"]["recall@1, 8 dimensions"] == 1
     settings = parse(arguments_of(repository, images, tmp_path / "cut", options))
     split = data.load_splits(settings.source, settings.data, seed=0, least=2)[0]["test"]
-    collate = data.Collator(command.load_processor(command.find_start(repository), 0).image_processor, 0)
+    collate = data.ImageCollator(command.load_processor(command.find_start(repository), 0).image_processor, 0)
     left = {}
     for folder in (Path(repository), tmp_path / "whole", tmp_path / "cut"):
         model = train.load_model({"pretrained_model_name_or_path": folder}, "embedding", []).eval()

@@ -63,7 +63,7 @@ def with_features(rows: Dataset, model: PreTrainedModel, processor, num_crops: i
     return keep_features(rows, of, model, about, columns, folder, writer_batch_size=16)
 
 
-class Collator:
+class AlignCollator:
     """Rows of [`with_features`] -> a batch, padded on the right, with a share of the image tokens left out."""
 
     def __init__(self, pad_token_id: int, image_token_id: int, token_dropout: float = 0.0):
@@ -94,7 +94,7 @@ class Collator:
 
 class Alignment(nn.Module):
     """
-    A whole model of which the projection alone is trained -> the loss of a batch of [`Collator`].
+    A whole model of which the projection alone is trained -> the loss of a batch of [`AlignCollator`].
 
     The projection is trained on features of mean 0 and spread 1, channel by channel: a tower's own differ by tenfold,
     and a feature that is dropped should be an ordinary one. [`finish`] makes it one of the features as they are.
@@ -245,7 +245,9 @@ class AlignTrainer(ValidatesAll, Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-def draw_to_words(alignment: Alignment, rows: Dataset, collate: Collator, special_ids: list[int], seed: int) -> None:
+def draw_to_words(
+    alignment: Alignment, rows: Dataset, collate: AlignCollator, special_ids: list[int], seed: int
+) -> None:
     """
     Trains the projection without the language model: the tokens of an image are to be nearer to the mean word
     embedding of its answer than to those of the other answers of a batch, by cosine from the mean of all words. How

@@ -13,7 +13,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from phi3_tools.finetune import pairs, report
 from phi3_tools.finetune.conversations import load_conversations
-from phi3_tools.finetune.data import FEATURES, Collator, load_splits, sample
+from phi3_tools.finetune.data import FEATURES, ImageCollator, load_splits, sample
 from phi3_tools.finetune.settings import (
     ARGUMENTS,
     FIGURES,
@@ -106,7 +106,7 @@ def _own_class(reference, start):
 def measure(settings: Settings, start: Model, splits: dict, names: list[str], processor) -> dict:
     """Figures on the held-out images of the untrained and of the fine-tuned model, and what was taken for what."""
     _, data, _, options, arguments = settings
-    collate = Collator(getattr(processor, "image_processor", processor), data.num_crops)
+    collate = ImageCollator(getattr(processor, "image_processor", processor), data.num_crops)
     few = sample(splits["train"], arguments.seed)
     rows, named = {}, None
     for row, where in (
@@ -148,7 +148,7 @@ def measure_pairs(settings: Settings, start: Model, splits: dict) -> dict:
     rows, split = {}, splits["test"]
     for row, where in (("untrained", start), ("fine-tuned", arguments.output_dir)):
         embedder = load_embedder(where, data.num_crops, device=str(arguments.device))
-        collate = Collator(None)
+        collate = ImageCollator(None)
         found = pairs.figures(
             embedder.encode_texts, embedder.encode_images, split, collate, arguments.eval_batch_size, row
         )

@@ -243,7 +243,7 @@ def change(image: Image.Image, rng: np.random.Generator, changes: Changes, crop_
     return image
 
 
-class Collator:
+class ImageCollator:
     """
     Rows -> what a model's forward takes, and the labels. Rows to train with carry a number: how their
     images are changed follows from seed, epoch and number, so that a training which was resumed, or runs in several
@@ -303,7 +303,7 @@ class ValidatesAll:
             self.args.dataloader_drop_last = drop_last
 
 
-def with_features(split: Dataset, model, collate: Collator, folder: Path, batch_size: int) -> Dataset:
+def with_features(split: Dataset, model, collate: ImageCollator, folder: Path, batch_size: int) -> Dataset:
     """
     A split with the tower's features in place of images: `(views, patches, C)` in float32, on disk, and found there by
     the next run. A view of Phi-3-vision takes 2.4 MB.

@@ -23,7 +23,7 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from sentence_transformers.util import mine_hard_negatives
 
-from phi3_tools.finetune.data import NUMBER, Collator, check_texts, load_splits, split_at_random
+from phi3_tools.finetune.data import NUMBER, ImageCollator, check_texts, load_splits, split_at_random
 from phi3_tools.finetune.report import TO_TEXT
 from phi3_tools.finetune.settings import DataOptions, Settings, TaskOptions
 from phi3_tools.images import IMAGE, LABEL, NAME, TEXT, image_bytes, image_hash, load_images, readable
@@ -81,7 +81,12 @@ def load_pairs(source: str, options: DataOptions, seed: int) -> dict[str, Datase
 
 
 def figures(
-    encode_texts: Callable, encode_images: Callable, split: Dataset, collate: Collator, batch_size: int, title: str
+    encode_texts: Callable,
+    encode_images: Callable,
+    split: Dataset,
+    collate: ImageCollator,
+    batch_size: int,
+    title: str,
 ) -> Callable[[int | None], dict[str, float]]:
     """Embeds a split -> a function from the length that vectors are cut to (None: whole) to figures of search."""
     texts = [*dict.fromkeys(split[TEXT])]
@@ -107,7 +112,7 @@ def figures(
 class PairCollator(SentenceTransformerDataCollator):
     """Rows of texts and of the numbers of images in `split` -> a batch, an image a row of all that it gives."""
 
-    def __init__(self, embedder: SentenceTransformer, collate: Collator, split: Dataset, prompts: dict[str, str]):
+    def __init__(self, embedder: SentenceTransformer, collate: ImageCollator, split: Dataset, prompts: dict[str, str]):
         # GradCache cuts batches by rows.
         preprocess = partial(embedder.preprocess, processing_kwargs={"image": {"pad_views": True}})
         super().__init__(preprocess, prompts=prompts)
@@ -121,7 +126,9 @@ class PairCollator(SentenceTransformerDataCollator):
         return super().__call__(opened)
 
 
-def figures_of(embedder: SentenceTransformer, split: Dataset, collate: Collator, batch_size: int) -> dict[str, float]:
+def figures_of(
+    embedder: SentenceTransformer, split: Dataset, collate: ImageCollator, batch_size: int
+) -> dict[str, float]:
     """[`figures`] of a model while it is trained."""
     encode_texts = partial(embedder.encode_query, show_progress_bar=False)
     encode_images = partial(embedder.encode_document, show_progress_bar=False)

@@ -65,7 +65,7 @@ def _aligning(settings, model, train, validation, processor, is_fresh):
         )
     beginning = align.common_beginning(train, image_token_id)
     alignment = align.Alignment(model, options.feature_dropout, beginning, train, is_fresh)
-    collate = align.Collator(tokenizer.pad_token_id, image_token_id, options.token_dropout)
+    collate = align.AlignCollator(tokenizer.pad_token_id, image_token_id, options.token_dropout)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
         arguments.gradient_checkpointing = arguments.activation_checkpointing = False  # its old name and its new one

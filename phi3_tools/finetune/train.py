@@ -37,7 +37,7 @@ from transformers import (
 
 from phi3_tools.finetune import pairs
 from phi3_tools.finetune.align import save_aligned
-from phi3_tools.finetune.data import FEATURES, Collator, ValidatesAll, endless, sample, with_features
+from phi3_tools.finetune.data import FEATURES, ImageCollator, ValidatesAll, endless, sample, with_features
 from phi3_tools.finetune.report import figures_of_classes, figures_of_search
 from phi3_tools.finetune.settings import TALK, Settings, TaskOptions, as_class, last_checkpoint, steps_done
 from phi3_tools.finetune.talk import load_talker, talk_trainer
@@ -182,7 +182,7 @@ class EmbeddingCollator:
 
     valid_label_columns = (LABEL,)
 
-    def __init__(self, collate: Collator):
+    def __init__(self, collate: ImageCollator):
         self.collate = collate
 
     def __call__(self, rows: list[dict]) -> dict:
@@ -195,7 +195,7 @@ class EmbeddingCollator:
 class SharedEpoch(TrainerCallback):
     """Tells the collator which epoch it is, as changes at random differ from one to the next."""
 
-    def __init__(self, collate: Collator):
+    def __init__(self, collate: ImageCollator):
         self.collate = collate
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -293,7 +293,7 @@ class Evaluator(BaseEvaluator):
 
 @torch.inference_mode()
 def embed(
-    model: PreTrainedModel, split: Dataset | IterableDataset, collate: Collator, batch_size: int, title: str
+    model: PreTrainedModel, split: Dataset | IterableDataset, collate: ImageCollator, batch_size: int, title: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Vectors `(n, hidden_size)` and labels `(n,)` of a split's images."""
     vectors, labels = [], []
@@ -323,7 +323,7 @@ def train(
         settings = settings._replace(arguments=arguments)
     if settings.data.streaming:
         splits = splits | {"train": endless(splits["train"], arguments.seed)}
-    collate = Collator(
+    collate = ImageCollator(
         getattr(processor, "image_processor", processor), settings.data.num_crops, settings.changes, arguments.seed
     )
     if options.task in TALK:
@@ -383,7 +383,10 @@ def _classifier_trainer(settings, start, splits, names, collate):
     splits = _frozen_features(model.base_model, splits, collate, options, arguments)
     if not has_head(start.pinned, names) and not last_checkpoint(arguments.output_dir):
         # From here it learns at any rate, and no random head distorts what the model knows (Kumar et al., 2022).
-        few, unchanged = sample(splits["train"], arguments.seed), Collator(collate.image_processor, collate.num_crops)
+        few, unchanged = (
+            sample(splits["train"], arguments.seed),
+            ImageCollator(collate.image_processor, collate.num_crops),
+        )
         base = model.base_model.to(arguments.device).eval()
         set_head(model, fit_probe(*embed(base, few, unchanged, arguments.eval_batch_size, "Linear probe"), len(names)))
     trainer = ClassifierTrainer(
