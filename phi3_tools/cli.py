@@ -7,6 +7,7 @@ imported when they run, so that help is quick and a command asks for no other co
 
 import errno
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -308,6 +309,7 @@ def main(arguments: list[str] | None = None) -> None:
     name = f"phi3-embed {command}".strip()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        _check_not_empty(arguments)
         app(arguments)
     except SystemExit as end:
         if end.code == INTERRUPTED:
@@ -318,6 +320,15 @@ def main(arguments: list[str] | None = None) -> None:
         if (line := error_line(error, command)) is None:
             raise
         sys.exit(f"{name}: {line}")
+
+
+def _check_not_empty(arguments):
+    """A shell variable that is not set would name the folder that the command runs in."""
+    for before, word in zip(["", *arguments], arguments):
+        if not word.strip() or re.fullmatch(r"--[\w-]+=\s*", word):
+            name = word if word.strip() else before
+            name = name.partition("=")[0] if name.startswith("--") else "An argument"
+            raise ValueError(f"{name} is empty. Give what it is for, or leave it out.")
 
 
 def error_line(error: BaseException, command: str) -> str | None:

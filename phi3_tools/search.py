@@ -125,11 +125,7 @@ def query_index(
 def _part(query, text):
     """The words after a command -> an undecoded image or None, and a text or None."""
     if text is None and not Path(query).is_file() and not is_image_name(query):
-        if not query.strip():
-            raise ValueError("The query is empty. Give the file of an image, or words.")
         return None, query
-    if text is not None and not text.strip():
-        raise ValueError("--text is empty. Give words, or leave it out.")
     return {"path": query, "bytes": None}, text
 
 

@@ -45,6 +45,20 @@ def test_options_are_spelt_in_one_way(capsys):
     assert "--num-crops" in options and not any("_" in option for option in options)
 
 
+@pytest.mark.parametrize(
+    "command, what",
+    [
+        (["convert", "", "out"], "An argument"),
+        (["search", "query", " ", "index"], "An argument"),
+        (["compare", "digits", "--model", "pixels", "--question", " "], "--question"),
+        (["finetune", "digits", "--task", "align", "--question="], "--question"),
+    ],
+)
+def test_an_empty_argument_is_refused_by_its_name(command, what):
+    with pytest.raises(SystemExit, match=f"{what} is empty. Give what it is for"):
+        main(command)
+
+
 MISSING = [
     ("search query a b", "lancedb", "search"),
     ("compare digits --model pixels", "scipy", "compare"),

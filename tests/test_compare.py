@@ -526,11 +526,6 @@ def test_whole_models_are_asked_and_their_answers_kept(digits, folder, embedding
         compare_here(folder, "--model", TINY, digits / "one", "--question", "?")
 
 
-def test_a_question_without_words_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="--question is empty"):
-        main(["compare", "digits", "--model", "pixels", "--question", " ", "--output", str(tmp_path / "out")])
-
-
 def test_several_captions_an_image_are_refused(folder):
     save_all(folder, {"a": [noise(n) for n in range(2)]})
     rows = "".join(json.dumps({"file_name": f"a/{n}.png", "caption": ["one", "other"]}) + "\n" for n in range(2))

@@ -20,7 +20,6 @@ REFUSED = {
     "--rotate -5": "--rotate is -5.0, but must be degrees from 0 to 180",
     "--lora-rank 0": "--lora-rank is 0, but must be 1 or more",
     "--words": "--words goes with --task embedding or align",
-    "--task align --question=": "--question is empty",
     "--matryoshka 8": "--matryoshka, --mini-batch-size and --hard-negatives go with --task embedding",
     "--train head --flip": "--train head computes each image's features once",
     "--train head --streaming --max-steps 9": "--train head computes each image's features once",

@@ -82,8 +82,6 @@ def run(
         ValueError: a model, the data or the output cannot be used; said before the work.
     """
     arguments, started = dict(locals()), time.strftime("%Y-%m-%d %H:%M:%S %z")
-    if question is not None and not question.strip():
-        raise ValueError("--question is empty. Give words, or leave it out.")
     cache = cache or VECTORS
     for folder in (output, cache):
         check_writable(folder)

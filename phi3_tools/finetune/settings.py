@@ -205,8 +205,6 @@ class TaskOptions:
             raise ValueError("--feature-dropout and --token-dropout go with --task align.")
         if self.task not in TALK and self.question is not None:
             raise ValueError("--question goes with --task align or instruct.")
-        if self.question is not None and not self.question.strip():
-            raise ValueError("--question is empty. Give words, or leave it out.")
         if self.task == "align" and self.train != "head":
             raise ValueError("--task align trains the projection alone: --train head. To train more, --task instruct.")
         if self.task == "instruct" and self.train == "head":
