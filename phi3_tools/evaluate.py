@@ -14,7 +14,7 @@ from mteb.results import BenchmarkResults
 from rich.table import Table
 from transformers import AutoConfig
 
-from phi3_tools.models import PHI3_EMBED, find_model, load_sentence_transformer
+from phi3_tools.models import PHI3_EMBED, PIXELS, find_model, load_sentence_transformer
 from phi3_tools.results import console
 
 
@@ -35,6 +35,8 @@ def run(model, benchmark="MIEB(Img)", num_crops=None, batch_size=16, output=Path
 def load(name, num_crops=None, device=None):
     """The model as mteb takes it, with a revision under which scores of other weights are never taken for its own."""
     model = find_model(name)
+    if model.kind == PIXELS:
+        raise ValueError(f"{PIXELS} is no model that mteb takes, but one of `compare`. Give a folder or a Hub id.")
     by_pooling = model.kind == PHI3_EMBED and not model.has_recipe
     if by_pooling and AutoConfig.from_pretrained(**model.pinned).text_config is not None:
         raise ValueError(

@@ -92,6 +92,8 @@ def differences(model, image_processor, path) -> dict[str, float]:
     found = {}
     for name, left in zip(OUTPUTS, given):
         right = wanted[name].numpy()
+        if not np.isfinite(right).all():
+            raise ValueError(f"`{name}` of the model itself holds NaN or infinite values. Are its weights whole?")
         left = left[:, : right.shape[1]]  # a graph's padding is longer
         found[name] = float(np.abs(left - right).max() / np.abs(right).max())
     return found

@@ -40,8 +40,8 @@ PIXELS, PIXELS_SIDE = "pixels", 32
 PHI3_EMBED, TRANSFORMERS, SENTENCE_TRANSFORMERS = "phi3_embed", "transformers", "sentence-transformers"
 POOLINGS = ("mean", "global", "tower")
 ACCEPTED = (
-    f"a folder with a model, a Hub id, or {PIXELS!r}: NAME[@REVISION][:POOLING], with one of {', '.join(POOLINGS)} as "
-    "POOLING of a phi3_embed model"
+    f"a folder with a model or a Hub id: NAME[@REVISION][:POOLING], with one of {', '.join(POOLINGS)} as POOLING of a "
+    "phi3_embed model"
 )
 PATTERN = re.compile(rf"(?P<name>.+?)(@(?P<revision>[\w./-]+))?(:(?P<pooling>{'|'.join(POOLINGS)}))?")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

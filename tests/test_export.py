@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from phi3_tools import export
 from phi3_tools.cli import main
+from phi3_tools.models import load_model
 
 # Grids and views of batches: more images and crops than traced, fewer, one alone, none but global views.
 BATCHES = [
@@ -110,3 +111,8 @@ def test_export_writes_onnx_with_its_preprocessing(tmp_path):
 
     with pytest.raises(SystemExit, match=f"phi3-embed export: {folder} exists already"):
         main(["export", str(ROOT), str(folder)])
+
+    model, image_processor = load_model(str(ROOT))
+    model.vision_embed_tokens.projector.glb_GN.fill_(torch.nan)
+    with pytest.raises(ValueError, match="`last_hidden_state` of the model itself holds NaN"):
+        export.differences(model, image_processor, folder / "model.onnx")

@@ -133,6 +133,7 @@ def test_the_evaluation_names_the_tasks_that_failed(tmp_path, capsys):
     [
         ([str(ROOT), "--num-crops", "99999"], "`num_crops` is 99999"),
         (["no/such/folder"], "There is no folder no/such"),
+        (["pixels"], "pixels is no model that mteb takes"),
         ([f"{ROOT}:mean"], "is a whole checkpoint, which mteb takes by its recipe"),
     ],
 )

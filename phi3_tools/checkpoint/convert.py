@@ -229,7 +229,8 @@ def read_config(source: Source, whole: bool = False):
     if "img_processor" not in about:
         raise ValueError(
             f"{source.name} is not in Phi-3-vision's layout: its config.json is of type {about.get('model_type')!r} "
-            "and has no `img_processor`."
+            "and has no `img_processor`. Give Phi-3-vision, Phi-3.5-vision or a fine-tune of them; other towers "
+            "are put before a language model by `phi3-embed assemble`."
         )
     with library_errors(f"{source.name}: config.json"):
         config = layout.parse_config(about, whole)

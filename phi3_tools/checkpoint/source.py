@@ -90,14 +90,14 @@ class Source:
     def text(self, file: str, errors: str = "strict") -> str:
         """One of the small files. Raises ValueError where it is none, too large, or a Git LFS pointer."""
         if file not in self.files:
-            raise ValueError(f"{self.name} has no {file}.")
+            raise ValueError(f"{self.name} has no {file}. Give all files of the checkpoint.")
         with open(self.folder / file, "rb") as opened:
             content = opened.read(MAX_TEXT_SIZE + 1)
         self.check_text(file, content, len(content))
         try:
             return content.decode("utf-8-sig", errors)
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self.name}: {file} is no text in UTF-8: {error}") from error
+            raise ValueError(f"{self.name}: {file} is no text in UTF-8: {error}. Fetch it again.") from error
 
     def check_text(self, file: str, begins: bytes, size: int) -> None:
         if size > MAX_TEXT_SIZE:
@@ -112,7 +112,7 @@ class Source:
         try:
             content = json.loads(text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.name}: {file} is no JSON: {error}") from error
+            raise ValueError(f"{self.name}: {file} is no JSON: {error}. Fetch it again.") from error
         if not isinstance(content, dict):
             raise ValueError(f"{self.name}: {file} must hold a JSON object, but holds {str(content)[:40]!r}.")
         return content
@@ -128,17 +128,17 @@ class Source:
                     f"{self.name} has its weights as pickles (.bin) only. If you trust where they come from, give "
                     "`--allow-pickle`: they are read as data alone (`torch.load(weights_only=True)`), all of the file."
                 )
-            raise ValueError(f"{self.name} has neither {WEIGHTS} nor {INDEX}.")
+            raise ValueError(f"{self.name} has neither {WEIGHTS} nor {INDEX}. Give all files of the checkpoint.")
         index = INDEX if INDEX in self.files else PICKLE_INDEX
         if index not in self.files:
             return [PICKLE]
         weight_map = self.json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise ValueError(f"{self.name}: {index} has no `weight_map` from names of weights to files.")
+            raise ValueError(f"{self.name}: {index} has no `weight_map` from weights to files. Fetch it again.")
         files = sorted({file for name, file in weight_map.items() if name.startswith(begins)})
         for file in files:
             if file not in self.files:
-                raise ValueError(f"{self.name} has no {file}, which its {index} names.")
+                raise ValueError(f"{self.name} has no {file}, which its {index} names. Fetch it too.")
         return files
 
     def tensor(self, entry: Entry) -> torch.Tensor:
