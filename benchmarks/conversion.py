@@ -121,7 +121,7 @@ def run(quick):
 
         calls = {name: lambda name=name: call(name) for name in CONTENDERS}
         measured = figures(interleaved_seconds(calls, 1 if quick else 3, CASE), peaks)
-    return {CASE: {f"{name}: {fetched[name]:.2f} x the bytes": each for name, each in measured.items()}}
+    return {CASE: {f"{name}: {fetched[name]:.2f} x the bytes": figure for name, figure in measured.items()}}
 
 
 if __name__ == "__main__":

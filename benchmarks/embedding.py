@@ -16,7 +16,7 @@ from torch.nn.functional import conv2d, layer_norm, linear, scaled_dot_product_a
 from transformers import AutoImageProcessor, AutoModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-# Width and height of each picture, and `num_crops`. The grids of the four are 2 x 2, 1 x 4, 3 x 1 and 1 x 2: with the
+# Width and height of each image, and `num_crops`. The grids of the four are 2 x 2, 1 x 4, 3 x 1 and 1 x 2: with the
 # global views 17 crops, which padding makes 20.
 CASES = {
     "4 images, 17 real of 20 crops": (((640, 480), (1600, 400), (400, 1200), (800, 400)), 4),
@@ -30,9 +30,9 @@ TOLERANCE = 1e-3
 def load_inputs(case, pad_views=False):
     sizes, num_crops = CASES[case]
     generator = np.random.default_rng(0)
-    pictures = [Image.fromarray(generator.integers(0, 256, (*size[::-1], 3), np.uint8)) for size in sizes]
+    images = [Image.fromarray(generator.integers(0, 256, (*size[::-1], 3), np.uint8)) for size in sizes]
     processor = AutoImageProcessor.from_pretrained(ROOT, trust_remote_code=True)
-    inputs = processor(pictures, num_crops=num_crops, pad_views=pad_views, return_tensors="pt")
+    inputs = processor(images, num_crops=num_crops, pad_views=pad_views, return_tensors="pt")
     return inputs.pixel_values, inputs.image_sizes
 
 
@@ -111,10 +111,10 @@ def perceived(mlp, state):
 
 
 def lines(crops, rows, cols, sub_GN):
-    """Crops (rows * cols, 12, 12, C) -> the tokens of the whole picture, line by line, each closed by `sub_GN`."""
+    """Crops (rows * cols, 12, 12, C) -> the tokens of the whole image, line by line, each closed by `sub_GN`."""
     width = crops.shape[-1]
-    picture = crops.view(rows, cols, 12, 12, width).transpose(1, 2).reshape(rows * 12, cols * 12, width)
-    return torch.cat((picture, sub_GN.expand(rows * 12, 1, width)), dim=1).flatten(0, 1)
+    image = crops.view(rows, cols, 12, 12, width).transpose(1, 2).reshape(rows * 12, cols * 12, width)
+    return torch.cat((image, sub_GN.expand(rows * 12, 1, width)), dim=1).flatten(0, 1)
 
 
 def original_scheme(tower, projector, pixel_values, image_sizes):
@@ -131,10 +131,10 @@ def original_scheme(tower, projector, pixel_values, image_sizes):
 
 
 def merged_lines(crops, rows, cols, sub_GN):
-    """Features (rows * cols, 576, 1024) -> 2 x 2 merged tokens of the whole picture, each line closed by `sub_GN`."""
+    """Features (rows * cols, 576, 1024) -> 2 x 2 merged tokens of the whole image, each line closed by `sub_GN`."""
     merged = crops.reshape(-1, 12, 2, 12, 2, 1024).permute(0, 1, 3, 2, 4, 5).reshape(rows, cols, 12, 12, 4096)
-    picture = merged.permute(0, 2, 1, 3, 4).reshape(rows * 12, cols * 12, 4096)
-    return torch.cat((picture, sub_GN[0].repeat(rows * 12, 1, 1)), dim=1).reshape(-1, 4096)
+    image = merged.permute(0, 2, 1, 3, 4).reshape(rows * 12, cols * 12, 4096)
+    return torch.cat((image, sub_GN[0].repeat(rows * 12, 1, 1)), dim=1).reshape(-1, 4096)
 
 
 def prepare(name, case, model):

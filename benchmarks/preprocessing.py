@@ -1,5 +1,5 @@
 """
-Pictures -> views. `limit` is the least work that gives the same views of a picture: one resize in uint8, one write
+Images -> views. `limit` is the least work that gives the same views of an image: one resize in uint8, one write
 of each crop, and the global view from the pixels that it needs. `original scheme` is the published computation.
 """
 
@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 from transformers import AutoImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-CASE = "8 mixed pictures at 16 crops"
+CASE = "8 mixed images at 16 crops"
 NUM_CROPS = 16
 SIZES = ((4000, 3000), (3000, 4000), (1920, 1080), (640, 480), (1366, 768), (500, 1500), (1024, 1024), (336, 336))
 CONTENDERS = ("limit", "ours, 1 thread", "ours, 2 threads", "original scheme")
@@ -24,42 +24,42 @@ STD = np.float32(OPENAI_CLIP_STD).reshape(3, 1, 1)
 SCALE, BIAS = 1 / (255 * STD), -MEAN / STD
 
 
-def load_pictures():
+def load_images():
     generator = np.random.default_rng(0)
     return [Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8)) for width, height in SIZES]
 
 
 def contender(name):
-    """A function of the pictures that gives `pixel_values`, with one torch thread unless the name says two."""
+    """A function of the images that gives `pixel_values`, with one torch thread unless the name says two."""
     threads = 2 if name.endswith("2 threads") else 1
     processor = AutoImageProcessor.from_pretrained(ROOT, trust_remote_code=True)
     compute = {"limit": limit, "original scheme": original_scheme}.get(
-        name, lambda pictures: processor(pictures, num_crops=NUM_CROPS, return_tensors="pt").pixel_values
+        name, lambda images: processor(images, num_crops=NUM_CROPS, return_tensors="pt").pixel_values
     )
 
-    def call(pictures):
+    def call(images):
         torch.set_num_threads(threads)
-        return compute(pictures)
+        return compute(images)
 
     return call
 
 
 def target_size(width, height):
-    """Width and height of a picture, no taller than wide, that fills the widest grid of crops."""
+    """Width and height of an image, no taller than wide, that fills the widest grid of crops."""
     cols = max(n for n in range(1, NUM_CROPS + 1) if n * np.ceil(n * height / width) <= NUM_CROPS)
     return cols * 336, int(cols * 336 / (width / height))
 
 
-def num_views(picture):
-    width, height = target_size(max(picture.size), min(picture.size))
+def num_views(image):
+    width, height = target_size(max(image.size), min(image.size))
     return width // 336 * -(-height // 336) + 1
 
 
-def limit(pictures):
-    counts = [num_views(picture) for picture in pictures]
+def limit(images):
+    counts = [num_views(image) for image in images]
     pixel_values = np.empty((sum(counts), 3, 336, 336), np.float32)
-    for picture, views in zip(pictures, np.split(pixel_values, np.cumsum(counts)[:-1])):
-        pixels = padded(resized(picture))
+    for image, views in zip(images, np.split(pixel_values, np.cumsum(counts)[:-1])):
+        pixels = padded(resized(image))
         rows, cols = pixels.shape[0] // 336, pixels.shape[1] // 336
         write(shrunk(shrunk(pixels, rows, axis=0), cols, axis=1), views[0])
         for number in range(rows * cols):
@@ -68,17 +68,17 @@ def limit(pictures):
     return pixel_values
 
 
-def resized(picture):
-    if picture.width >= picture.height:
-        return picture.resize(target_size(*picture.size), Image.Resampling.BILINEAR)
-    # A tall picture is resized lying on its side in the original: its columns first, here without turning it.
-    height, width = target_size(picture.height, picture.width)
-    picture = picture.resize((picture.width, height), Image.Resampling.BILINEAR)
-    return picture.resize((width, height), Image.Resampling.BILINEAR)
+def resized(image):
+    if image.width >= image.height:
+        return image.resize(target_size(*image.size), Image.Resampling.BILINEAR)
+    # A tall image is resized lying on its side in the original: its columns first, here without turning it.
+    height, width = target_size(image.height, image.width)
+    image = image.resize((image.width, height), Image.Resampling.BILINEAR)
+    return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
-def padded(picture):
-    pixels = np.asarray(picture)
+def padded(image):
+    pixels = np.asarray(image)
     height, width, _ = pixels.shape
     if height % 336 == width % 336 == 0:
         return pixels
@@ -108,19 +108,19 @@ def write(view, target):
     target += BIAS
 
 
-def original_scheme(pictures):
-    """With zeros behind the views of each picture: `(num_pictures, 17, 3, 336, 336)`."""
-    return torch.stack([original_views(picture) for picture in pictures])
+def original_scheme(images):
+    """With zeros behind the views of each image: `(num_images, 17, 3, 336, 336)`."""
+    return torch.stack([original_views(image) for image in images])
 
 
-def original_views(picture):
-    is_tall = picture.width < picture.height
+def original_views(image):
+    is_tall = image.width < image.height
     if is_tall:
-        picture = picture.transpose(Image.Transpose.TRANSPOSE)
-    picture = picture.resize(target_size(*picture.size), Image.Resampling.BILINEAR)
-    rows, cols = -(-picture.height // 336), picture.width // 336
-    canvas = Image.new("RGB", (picture.width, rows * 336), (255, 255, 255))
-    canvas.paste(picture, (0, (canvas.height - picture.height) // 2))
+        image = image.transpose(Image.Transpose.TRANSPOSE)
+    image = image.resize(target_size(*image.size), Image.Resampling.BILINEAR)
+    rows, cols = -(-image.height // 336), image.width // 336
+    canvas = Image.new("RGB", (image.width, rows * 336), (255, 255, 255))
+    canvas.paste(image, (0, (canvas.height - image.height) // 2))
     if is_tall:
         canvas, rows, cols = canvas.transpose(Image.Transpose.TRANSPOSE), cols, rows
     pixels = torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous().float().div(255)
@@ -132,13 +132,13 @@ def original_views(picture):
 
 
 def measure_seconds(rounds):
-    pictures = load_pictures()
-    calls = {name: partial(contender(name), pictures) for name in CONTENDERS}
+    images = load_images()
+    calls = {name: partial(contender(name), images) for name in CONTENDERS}
     return in_turns(calls, rounds, CASE, check_agreement)
 
 
 def check_agreement(results):
-    counts = [num_views(picture) for picture in load_pictures()]
+    counts = [num_views(image) for image in load_images()]
     padded_views = results["original scheme"]
     results = results | {"original scheme": np.concatenate([row[:n] for row, n in zip(padded_views, counts)])}
     for name, pixel_values in results.items():
@@ -146,9 +146,9 @@ def check_agreement(results):
 
 
 def measure_peak(name):
-    pictures, call = load_pictures(), contender(name)
-    call(pictures[-1:])
-    return peak_bytes(lambda: call(pictures))
+    images, call = load_images(), contender(name)
+    call(images[-1:])
+    return peak_bytes(lambda: call(images))
 
 
 def run(quick):

@@ -246,7 +246,7 @@ def search(arm: str, labels: np.ndarray, work: Path) -> dict:
         for centred in (False, True):
             values = same_class_retrieval(unit(vectors - vectors.mean(0) if centred else vectors), labels)
             samples = [values[name] for name in ("recall@1", "mAP")]
-            row = with_intervals(lambda *each: [one.mean() for one in each], *samples)
+            row = with_intervals(lambda *arms: [values.mean() for values in arms], *samples)
             rows[f"{pooling}{', centred' if centred else ''}"] = dict(zip(("recall@1", "mAP"), row))
     return rows
 

@@ -244,12 +244,12 @@ def summarise(figures, num_resamples, seed):
     by Benjamini and Hochberg's procedure.
     """
     done = [_summarise(figure, num_resamples, seed) for figure in figures]
-    differences = [each for figure in done for each in figure["differences"]]
+    differences = [difference for figure in done for difference in figure["differences"]]
     if differences:
-        adjusted = stats.false_discovery_control([each["p"] for each in differences])
-        for each, p in zip(differences, adjusted):
-            each["p_adjusted"] = float(p)
-            each["beyond_noise"] = bool(p < SIGNIFICANCE)
+        adjusted = stats.false_discovery_control([difference["p"] for difference in differences])
+        for difference, p in zip(differences, adjusted):
+            difference["p_adjusted"] = float(p)
+            difference["beyond_noise"] = bool(p < SIGNIFICANCE)
     return done
 
 
@@ -308,9 +308,9 @@ def bootstrap(samples, statistic, num_resamples, seed):
 
     def on(index, axis=-1):  # (..., n) -> (models, ...)
         if statistic is np.mean:
-            return np.array([each[index].mean(axis) for each in samples])
+            return np.array([rows[index].mean(axis) for rows in samples])
         return np.array(
-            [np.apply_along_axis(lambda rows, e=each: statistic(e[rows]), axis, index) for each in samples]
+            [np.apply_along_axis(lambda drawn, rows=rows: statistic(rows[drawn]), axis, index) for rows in samples]
         )
 
     everything = np.arange(len(samples[0]))

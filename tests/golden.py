@@ -43,7 +43,7 @@ def published(name: str) -> str:
 
 
 def image(seed: int, height: int, width: int) -> np.ndarray:
-    """The uint8 picture (height, width, 3) that belongs to a seed."""
+    """The uint8 image (height, width, 3) that belongs to a seed."""
     generator = np.random.Generator(np.random.PCG64(seed))
     blocks = generator.integers(0, 256, (height // 32 + 1, width // 32 + 1, 3), dtype=np.int64)
     grain = generator.integers(-30, 31, (height, width, 3), dtype=np.int64)

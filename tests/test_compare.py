@@ -63,7 +63,7 @@ def compare_here(folder, *arguments):
 
 
 def figure(results, name):
-    return next(each for each in results["figures"] if each["name"] == name)
+    return next(figure for figure in results["figures"] if figure["name"] == name)
 
 
 def noise(seed=0, size=(40, 40)):
@@ -87,7 +87,7 @@ def digits(tmp_path_factory):
         (folder / NAMES[label]).mkdir()
         for number in np.flatnonzero(labels == label)[:10]:
             Image.fromarray(images[number]).save(folder / NAMES[label] / f"{number}.png")
-    (folder / "one" / "broken.png").write_bytes(b"no picture")
+    (folder / "one" / "broken.png").write_bytes(b"no image")
     return folder
 
 
@@ -115,11 +115,11 @@ def test_figures_have_intervals_and_paired_tests(report):
         assert all(0 < difference["p"] <= difference["p_adjusted"] for difference in found["differences"])
         assert name in page
     vectors, mean, tower = load_file(folder / "embeddings.safetensors"), f"{ROOT.name} (mean)", f"{ROOT.name} (tower)"
-    widths = {name: len(each[0]) for name, each in vectors.items()}
+    widths = {name: len(rows[0]) for name, rows in vectors.items()}
     assert widths == {mean: 128, tower: 64, "pixels": 3072}
     labels = np.repeat(np.arange(3), 10)[np.argsort(np.repeat(["one", "two", "zero"], 10), kind="stable")]
-    for name, each in vectors.items():
-        expected = recall(unit(each), labels, 1)
+    for name, rows in vectors.items():
+        expected = recall(unit(rows), labels, 1)
         assert figure(results, "recall@1")["values"][name]["value"] == pytest.approx(expected)
 
 
@@ -303,23 +303,23 @@ def test_where_tests_and_intervals_seem_to_contradict_the_report_says_why():
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     return tmp_path
 
 
 def save_all(folder, classes):
-    """{class: pictures}, as a folder of folders."""
+    """{class: images}, as a folder of folders."""
     for name, images in classes.items():
-        (folder / "pictures" / name).mkdir()
+        (folder / "images" / name).mkdir()
         for number, image in enumerate(images):
-            image.save(folder / "pictures" / name / f"{number}.png")
+            image.save(folder / "images" / name / f"{number}.png")
 
 
 FEW = {
-    "one picture": ({"a": [noise()]}, "there is one image only"),
+    "one image": ({"a": [noise()]}, "there is one image only"),
     "one class": ({"a": [noise(0), noise(1), noise(2)]}, "there are no two classes"),
-    "one picture a class": ({f"c{n}": [noise(n)] for n in range(12)}, "no class has two images"),
-    "equal pictures": ({"a": [noise()] * 3, "b": [noise()] * 2}, "there is one image only"),
+    "one image a class": ({f"c{n}": [noise(n)] for n in range(12)}, "no class has two images"),
+    "equal images": ({"a": [noise()] * 3, "b": [noise()] * 2}, "there is one image only"),
 }
 
 
@@ -327,10 +327,10 @@ FEW = {
 def test_a_figure_without_meaning_is_undefined_and_says_why(case, folder):
     classes, reason = FEW[case]
     save_all(folder, classes)
-    results = compare_here(folder, "--model", "pixels", folder / "pictures")
+    results = compare_here(folder, "--model", "pixels", folder / "images")
     for name in ("recall@1", "linear-probe accuracy", "NMI"):
         assert reason in figure(results, name)["values"]["pixels"]["undefined"]
-    assert results["about"]["left_out"]["copies"] == (4 if case == "equal pictures" else 0)
+    assert results["about"]["left_out"]["copies"] == (4 if case == "equal images" else 0)
 
 
 def save_vit(path, image_processor=None, pooler=True, scale=1.0):
@@ -373,7 +373,7 @@ def test_intervals_of_clusters_lie_around_their_value_and_hold_the_true_one():
 def test_a_model_that_gives_nan_has_no_figures_and_the_others_have(folder):
     broken = save_vit(folder / "broken", scale=float("nan"))
     save_all(folder, {name: [noise(n + 3 * k) for n in range(3)] for k, name in enumerate("ab")})
-    results = compare_here(folder, "--model", broken, "--model", "pixels", folder / "pictures")
+    results = compare_here(folder, "--model", broken, "--model", "pixels", folder / "images")
     values = figure(results, "mAP")["values"]
     assert "6 of 6 vectors hold NaN" in values["broken"]["undefined"] and values["pixels"]["value"] > 0
 
@@ -387,7 +387,7 @@ def test_an_image_that_one_model_refuses_is_left_out_of_all(folder, monkeypatch,
     assert not pixels.refused and len(pixels.images) == 5
     monkeypatch.setattr(compare, "SHRINKS", {})
     monkeypatch.setitem(compare.CHANGES, "crop", lambda image: image.rotate(90))
-    results = compare_here(folder, "--model", strict, "--model", "pixels", folder / "pictures")
+    results = compare_here(folder, "--model", strict, "--model", "pixels", folder / "images")
     assert results["about"]["images"] == 4 and list(results["about"]["left_out"]["refused"]) == ["a/2.png"]
     assert "Left out 1 of 5 images:\na/2.png: strict does not take it" in capsys.readouterr().out
 
@@ -494,12 +494,12 @@ def test_captions_add_text_to_image_retrieval_for_models_with_a_text_side(folder
     clip = save_clip(folder / "clip")
     save_all(folder, {"a": [noise(n) for n in range(3)]})
     rows = "".join(f"a/{n}.png,a {word} square\n" for n, word in enumerate(["red", "blue", "red blue"]))
-    (folder / "pictures" / "metadata.csv").write_text(f"file_name,caption\n{rows}")
-    results = compare_here(folder, "--model", clip, "--model", "pixels", folder / "pictures")
-    values = [each for each in results["figures"] if each["group"] == "Text to image"][1]["values"]
+    (folder / "images" / "metadata.csv").write_text(f"file_name,caption\n{rows}")
+    results = compare_here(folder, "--model", clip, "--model", "pixels", folder / "images")
+    values = [figure for figure in results["figures"] if figure["group"] == "Text to image"][1]["values"]
     assert values["clip"]["value"] == 1 and values["pixels"]["undefined"] == "it has no text side"
     assert figure(results, "recall@1")["values"]["pixels"]["undefined"] == "there are no two classes"
-    values = [each for each in results["figures"] if each["group"] == "Image to text"][0]["values"]
+    values = [figure for figure in results["figures"] if figure["group"] == "Image to text"][0]["values"]
     assert 0 <= values["clip"]["value"] <= 1 and values["clip"]["n"] == 3
 
 
@@ -529,9 +529,9 @@ def test_whole_models_are_asked_and_their_answers_kept(digits, folder, embedding
 def test_several_captions_an_image_are_refused(folder):
     save_all(folder, {"a": [noise(n) for n in range(2)]})
     rows = "".join(json.dumps({"file_name": f"a/{n}.png", "caption": ["one", "other"]}) + "\n" for n in range(2))
-    (folder / "pictures" / "metadata.jsonl").write_text(rows)
+    (folder / "images" / "metadata.jsonl").write_text(rows)
     with pytest.raises(SystemExit, match=r"(?s)captions are List.*but must be a text an image. Name .*--text-column"):
-        compare_here(folder, "--model", "pixels", folder / "pictures")
+        compare_here(folder, "--model", "pixels", folder / "images")
 
 
 def test_a_sentence_transformers_model(tmp_path):

@@ -80,8 +80,8 @@ from transformers import AutoModel, AutoProcessor
 
 model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
-picture = np.arange(60 * 90 * 3, dtype=np.uint8).reshape(60, 90, 3)
-inputs = processor(images=picture, text="what is <|image_1|>", num_crops=1, return_tensors="pt")
+image = np.arange(60 * 90 * 3, dtype=np.uint8).reshape(60, 90, 3)
+inputs = processor(images=image, text="what is <|image_1|>", num_crops=1, return_tensors="pt")
 outputs = model(**inputs)
 print(json.dumps([str(model.dtype), processor.image_processor.num_crops, inputs.input_ids[0].tolist()]))
 print(json.dumps(outputs.pooler_output.float().tolist()))
@@ -123,8 +123,8 @@ def test_converted_weights_give_what_the_original_computation_gave(tmp_path):
     convert(str(published.save(tmp_path / "source", tensors)), tmp_path / "output")
     arrays, note = golden.load("reduced")
     case = next(name for name in note["cases"] if name == "hd_sub_glb")
-    pictures = [golden.image(**picture) for picture in note["hd"]["images"]]
-    inputs = Phi3EmbedImageProcessor(num_crops=note["hd"]["num_crops"])(pictures, return_tensors="pt")
+    images = [golden.image(**image) for image in note["hd"]["images"]]
+    inputs = Phi3EmbedImageProcessor(num_crops=note["hd"]["num_crops"])(images, return_tensors="pt")
     model = Phi3EmbedModel.from_pretrained(tmp_path / "output")
     with torch.inference_mode():
         hidden = model(torch.from_numpy(arrays[f"{case}.input_ids"]), **inputs).last_hidden_state.numpy()
@@ -329,7 +329,7 @@ def test_what_is_no_checkpoint_of_the_layout_is_refused(change, said, source, tm
     ],
 )
 def test_mistakes_of_a_command_are_told_in_a_line(arguments, said, source, tmp_path):
-    given = [each.format(source=source, output=tmp_path / "output") for each in arguments]
+    given = [word.format(source=source, output=tmp_path / "output") for word in arguments]
     with pytest.raises(SystemExit) as raised:
         cli.main(["convert", *given])
     message = str(raised.value)
@@ -342,9 +342,9 @@ def test_a_folder_that_the_command_did_not_make_is_left_as_it_is(name, source, t
     kept = tmp_path / "output.partial" / name
     kept.parent.mkdir()
     kept.write_text("mine")
-    for each in (str(source), "no/such/folder"):
+    for place in (str(source), "no/such/folder"):
         with pytest.raises(ValueError, match=f"output.partial, .* holds {name}, not made by this command"):
-            convert(each, tmp_path / "output")
+            convert(place, tmp_path / "output")
     assert kept.read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == ["output.partial"]
 
 
@@ -507,7 +507,7 @@ def test_a_fine_tune_goes_back_and_the_language_model_stays(kind, source, conver
     assert not (tmp_path / "back" / "pytorch_model.bin").exists()
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "back"))
     base = tuned.base_model.state_dict()
-    ours = {each: tensor for name, tensor in base.items() for each in published_names(name) if each in before}
+    ours = {theirs: tensor for name, tensor in base.items() for theirs in published_names(name) if theirs in before}
     assert len(ours) == 60 and before.keys() == after.keys()
     for name, tensor in after.items():
         assert torch.equal(tensor, ours[name].bfloat16() if name in ours else before[name]), name

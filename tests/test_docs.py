@@ -43,7 +43,7 @@ def test_the_demo_asks_and_says_how_many_answers_are_right(whole_checkpoint, mon
 
 def test_the_demo_runs_on_a_folder_and_names_what_it_cannot_read(tmp_path):
     make_images(tmp_path, ("blue", "green", "red"), 2)
-    (tmp_path / "red" / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "red" / "broken.png").write_bytes(b"no image")
     done = run_fresh("-m", "phi3_tools", "demo", tmp_path, "--output", tmp_path / "out" / "drawn.png")
     assert done.returncode == 0, done.stderr
     assert "broken.png" in done.stdout.replace("\n", "") and "recall@1" in done.stdout and "Drawn: " in done.stdout

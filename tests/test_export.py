@@ -93,11 +93,11 @@ def test_export_writes_onnx_with_its_preprocessing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
 
     generator = np.random.default_rng(0)
-    pictures = [
+    images = [
         Image.fromarray(generator.integers(0, 256, (*size, 3), np.uint8)) for size in [(90, 60), (40, 200), (400, 30)]
     ]
     inputs = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)(
-        pictures, num_crops=3, return_tensors="np"
+        images, num_crops=3, return_tensors="np"
     )
     session = onnxruntime.InferenceSession(folder / "model.onnx")
     names = [value.name for value in session.get_inputs()]

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification, pipeline
 
 CLASSES = {0: "cat", 1: "dog", 2: "bird"}
-IMAGES = small_pixels((1, 2), (1, 1), (2, 1), (0, 0))
+INPUTS = small_pixels((1, 2), (1, 1), (2, 1), (0, 0))
 
 
 def small_head(**kwargs):
@@ -31,11 +31,11 @@ def small_head(**kwargs):
 
 def test_logits_are_a_linear_layer_on_the_pooled_embedding():
     head = small_head()
-    outputs = head(**IMAGES, output_hidden_states=True)
+    outputs = head(**INPUTS, output_hidden_states=True)
     assert outputs.logits.shape == (4, 3) and outputs.loss is None and len(outputs.hidden_states) == 3
-    wanted = head.model(**IMAGES).pooler_output @ head.classifier.weight.T + head.classifier.bias
+    wanted = head.model(**INPUTS).pooler_output @ head.classifier.weight.T + head.classifier.bias
     torch.testing.assert_close(outputs.logits, wanted)
-    assert torch.equal(head(**IMAGES, return_dict=False)[0], outputs.logits)
+    assert torch.equal(head(**INPUTS, return_dict=False)[0], outputs.logits)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_logits_are_a_linear_layer_on_the_pooled_embedding():
 )
 def test_the_loss_by_problem_type(settings, labels, loss):
     head = small_head(**({"id2label": None} | settings if "num_labels" in settings else settings))
-    outputs = head(**IMAGES, labels=labels)
+    outputs = head(**INPUTS, labels=labels)
     torch.testing.assert_close(outputs.loss, loss(outputs.logits, labels))
 
 
@@ -67,7 +67,7 @@ def test_the_loss_by_problem_type(settings, labels, loss):
 )
 def test_labels_that_do_not_fit_are_an_error(labels, message):
     with pytest.raises(ValueError, match=message):
-        small_head()(**IMAGES, labels=labels)
+        small_head()(**INPUTS, labels=labels)
 
 
 @pytest.mark.parametrize("pooling_mode", ["mean", "global"])
@@ -76,7 +76,7 @@ def test_all_but_word_embeddings_and_separators_learn_from_labels(checkpointing,
     head = small_head(pooling_mode=pooling_mode).train()
     if checkpointing:
         head.gradient_checkpointing_enable()
-    head(**IMAGES, labels=torch.tensor([0, 2, 1, 1])).loss.backward()
+    head(**INPUTS, labels=torch.tensor([0, 2, 1, 1])).loss.backward()
     for name, parameter in head.named_parameters():
         learns = parameter.grad is not None and parameter.grad.any()
         assert learns == (not name.endswith(("wte.weight", "_GN"))), name
@@ -109,7 +109,7 @@ def test_a_head_on_a_base_checkpoint_starts_fresh_and_says_so(repository, caplog
     assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"} and not info["unexpected_keys"]
     assert "classifier.weight" in caplog.text and "MISSING" in caplog.text
     assert 0 < head.classifier.weight.std() < 0.1 and not head.classifier.bias.any()
-    assert torch.equal(head.model(**IMAGES).pooler_output, small_model()(**IMAGES).pooler_output)
+    assert torch.equal(head.model(**INPUTS).pooler_output, small_model()(**INPUTS).pooler_output)
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,8 @@ def test_a_head_that_nobody_asked_for_is_an_error(repository):
 
 def test_a_trained_head_starts_again_with_other_classes(head_folder):
     head = Phi3EmbedForImageClassification.from_pretrained(head_folder, num_labels=5, ignore_mismatched_sizes=True)
-    assert head(**IMAGES).logits.shape == (4, 5)
-    assert torch.equal(head.model(**IMAGES).pooler_output, small_head().model(**IMAGES).pooler_output)
+    assert head(**INPUTS).logits.shape == (4, 5)
+    assert torch.equal(head.model(**INPUTS).pooler_output, small_head().model(**INPUTS).pooler_output)
 
 
 def test_a_head_is_saved_with_code_and_classes_and_gives_the_embedding_too(head_folder):
@@ -183,23 +183,23 @@ def test_a_head_works_from_disk(head_folder, tmp_path):
         head_folder, device_map={"": "disk"}, offload_folder=str(tmp_path)
     )
     with torch.no_grad():
-        torch.testing.assert_close(head(**IMAGES).logits, small_head()(**IMAGES).logits)
+        torch.testing.assert_close(head(**INPUTS).logits, small_head()(**INPUTS).logits)
 
 
 # Pipeline
 
-PICTURES = [Image.linear_gradient("L").resize(size) for size in [(60, 60), (200, 50), (150, 50), (70, 60), (300, 20)]]
+IMAGES = [Image.linear_gradient("L").resize(size) for size in [(60, 60), (200, 50), (150, 50), (70, 60), (300, 20)]]
 
 
 def test_image_classification_in_batches_of_unequal_images(head_folder):
     classify = pipeline("image-classification", model=str(head_folder), trust_remote_code=True)
-    together = classify(PICTURES, batch_size=3)
+    together = classify(IMAGES, batch_size=3)
     assert [len(scores) for scores in together] == [3] * 5
     assert {score["label"] for score in together[0]} == {*CLASSES.values()}
-    for picture, scores in zip(PICTURES, together):
-        alone = classify(picture)
-        inputs = classify.image_processor(picture, return_tensors="pt")
+    for image, scores in zip(IMAGES, together):
+        alone = classify(image)
+        inputs = classify.image_processor(image, return_tensors="pt")
         wanted = classify.model(**inputs).logits.softmax(-1)[0].sort(descending=True)
-        assert [each["label"] for each in scores] == [each["label"] for each in alone]
-        assert [each["label"] for each in scores] == [CLASSES[index] for index in wanted.indices.tolist()]
-        torch.testing.assert_close(torch.tensor([each["score"] for each in scores]), wanted.values)
+        assert [score["label"] for score in scores] == [score["label"] for score in alone]
+        assert [score["label"] for score in scores] == [CLASSES[index] for index in wanted.indices.tolist()]
+        torch.testing.assert_close(torch.tensor([score["score"] for score in scores]), wanted.values)

@@ -229,9 +229,9 @@ def test_two_processes_train_as_one_does_sharded_or_not(trained, embedding, repo
     finetune(start, captions, tmp_path / "alone", of_pairs)
     trainings = {"pairs": (start, captions, of_pairs.replace("batch-size 8", "batch-size 4"), tmp_path / "alone")}
     for more in ("", " --fsdp"):
-        each = ONE.replace("batch-size 8", "batch-size 4") + more
-        trainings[f"classifier{more}"] = (repository, images, each, trained)
-        options = f"{each} --task embedding --mini-batch-size 2"
+        command = ONE.replace("batch-size 8", "batch-size 4") + more
+        trainings[f"classifier{more}"] = (repository, images, command, trained)
+        options = f"{command} --task embedding --mini-batch-size 2"
         trainings[f"embedder{more}"] = (repository, images, options, embedding)
     commands = [
         " ".join(arguments_of(model, source, tmp_path / name.replace(" ", ""), options))

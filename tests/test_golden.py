@@ -32,8 +32,8 @@ def full_model():
 
 
 def preprocess(note, **kwargs):
-    pictures = [golden.image(**picture) for picture in note["images"]]
-    return Phi3EmbedImageProcessor(num_crops=note["num_crops"])(pictures, return_tensors="pt", **kwargs)
+    images = [golden.image(**image) for image in note["images"]]
+    return Phi3EmbedImageProcessor(num_crops=note["num_crops"])(images, return_tensors="pt", **kwargs)
 
 
 def of_images(inputs):
@@ -54,7 +54,7 @@ def test_preprocessing_equals_the_original(num_crops):
     processor = Phi3EmbedImageProcessor(num_crops=num_crops)
     mean, std = np.array(processor.image_mean), np.array(processor.image_std)
     inputs = preprocess(note).convert_to_tensors("np")
-    for number, picture in enumerate(note["images"]):
+    for number, image in enumerate(note["images"]):
         wanted = {key.partition(".")[2]: arrays[key] for key in arrays if key.startswith(f"{number}.")}
         views, real = of_images(inputs)[number], int(wanted["real_crops"][0])
         np.testing.assert_array_equal(inputs["image_sizes"][number], wanted["image_size"])
@@ -150,8 +150,8 @@ def reduced_inputs(arrays, note, case):
     if case["pixel_values"] == "hd":
         return preprocess(note["hd"])
     seeds = note["seeds"][:1] if case["pixel_values"] == "seeds[:1]" else note["seeds"]
-    pictures = [golden.image(seed, 336, 336) for seed in seeds]
-    views = Phi3EmbedImageProcessor(num_crops=0)(pictures, return_tensors="pt")["pixel_values"]
+    images = [golden.image(seed, 336, 336) for seed in seeds]
+    views = Phi3EmbedImageProcessor(num_crops=0)(images, return_tensors="pt")["pixel_values"]
     return {"pixel_values": views}
 
 

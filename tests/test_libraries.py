@@ -93,12 +93,12 @@ class DigitsInPlaceOfBirds(type(mteb.get_task("CUB200I2IRetrieval"))):
         _, images, _, labels = digits_split()
         images, labels = images[:NUM_DIGITS], labels[:NUM_DIGITS].tolist()
         names = [str(number) for number in range(NUM_DIGITS)]
-        pictures = Dataset.from_dict({"id": names, "image": [Image.fromarray(image) for image in images]})
+        images = Dataset.from_dict({"id": names, "image": [Image.fromarray(image) for image in images]})
         relevant = {
             query: {name: 1 for name, label in zip(names, labels) if label == wanted}
             for query, wanted in zip(names, labels)
         }
-        split = {"corpus": pictures, "queries": pictures, "relevant_docs": relevant, "top_ranked": None}
+        split = {"corpus": images, "queries": images, "relevant_docs": relevant, "top_ranked": None}
         self.dataset, self.data_loaded = {"default": {"test": split}}, True
 
 

@@ -23,10 +23,10 @@ name, options = sys.argv[1], json.loads(sys.argv[2]) | {"trust_remote_code": Tru
 config = AutoConfig.from_pretrained(name, **options)
 model = AutoModel.from_pretrained(name, device_map="auto", **options)
 assert type(model.config) is model.config_class
-picture = np.arange(60 * 90 * 3, dtype=np.uint8).reshape(60, 90, 3)
-inputs = AutoImageProcessor.from_pretrained(name, **options)(picture, return_tensors="pt")
+image = np.arange(60 * 90 * 3, dtype=np.uint8).reshape(60, 90, 3)
+inputs = AutoImageProcessor.from_pretrained(name, **options)(image, return_tensors="pt")
 print(json.dumps(model(**inputs).pooler_output.tolist()))
-inputs = AutoProcessor.from_pretrained(name, **options)(images=picture, text="a <|image_1|>", return_tensors="pt")
+inputs = AutoProcessor.from_pretrained(name, **options)(images=image, text="a <|image_1|>", return_tensors="pt")
 print(json.dumps(model(**inputs).last_hidden_state.sum(-1).tolist()))
 assert AutoTokenizer.from_pretrained(name, **options).convert_tokens_to_ids("<|image|>") == config.image_token_id
 assert not [module for module in sys.modules if module.partition(".")[0] == "torchvision"]

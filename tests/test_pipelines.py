@@ -14,47 +14,47 @@ from transformers.pipelines.pt_utils import KeyDataset
 
 from phi3_tools.digits import ask
 
-PICTURES = [Image.linear_gradient("L").resize(size) for size in [(60, 60), (200, 50), (50, 200), (70, 60), (150, 50)]]
+IMAGES = [Image.linear_gradient("L").resize(size) for size in [(60, 60), (200, 50), (50, 200), (70, 60), (150, 50)]]
 
 
 def test_image_feature_extraction_in_batches_of_unequal_images(repository):
     extract = pipeline("image-feature-extraction", model=repository, trust_remote_code=True)
-    one_by_one = extract(PICTURES, pool=True, return_tensors=True)
-    together = extract(PICTURES, pool=True, return_tensors=True, batch_size=3)
-    for left, right, picture in zip(one_by_one, together, PICTURES):
+    one_by_one = extract(IMAGES, pool=True, return_tensors=True)
+    together = extract(IMAGES, pool=True, return_tensors=True, batch_size=3)
+    for left, right, image in zip(one_by_one, together, IMAGES):
         torch.testing.assert_close(left, right, atol=1e-6, rtol=1e-5)
-        inputs = extract.image_processor(picture, return_tensors="pt")
+        inputs = extract.image_processor(image, return_tensors="pt")
         features = extract.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
         torch.testing.assert_close(right.reshape(-1), features.image_embeds[0], atol=1e-6, rtol=1e-5)
 
 
 def test_image_feature_extraction_gives_the_tokens_without_pool(repository):
     extract = pipeline("image-feature-extraction", model=repository, trust_remote_code=True)
-    tokens = extract(PICTURES[1], return_tensors=True)
+    tokens = extract(IMAGES[1], return_tensors=True)
     assert tokens.shape == (1, extract.image_processor.num_image_tokens(200, 50), 48)
-    batch = extract([PICTURES[1], PICTURES[2]], return_tensors=True, batch_size=2)
+    batch = extract([IMAGES[1], IMAGES[2]], return_tensors=True, batch_size=2)
     torch.testing.assert_close(batch[0][:, : tokens.shape[1]], tokens, atol=1e-6, rtol=1e-5)
 
 
 def test_image_feature_extraction_takes_one_image_a_path_and_a_dataset(repository, tmp_path):
     extract = pipeline("image-feature-extraction", model=repository, trust_remote_code=True)
-    wanted = [extract(picture, pool=True) for picture in PICTURES]
-    PICTURES[1].save(tmp_path / "picture.png")
-    assert extract(str(tmp_path / "picture.png"), pool=True) == wanted[1]
-    pictures = KeyDataset(Dataset.from_dict({"image": PICTURES}), "image")
-    for given, each in zip(extract(pictures, pool=True, batch_size=2), wanted, strict=True):
-        torch.testing.assert_close(torch.tensor(given), torch.tensor(each), atol=1e-6, rtol=1e-5)
+    wanted = [extract(image, pool=True) for image in IMAGES]
+    IMAGES[1].save(tmp_path / "image.png")
+    assert extract(str(tmp_path / "image.png"), pool=True) == wanted[1]
+    images = KeyDataset(Dataset.from_dict({"image": IMAGES}), "image")
+    for given, tokens in zip(extract(images, pool=True, batch_size=2), wanted, strict=True):
+        torch.testing.assert_close(torch.tensor(given), torch.tensor(tokens), atol=1e-6, rtol=1e-5)
 
 
 def test_device_map_and_dtype_pass_through(repository, tmp_path):
     options = {"model": repository, "trust_remote_code": True, "dtype": torch.bfloat16}
-    wanted = pipeline("image-feature-extraction", **options)(PICTURES[1], pool=True, return_tensors=True)
+    wanted = pipeline("image-feature-extraction", **options)(IMAGES[1], pool=True, return_tensors=True)
     parts = {"wte": "cpu", "projector": "cpu", "img_processor": "disk"}
     device_map = {f"vision_embed_tokens.{name}": device for name, device in parts.items()}
     options |= {"device_map": device_map, "model_kwargs": {"offload_folder": str(tmp_path)}}
     extract = pipeline("image-feature-extraction", **options)
     assert extract.model.hf_device_map == device_map
-    given = extract(PICTURES[1], pool=True, return_tensors=True)
+    given = extract(IMAGES[1], pool=True, return_tensors=True)
     assert given.dtype == torch.bfloat16 and torch.equal(given, wanted)
 
 
@@ -85,8 +85,8 @@ def test_feature_extraction_gives_word_embeddings(repository):
 
 
 CHATS = [
-    ask("what digit is this ?", PICTURES[:1]),
-    ask("which of the two is larger ?", PICTURES[1:3]),
+    ask("what digit is this ?", IMAGES[:1]),
+    ask("which of the two is larger ?", IMAGES[1:3]),
     ask("the number seven"),
 ]
 
@@ -109,7 +109,7 @@ def test_chats_with_one_and_two_images_are_answered_in_a_batch_as_alone(task, mo
     assert answers(talk(text=CHATS[:2], batch_size=2, **few())) == alone[:2]
     assert answers(talk(text=CHATS, **few())) == alone  # one by one: a batch of the pipeline has images in all or none
     text = "<|user|>\n<|image_1|>\nwhat digit is this ?<|end|>\n<|assistant|>\n"
-    assert answers([talk(images=PICTURES[0], text=text, **few())]) == alone[:1]
+    assert answers([talk(images=IMAGES[0], text=text, **few())]) == alone[:1]
 
 
 def test_text_generation_goes_on_with_texts_and_chats_in_batches():
@@ -134,7 +134,7 @@ def test_a_decision_is_made_by_the_logits_of_its_labels():
     for name in names:
         told = {"state": [], "questions": {"which": question | {"instructions": f"the number {name}"}}}
         assert decide(told)["which"]["choice"] == name
-    seen = {"state": "[it]", "assets": {"[it]": PICTURES[0]}}
+    seen = {"state": "[it]", "assets": {"[it]": IMAGES[0]}}
     seen["questions"] = {"which": question | {"instructions": "what digit is this ?"}}
     assert 0 < decide(seen)["which"]["probabilities"]["seven"] < 1
 

@@ -78,7 +78,7 @@ def test_grey_arrays_and_flat_images(image_processor):
     grey = RGB[..., 0]
     assert torch.equal(views(image_processor, grey), views(image_processor, Image.fromarray(grey)))
     assert torch.equal(views(image_processor, grey[None]), views(image_processor, grey))
-    line = RGB[:1]  # a colour picture one pixel high is no picture of one channel
+    line = RGB[:1]  # a colour image one pixel high is no image of one channel
     assert torch.equal(views(image_processor, line), views(image_processor, Image.fromarray(line)))
 
 
@@ -124,10 +124,10 @@ def test_num_crops_0_is_the_global_view_of_one_crop_alone(image_processor):
 
 
 def test_a_batch_equals_its_images_one_by_one(image_processor):
-    pictures = [RGB, golden.image(3, 90, 30), golden.image(4, 60, 60)]
-    batch = image_processor(pictures, return_tensors="pt")
-    for number, picture in enumerate(pictures):
-        alone = image_processor(picture, return_tensors="pt")
+    images = [RGB, golden.image(3, 90, 30), golden.image(4, 60, 60)]
+    batch = image_processor(images, return_tensors="pt")
+    for number, image in enumerate(images):
+        alone = image_processor(image, return_tensors="pt")
         first = int(batch["image_sizes"][:number].prod(1).sum()) // 336**2 + number
         assert torch.equal(batch.pixel_values[first : first + len(alone.pixel_values)], alone.pixel_values)
         for key in ("image_sizes", "num_image_tokens"):
@@ -144,12 +144,12 @@ def test_crops_lie_row_by_row_behind_the_global_view():
 @pytest.mark.parametrize("factors", [(2, 3), (4, 5), (1, 2), (7, 6)])
 def test_the_global_view_is_torchs_bicubic_interpolation(factors):
     rows, cols = factors
-    picture = golden.image(5, 28 * rows, 28 * cols)
+    image = golden.image(5, 28 * rows, 28 * cols)
     processor = Phi3EmbedImageProcessor(num_crops=rows * cols, **SMALL)
-    out = processor(picture, return_tensors="pt")
+    out = processor(image, return_tensors="pt")
     assert out["image_sizes"].tolist() == [[28 * rows, 28 * cols]]
     mean, std = (torch.tensor(value)[:, None, None] for value in (processor.image_mean, processor.image_std))
-    pixels = (torch.from_numpy(picture).permute(2, 0, 1) / 255 - mean) / std
+    pixels = (torch.from_numpy(image).permute(2, 0, 1) / 255 - mean) / std
     wanted = torch.nn.functional.interpolate(pixels[None], size=(28, 28), mode="bicubic")
     torch.testing.assert_close(out["pixel_values"][:1], wanted, atol=2e-6, rtol=0)
 

@@ -42,13 +42,13 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def files():
-    """Picture files of unequal sizes by name, one of them broken."""
+    """Image files of unequal sizes by name, one of them broken."""
     generator, files = np.random.default_rng(0), {}
     for number in range(NUM_IMAGES):
         buffer = io.BytesIO()
         pixels = generator.integers(0, 256, (20 + number, 140 - number, 3), np.uint8)
         Image.fromarray(pixels).save(buffer, "png")
-        files[f"{number:03}.png"] = b"no picture" if number == BROKEN else buffer.getvalue()
+        files[f"{number:03}.png"] = b"no image" if number == BROKEN else buffer.getvalue()
     return files
 
 
@@ -56,8 +56,8 @@ def files():
 def vectors(files):
     """What the model gives without Ray."""
     where = {"pretrained_model_name_or_path": ROOT, "trust_remote_code": True}
-    pictures = [Image.open(io.BytesIO(file)) for file in files.values() if file != b"no picture"]
-    inputs = AutoImageProcessor.from_pretrained(**where, num_crops=1)(pictures, return_tensors="pt")
+    images = [Image.open(io.BytesIO(file)) for file in files.values() if file != b"no image"]
+    inputs = AutoImageProcessor.from_pretrained(**where, num_crops=1)(images, return_tensors="pt")
     with torch.inference_mode():
         return AutoModel.from_pretrained(**where)(**inputs).pooler_output.numpy()
 
@@ -89,7 +89,7 @@ def workers(cluster, stage):
     for process in psutil.process_iter(["cmdline"]):
         if f"MapWorker(Map({stage}))" in " ".join(process.info["cmdline"] or ()):
             raylet = process.parent()
-            if raylet and any(cluster.address in each for each in raylet.cmdline()):
+            if raylet and any(cluster.address in word for word in raylet.cmdline()):
                 found.append(process)
     return found
 

@@ -1,4 +1,4 @@
-"""Searching by picture, at the command line."""
+"""Searching by image, at the command line."""
 
 import os
 import resource
@@ -33,14 +33,14 @@ FEW_CROPS = ("--num-crops", "0")
 @pytest.fixture
 def folder(tmp_path):
     """Twelve held-out digits in two subfolders; a copy of one, and a broken file."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     _, digits, _, _ = digits_split()
     for number, digit in enumerate(digits[:12]):
         path = folder / "ab"[number % 2] / f"it's {number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(digit).save(path)
     shutil.copy(folder / "a" / "it's 0.png", folder / "b" / "copy.png")
-    (folder / "a" / "broken.png").write_bytes(b"no picture")
+    (folder / "a" / "broken.png").write_bytes(b"no image")
     return folder
 
 
@@ -100,8 +100,8 @@ def test_neighbours_are_printed_and_drawn(folder, tmp_path, capsys, monkeypatch)
     assert [line[3].strip() for line in lines] == wanted
     said = run(capsys, "query", folder / "a" / "it's 6.png", index, "--output", output, "--no-exclude-self")
     assert "1.000" in said and "it's 6.png" in said.split("1.000")[1]
-    with Image.open(output) as picture:
-        assert picture.width > picture.height > 200
+    with Image.open(output) as image:
+        assert image.width > image.height > 200
 
 
 def test_an_index_of_another_model_or_of_other_crops_is_refused(folder, tmp_path, capsys):
@@ -132,15 +132,15 @@ def test_an_index_of_another_model_or_of_other_crops_is_refused(folder, tmp_path
 )
 def test_an_index_of_other_settings_is_refused(file, old, new, folder, embedding_checkpoint, tmp_path, capsys):
     index, other = tmp_path / "index", shutil.copytree(embedding_checkpoint, tmp_path / "other")
-    picture = folder / "a" / "it's 0.png"
-    run(capsys, "index", picture, index, *FEW_CROPS, "--model", other)
+    image = folder / "a" / "it's 0.png"
+    run(capsys, "index", image, index, *FEW_CROPS, "--model", other)
     AutoModel.from_pretrained(other, trust_remote_code=True).save_pretrained(other)  # the same model, saved anew
-    assert "Already there: 1." in run(capsys, "add", picture, index)
+    assert "Already there: 1." in run(capsys, "add", image, index)
     before = (other / file).read_text()
     assert old in before
     (other / file).write_text(before.replace(old, new))
     with pytest.raises(SystemExit, match=r"is made by .*settings .*but this is .*settings .*make another index"):
-        run(capsys, "add", picture, index)
+        run(capsys, "add", image, index)
 
 
 def test_an_index_keeps_to_the_commit_of_its_model(folder, repository, hub, tmp_path):
@@ -303,24 +303,24 @@ def test_rows_that_leave_a_parquet_file_leave_the_index(tmp_path, capsys):
 
 def test_a_full_disk_is_told_in_a_line_where_lancedb_meets_it(tmp_path, capsys):
     """It raises a plain `RuntimeError`."""
-    index, pictures = tmp_path / "index", tmp_path / "pictures"
-    pictures.mkdir()
+    index, images = tmp_path / "index", tmp_path / "images"
+    images.mkdir()
     for number in range(4):  # noise, so that thumbnails are large
         pixels = np.random.default_rng(number).integers(0, 256, (300, 300, 3), np.uint8)
-        Image.fromarray(pixels).save(pictures / f"{number}.png")
+        Image.fromarray(pixels).save(images / f"{number}.png")
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
     try:
         with pytest.raises(SystemExit, match="phi3-embed search: The disk is full: .*File too large") as error:
-            run(capsys, "index", pictures, index, *FEW_CROPS)
+            run(capsys, "index", images, index, *FEW_CROPS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert "\n" not in str(error.value)
-    assert "Added 4." in run(capsys, "index", pictures, index, *FEW_CROPS)
+    assert "Added 4." in run(capsys, "index", images, index, *FEW_CROPS)
 
 
 def test_a_kill_in_the_middle_loses_nothing_and_doubles_nothing(tmp_path, capsys):
-    folder, index = tmp_path / "pictures", tmp_path / "index"
+    folder, index = tmp_path / "images", tmp_path / "index"
     folder.mkdir()
     training, *_ = digits_split()
     for number, digit in enumerate(training[:48]):

@@ -27,7 +27,7 @@ from transformers.image_utils import load_image
 from phi3_tools.images import digits_split  # noqa: E402
 
 FILES = tuple(SENTENCE_TRANSFORMERS_FILES)
-PICTURES = [Image.linear_gradient("L").resize(size).convert("RGB") for size in [(60, 60), (200, 50), (50, 150)]]
+IMAGES = [Image.linear_gradient("L").resize(size).convert("RGB") for size in [(60, 60), (200, 50), (50, 150)]]
 
 
 @pytest.fixture(scope="module")
@@ -53,38 +53,38 @@ def digits(tmp_path_factory):
 
 
 def test_images_of_every_kind_give_the_pooled_vector_normalised(tiny, tmp_path):
-    picture = PICTURES[1]
-    picture.save(tmp_path / "picture.png")
-    path = str(tmp_path / "picture.png")
-    inputs = tiny[0].processor(images=picture, return_tensors="pt")
+    image = IMAGES[1]
+    image.save(tmp_path / "image.png")
+    path = str(tmp_path / "image.png")
+    inputs = tiny[0].processor(images=image, return_tensors="pt")
     with torch.inference_mode():
         wanted = torch.nn.functional.normalize(tiny[0].model(**inputs).pooler_output[0], dim=0).numpy()
-    array = np.array(picture)
-    for kind in (picture, path, {"image": picture}, {"image": path}, array, torch.from_numpy(array)):
+    array = np.array(image)
+    for kind in (image, path, {"image": image}, {"image": path}, array, torch.from_numpy(array)):
         np.testing.assert_allclose(tiny.encode(kind), wanted, atol=1e-6, rtol=0)
 
 
 def test_a_batch_of_unequal_images_equals_each_alone(tiny):
-    together = tiny.encode(PICTURES, batch_size=3)
-    for picture, vector in zip(PICTURES, together):
-        np.testing.assert_allclose(vector, tiny.encode(picture), atol=1e-6, rtol=0)
+    together = tiny.encode(IMAGES, batch_size=3)
+    for image, vector in zip(IMAGES, together):
+        np.testing.assert_allclose(vector, tiny.encode(image), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("text", ["seven", "no/such/file.png", {"image": PICTURES[0], "text": "what is this"}])
+@pytest.mark.parametrize("text", ["seven", "no/such/file.png", {"image": IMAGES[0], "text": "what is this"}])
 def test_texts_are_refused_because_the_model_has_no_one_vector_of_them(tiny, text):
     with pytest.raises(ValueError, match=r"Modality '(image\+)?text' is not supported .* Supported modalities: image"):
         tiny.encode(text)
 
 
 def test_a_url_is_fetched_by_the_caller(tiny, tmp_path):
-    PICTURES[0].save(tmp_path / "picture.png")
+    IMAGES[0].save(tmp_path / "image.png")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
     Thread(target=server.serve_forever, daemon=True).start()
     try:
-        url = f"http://127.0.0.1:{server.server_port}/picture.png"
+        url = f"http://127.0.0.1:{server.server_port}/image.png"
         with pytest.raises(ValueError, match="is a URL. Fetch it first: `transformers.image_utils.load_image` does"):
             tiny.encode(url)
-        np.testing.assert_allclose(tiny.encode(load_image(url)), tiny.encode(PICTURES[0]), atol=1e-6, rtol=0)
+        np.testing.assert_allclose(tiny.encode(load_image(url)), tiny.encode(IMAGES[0]), atol=1e-6, rtol=0)
     finally:
         server.shutdown()
 
@@ -163,7 +163,7 @@ def test_a_classifier_with_its_image_processor_gives_the_embedding_too(small, re
     AutoModelForImageClassification.from_pretrained(**options, num_labels=3).save_pretrained(tmp_path)
     AutoImageProcessor.from_pretrained(**options).save_pretrained(tmp_path)
     classifier = SentenceTransformer(str(tmp_path), trust_remote_code=True)
-    np.testing.assert_allclose(classifier.encode(PICTURES), small.encode(PICTURES), atol=1e-6, rtol=0)
+    np.testing.assert_allclose(classifier.encode(IMAGES), small.encode(IMAGES), atol=1e-6, rtol=0)
 
 
 def test_every_saved_folder_has_the_files_of_sentence_transformers(repository):

@@ -22,8 +22,8 @@ assert_type(config.tokens_per_side, int)
 image_processor = Phi3EmbedImageProcessor(num_crops=4, size={"height": 56, "width": 56}, num_img_tokens=4)
 image_processor = Phi3EmbedImageProcessor.from_pretrained("folder")
 assert_type(image_processor.num_image_tokens(width=1366, height=768, num_crops=4), int)
-pictures = [Image.new("RGB", (8, 8)), np.zeros((8, 8, 3), np.uint8), torch.zeros(3, 8, 8), Path("a.png"), "b.png"]
-inputs = image_processor(pictures, num_crops=1, do_rescale=True, return_tensors="pt").to("cpu")
+images = [Image.new("RGB", (8, 8)), np.zeros((8, 8, 3), np.uint8), torch.zeros(3, 8, 8), Path("a.png"), "b.png"]
+inputs = image_processor(images, num_crops=1, do_rescale=True, return_tensors="pt").to("cpu")
 assert_type(inputs, BatchFeature)
 processor = Phi3EmbedProcessor(image_processor, AutoTokenizer.from_pretrained("folder"))
 batch = processor(text="a <|image_1|>", images=[Image.new("RGB", (8, 8))], padding=True, return_tensors="pt")

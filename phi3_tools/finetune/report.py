@@ -102,8 +102,8 @@ def _noise(share, labels):
 def describe(labels: list[int]) -> str:
     """How many images were held out, and how far one of them moves a figure."""
     counts = Counter(labels).values()
-    each = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-    return f"{len(labels)} images ({each} a class; one image is {1 / len(labels):.1%})"
+    a_class = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    return f"{len(labels)} images ({a_class} a class; one image is {1 / len(labels):.1%})"
 
 
 def table_of(rows: dict[str, dict[str, float]]) -> str:
