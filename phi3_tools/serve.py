@@ -144,7 +144,7 @@ class ChatRequest(BaseModel, allow_inf_nan=False, extra="forbid"):
     seed: int | None = None
     stop: str | list[str] | None = None
     stream: bool = False
-    stream_options: dict[str, bool] | None = None
+    stream_options: dict[Literal["include_usage"], bool] | None = None
     user: str | None = None
 
 
@@ -281,16 +281,16 @@ class Spec(LitSpec):
     async def _stream(self, request, pieces):
         chunk = ChatCompletionChunk(model=request.model, choices=[], usage=None)
 
-        def say(delta, reason=None, usage=None):
-            choices = [ChatCompletionStreamingChoice(index=0, delta=delta, finish_reason=reason)]
-            said = chunk.model_copy(update={"choices": choices, "usage": usage})
-            return f"data: {said.model_dump_json()}\n\n"
+        def say(**said):
+            return f"data: {chunk.model_copy(update=said).model_dump_json()}\n\n"
 
         try:
             async for piece in pieces:
                 piece = json.loads(piece)
-                delta = ChoiceDelta(role="assistant", content=piece["text"])
-                yield say(delta, piece["finish_reason"], piece["usage"] and UsageInfo(**piece["usage"]))
+                delta, reason = ChoiceDelta(role="assistant", content=piece["text"]), piece["finish_reason"]
+                yield say(choices=[ChatCompletionStreamingChoice(index=0, delta=delta, finish_reason=reason)])
+            if (request.stream_options or {}).get("include_usage"):  # in a chunk of its own, as OpenAI's
+                yield say(usage=UsageInfo(**piece["usage"]))
             yield "data: [DONE]\n\n"
         except HTTPException as error:
             yield f"data: {_say(None, error).body.decode()}\n\n"

@@ -138,9 +138,12 @@ def test_a_chat_with_images_is_answered_as_the_model_does_whole_and_streamed(cli
         (choice,) = completion.choices
         assert choice.message.content == wanted and choice.finish_reason == "length"
         assert completion.usage.completion_tokens == 8
-        chunks = list(client.chat.completions.create(model="phi3-embed", messages=messages, stream=True))
+        streamed = {"model": "phi3-embed", "messages": messages, "stream": True}
+        *chunks, last = client.chat.completions.create(**streamed, stream_options={"include_usage": True})
+        assert last.choices == [] and last.usage == completion.usage and not any(chunk.usage for chunk in chunks)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted
         assert len(chunks) > 2 and chunks[-1].choices[0].finish_reason == "length"
+        assert len(list(client.chat.completions.create(**streamed))) == len(chunks)
 
 
 def test_sampling_stop_and_length_are_honoured(client, answered):
@@ -181,6 +184,7 @@ def test_a_stop_string_may_lie_across_pieces():
         (chat("a"), {"max_tokens": 9}, "`max_tokens` is 9, but an answer may have 8"),
         (chat("word " * 9000), {}, "but together the model takes 8192"),
         (chat("a"), {"n": 2}, "The request is invalid. n"),
+        (chat("a"), {"stream_options": {"obfuscate": True}}, "The request is invalid. stream_options"),
         (chat("a"), {"tools": []}, "The request is invalid. tools"),
         (chat("a"), {"temperature": -1}, "The request is invalid. temperature"),
     ],
