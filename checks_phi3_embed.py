@@ -305,6 +305,15 @@ def check_length(length: int, max_position_embeddings: int) -> None:
         )
 
 
+def check_logits(logits: torch.Tensor) -> None:
+    """Of NaN generation would make words."""
+    if not logits.isfinite().all():
+        raise ValueError(
+            f"The logits hold NaN or infinite values, in {logits.dtype}. Are the weights whole? Where float16 "
+            "overflows, load them with `dtype=torch.bfloat16` or `torch.float32`."
+        )
+
+
 def check_image_tokens(tokens: torch.Tensor, grid: tuple[int, int], num_tokens: int) -> None:
     check_tensor("tokens", tokens)
     if tokens.ndim != 2 or len(tokens) != num_tokens:

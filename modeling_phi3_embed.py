@@ -42,6 +42,7 @@ from .checks_phi3_embed import (
     check_inputs_embeds,
     check_labels,
     check_length,
+    check_logits,
     check_padding,
     check_pixels,
     check_placeholder_order,
@@ -968,6 +969,8 @@ class Phi3VisionForConditionalGeneration(Phi3EmbedPreTrainedModel, GenerationMix
             raise ValueError(
                 "There is no text: give `input_ids` or `inputs_embeds`. Of images alone take `model.model`."
             )
+        kept = cache if past_key_values is None else past_key_values
+        is_continued = self.model._is_continued(input_ids, inputs_embeds, kept)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -983,6 +986,8 @@ class Phi3VisionForConditionalGeneration(Phi3EmbedPreTrainedModel, GenerationMix
         )
         places = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, places])
+        if not (is_continued or self.training or labels is not None):
+            check_logits(logits[:, -1:])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -280,10 +280,19 @@ def test_guesses_that_copy_placeholders_break_nothing(model):
 
 def test_a_step_of_generation_reads_no_values(model, monkeypatch):
     calls = []
-    for name in ("check_input_ids", "check_placeholders", "check_inputs_embeds"):
+    for name in ("check_input_ids", "check_placeholders", "check_inputs_embeds", "check_logits"):
         monkeypatch.setattr(f"{type(model).__module__}.{name}", lambda *args, name=name: calls.append(name))
     generate(model, prompt(0, 1))
-    assert calls == ["check_input_ids", "check_placeholders"]
+    assert calls == ["check_input_ids", "check_placeholders", "check_logits"]
+
+
+@pytest.mark.parametrize("inputs", [prompt(0), prompt(1)])
+def test_weights_that_are_not_finite_generate_no_words(inputs):
+    broken = whole_model()
+    broken.model.language_model.norm.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match="The logits hold NaN .*, in torch.float32. Are the weights whole"):
+        generate(broken, inputs)
+    assert broken(**inputs, labels=inputs["input_ids"]).loss.isnan()  # a training sees what it came to
 
 
 ONE_IMAGE = {"input_ids": torch.tensor([TEXTS[2]])}
