@@ -49,7 +49,7 @@ def check_arguments(function: Callable, kwargs: dict, passed_on_to: Callable | N
 
 
 def check_weight_files(folder: str | Path) -> None:
-    """A folder that was cloned without Git LFS has pointers in place of its weights. Of a Hub id there are none."""
+    """A folder that was cloned without Git LFS has pointers in place of its weights. A Hub id has no such files."""
     for path in sorted(Path(folder).glob("*.safetensors")):
         if path.is_file():
             with open(path, "rb") as file:
@@ -259,8 +259,8 @@ def check_placeholder_order(is_placeholder: torch.BoolTensor, number: torch.Long
 
 def _run_ends(is_placeholder, number):
     """
-    Both as arrays, as many small steps are quicker there, and where a run of placeholders ends: the row does, the next
-    id is none, or another image's number begins.
+    -> both as arrays, where many small steps are quicker; and whether a run of placeholders ends here, because the
+    row does, the next id is none, or another image's number begins.
     """
     is_placeholder, number = is_placeholder.numpy(force=True), number.numpy(force=True)
     ends = is_placeholder.copy()
@@ -289,7 +289,7 @@ def check_image_features(image_tokens: tuple[torch.Tensor, ...], width: int) -> 
 
 
 def check_padding(attention_mask: torch.Tensor | None) -> None:
-    """Of a batch that generation goes on with."""
+    """Raises where a batch ends in padding, because generation would go on behind it."""
     if attention_mask is not None and attention_mask.ndim == 2 and not attention_mask[:, -1].all():
         raise ValueError(
             "The batch is padded on the right, but a text goes on where it ends: pad on the left "
@@ -306,7 +306,7 @@ def check_length(length: int, max_position_embeddings: int) -> None:
 
 
 def check_logits(logits: torch.Tensor) -> None:
-    """Of NaN generation would make words."""
+    """Raises where logits are not finite, because generation would make words of them."""
     if not logits.isfinite().all():
         raise ValueError(
             f"The logits hold NaN or infinite values, in {logits.dtype}. Are the weights whole? Where float16 "
@@ -319,7 +319,7 @@ def check_image_tokens(tokens: torch.Tensor, grid: tuple[int, int], num_tokens: 
     if tokens.ndim != 2 or len(tokens) != num_tokens:
         raise ValueError(
             f"`tokens` are of shape {tuple(tokens.shape)}, but must be of shape ({num_tokens}, hidden_size), without "
-            f"padding, as an image of {grid[0]} x {grid[1]} crops has {num_tokens} tokens."
+            f"padding, because an image of {grid[0]} x {grid[1]} crops has {num_tokens} tokens."
         )
 
 

@@ -466,7 +466,7 @@ class Phi3EmbedConfig(PreTrainedConfig):
             _is_int(self.layer_idx, -layers - 1) and self.layer_idx <= layers,
             "layer_idx",
             self.layer_idx,
-            f"an int from {-layers - 1} to {layers}, as the tower has {layers} layers",
+            f"an int from {-layers - 1} to {layers}, because the tower has {layers} layers",
         )
         patch_size = _square("vision_config.patch_size", self.vision_config.patch_size)
         _require(

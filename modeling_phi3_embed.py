@@ -383,7 +383,7 @@ class Phi3EmbedEmbeddings(nn.Module):
             row = is_real.flatten().nonzero().squeeze(1)
             num_real = row.shape[0]
         first_view = num_views.cumsum(0) - num_views
-        # Of each view how many images end before it, which unlike `repeat_interleave` is traced to ONNX too.
+        # How many images end before each view. ONNX takes this, and not `repeat_interleave`.
         image = (torch.arange(num_real, device=grids.device)[:, None] >= num_views.cumsum(0)).sum(-1)
         encoded_view = None
         # The only crop of a 1 x 1 grid equals the global view, to the bit as the processor makes them: encode it once,
@@ -428,7 +428,7 @@ class Phi3EmbedEmbeddings(nn.Module):
             return features[layout.first_view, -(self.config.patches_per_side**2) :].mean(1)
         if mode == "global":
             return projected[encoded_view[layout.first_view]].mean(1)
-        # In float32, as half precision would round the sum.
+        # The sum is in float32, because half precision would round it.
         means = projected.mean(1)[encoded_view] * layout.weight[:, None]
         zeros = means.new_zeros(layout.grids.shape[0], means.shape[-1])
         return zeros.index_add(0, layout.image, means).to(projected.dtype)
@@ -493,7 +493,7 @@ class Phi3EmbedPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _has_language_model = False
-    # Of a whole checkpoint the image embedding takes its own part.
+    # The image embedding takes its own part of a whole checkpoint.
     _keys_to_ignore_on_load_unexpected = [r"^(model\.)?language_model\.", r"^lm_head\."]
 
     def __init__(self, config: Phi3EmbedConfig):
@@ -967,7 +967,7 @@ class Phi3VisionForConditionalGeneration(Phi3EmbedPreTrainedModel, GenerationMix
         check_arguments(self.forward, kwargs, self.model.language_model.forward)
         if input_ids is None and inputs_embeds is None:
             raise ValueError(
-                "There is no text: give `input_ids` or `inputs_embeds`. Of images alone take `model.model`."
+                "There is no text: give `input_ids` or `inputs_embeds`. `model.model` takes images alone."
             )
         kept = cache if past_key_values is None else past_key_values
         is_continued = self.model._is_continued(input_ids, inputs_embeds, kept)

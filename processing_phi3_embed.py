@@ -66,7 +66,7 @@ def hd_target_size(width: int, height: int, num_crops: int, crop_size: int) -> t
     scale = 1
     while (scale + 1) * math.ceil((scale + 1) / ratio) <= num_crops:
         scale += 1
-    # Of an image thinner than 1 pixel at that width one line is kept, where the original fails.
+    # An image thinner than 1 pixel at that width keeps one line. The original fails there.
     return scale * crop_size, max(int(scale * crop_size / ratio), 1)
 
 
@@ -625,7 +625,7 @@ class Phi3EmbedProcessor(ProcessorMixin):
                 )
             tags = [self._tags(number, sample) for number, sample in enumerate(text)]
             of_texts = self._images_of_texts(images, [max(own, default=0) for own in tags])
-            # In the order of their places in the texts, once a place; a batch without any image is one of texts alone.
+            # Images go in the order of their places in the texts, once a place. Without any it is a batch of texts.
             images = [own[tag - 1] for own, places in zip(of_texts, tags) for tag in places] or None
         return images, text, None, None
 

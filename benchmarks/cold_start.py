@@ -4,8 +4,8 @@ reading the weights once.
 
 `limit` reads model.safetensors, piece by piece. `ours` is `from_pretrained`: not the time of
 `from transformers import AutoModel`, but that of all that is imported after it, and of the repository's code.
-`ours, weights read` also goes through every weight once, as a mapped file is read only where it is used. The file is
-in the page cache for all. Private memory is what the loaded model takes beside that file.
+`ours, weights read` also goes through every weight once, because a mapped file is read only where it is used. The
+file is in the page cache for all. Private memory is what the loaded model takes beside that file.
 """
 
 import json

@@ -118,7 +118,7 @@ def lines(crops, rows, cols, sub_GN):
 
 
 def original_scheme(tower, projector, pixel_values, image_sizes):
-    """Of views that are padded, (images, most views, 3, 336, 336)."""
+    """The original computation on padded views, (images, most views, 3, 336, 336)."""
     hidden_states = tower(pixel_values.flatten(0, 1), output_hidden_states=True).hidden_states
     features = hidden_states[-2][:, 1:].unflatten(0, pixel_values.shape[:2])  # (images, views, 576, 1024)
     tokens = []

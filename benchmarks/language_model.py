@@ -57,7 +57,7 @@ def prompt(model, rows):
 
 
 def calls(work, ours, limit, rows=1):
-    """By contender a function without arguments that does the work and gives what must agree."""
+    """{contender: a function without arguments that does the work and gives what must agree}."""
     ids, encoded = prompt(ours, rows)
     embeds = ours.model.vision_embed_tokens.merge(encoded["image"].pooler_output, ids)
     mask = torch.ones_like(ids)
@@ -83,7 +83,7 @@ def calls(work, ours, limit, rows=1):
 
 @torch.inference_mode()
 def measure_seconds(geometry, dtype, rounds):
-    """By work and rows the seconds of each contender, all in one process."""
+    """{(work, rows): the seconds of each contender}, all in one process."""
     both, seconds = load(geometry, dtype), {}
     for work, rows in WIDE_WORK if GEOMETRIES[geometry] else WORK:
         title = f"{geometry}, {dtype}: {work}, rows: {rows}"

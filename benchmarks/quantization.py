@@ -31,7 +31,7 @@ CONTENDERS = (
     "bitsandbytes int8",
     "bitsandbytes nf4",
 )
-# Of a contender's process.
+# They belong to a contender's process.
 model = inputs = None
 
 

@@ -114,10 +114,10 @@ def slug(arm: str) -> str:
 @torch.inference_mode()
 def ask(model, processor, rows: Dataset, names: list[str], num_crops: int, title: str) -> dict[str, np.ndarray]:
     """
-    Of each photograph: the log-likelihood of each name as the answer (`scores`) and whether it is the answer to the
-    letter, as each of its tokens is the likeliest after those before it (`exact`); the state of the last token asked
-    (`last`), the tower's mean feature of all views (`tower`), the mean of all image tokens but separators and of those
-    of the global view (`mean`, `global`).
+    {name: a row for each photograph}: the log-likelihood of each name as the answer (`scores`), and whether it is the
+    answer to the letter: each of its tokens is the likeliest after those before it (`exact`); the state of the last
+    token asked (`last`), the tower's mean feature of all views (`tower`), the mean of all image tokens but separators
+    and of those of the global view (`mean`, `global`).
     """
     tokenizer, found = processor.tokenizer, {}
     end = tokenizer.eos_token_id

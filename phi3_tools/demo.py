@@ -44,8 +44,8 @@ NUM_ASKED, NUM_SHOWN, MAX_ANSWER = 64, 3, 12
 
 def run(source=None, model=None, output=Path("demo/neighbours.png")) -> None:
     """
-    Prints what the embedding finds among the images of a SOURCE, and draws it. Without one, of handwritten digits, it
-    also finds them by words and asks about them, as far as the model can.
+    Prints what the embedding finds among the images of a SOURCE, and draws it. Without one it takes handwritten
+    digits, and also finds them by words and asks about them, as far as the model can.
     """
     output = check_png(output)
     # Images first: what is wrong with them is said before weights are read.

@@ -13,7 +13,7 @@ def _larger(first: int, second: int) -> str:
     return f"{DIGIT_NAMES[first]} and {DIGIT_NAMES[second]}, so {which}"
 
 
-# By the number of images that they are about: each question, and its answer by the digits on them.
+# {number of images: {question about them: its answer, by the digits on them}}.
 ANSWERS: dict[int, dict[str, Callable[..., str]]] = {
     1: {NAME_IT: lambda digit: DIGIT_NAMES[digit], IS_IT_EVEN: lambda digit: "no" if digit % 2 else "yes"},
     2: {
@@ -22,7 +22,7 @@ ANSWERS: dict[int, dict[str, Callable[..., str]]] = {
         SECOND: lambda first, second: DIGIT_NAMES[second],
     },
 }
-# What a digit is searched by.
+# The words that a digit is searched by.
 PHRASES = ("{}", "the number {}", "the digit {}", "a picture of the number {}", "this is a {}")
 
 

@@ -24,8 +24,8 @@ def run(model, benchmark="MIEB(Img)", num_crops=None, batch_size=16, output=Path
         tasks = mteb.get_benchmark(benchmark)
     except (KeyError, ValueError) as error:
         raise ValueError(
-            f"mteb has no benchmark {benchmark!r}. Of images are MIEB(Img), MIEB(lite), MIEB(eng), ViDoRe(v2) and "
-            "others, as mteb.get_benchmarks() lists them."
+            f"mteb has no benchmark {benchmark!r}. Those of images are MIEB(Img), MIEB(lite), MIEB(eng), "
+            "ViDoRe(v2) and others, as mteb.get_benchmarks() lists them."
         ) from error
     failed = evaluate(load(model, num_crops, device), tasks, batch_size, output)
     if failed:

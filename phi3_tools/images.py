@@ -60,7 +60,7 @@ PAGES_A_WORD, PAGE_SIZE, LETTER_SIZE, TIMES = 10, 672, 9, 80
 
 @functools.cache
 def _image_processor():
-    from transformers import AutoImageProcessor  # here, as it is slow to import
+    from transformers import AutoImageProcessor  # here, because it is slow to import
 
     return AutoImageProcessor.from_pretrained(ROOT, trust_remote_code=True)
 
@@ -344,7 +344,7 @@ def _walk(source, left_out) -> Iterator[Path]:
 
     for folder, subfolders, names in os.walk(source, onerror=unreadable, followlinks=True):
         if (real := os.path.realpath(folder)) in visited:
-            left_out.append(f"{folder}: its images are taken already, as it links to {real}")
+            left_out.append(f"{folder}: its images are taken already, because it links to {real}")
             subfolders.clear()
             continue
         visited.add(real)

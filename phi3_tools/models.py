@@ -99,7 +99,7 @@ class Model(NamedTuple):
 
 
 def _open_image(content: bytes) -> Image.Image:
-    from phi3_tools.images import open_image  # here, as it needs `datasets`
+    from phi3_tools.images import open_image  # here, because it needs `datasets`
 
     return open_image(content)
 
@@ -416,8 +416,8 @@ def encode_conversation(messages: list[dict], processor, num_crops: int | None =
 @torch.inference_mode()
 def score_answer(model, inputs: dict[str, torch.Tensor]) -> tuple[bool, float]:
     """
-    What [`encode_conversation`] gives -> whether a whole model would answer so to the letter, as each token of the
-    answers is the likeliest after those before it, and their loss a token.
+    What [`encode_conversation`] gives -> whether a whole model would answer so to the letter (each token of the
+    answers is the likeliest after those before it), and their loss a token.
     """
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     labels = inputs.pop("labels")[1:]
@@ -519,7 +519,7 @@ def load_sentence_transformer(
     model: Model, num_crops: int | None = None, dtype=torch.float32, device=None, loaded: torch.nn.Module | None = None
 ):
     """The `SentenceTransformer` of a model, weights and code pinned to one commit; around `loaded`, if it is given."""
-    from sentence_transformers import SentenceTransformer  # here, as it is slow to import
+    from sentence_transformers import SentenceTransformer  # here, because it is slow to import
 
     code = {"code_revision": model.revision} if model.revision else {}
     made = SentenceTransformer(

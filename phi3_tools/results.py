@@ -18,9 +18,9 @@ from rich.console import Console
 MAX_NAMED = 10
 THUMBNAIL = 224
 TEMPLATES = Path(__file__).parent / "templates"
-# Of the errors of C libraries, of tokenizers and of LanceDB, which raise plain exceptions.
+# C libraries, tokenizers and LanceDB raise plain exceptions with these words.
 DISK_IS_FULL = re.compile("No space left|os error 28|File too large|[Qq]uota|unexpected pos|file write failed")
-# What a clone without Git LFS has in place of a large file begins so.
+# A clone without Git LFS has files that begin so in place of large ones.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 console = Console(soft_wrap=True)
 
@@ -93,7 +93,7 @@ def check_png(path: Path) -> Path:
 
 
 def without_path(source: str | Path) -> str:
-    """A folder's or file's own name, as what is published does not tell where it lay; a Hub id as it is."""
+    """A folder's or file's own name, because what is published does not tell where it lay; a Hub id as it is."""
     return Path(source).resolve().name if Path(source).exists() else str(source)
 
 

@@ -146,7 +146,7 @@ def _embed_query(embedder, image, text):
     return unit(unit(embedder.encode_images([image])) + unit(embedder.encode_texts([text])))[0]
 
 
-# By what an index is made
+# What an index is made by
 
 
 def _agree(index, made_by, model=None, num_crops=None, dtype=None) -> tuple[Model, dict[str, Any]]:
@@ -185,7 +185,7 @@ def _described(made_by):
 
 
 def _read_made_by(index, required=True) -> dict[str, Any] | None:
-    """By what the index in a folder is made; `None` where there is none yet and none is `required`."""
+    """What the index in a folder is made by; `None` where there is none yet and none is `required`."""
     if (index / f"{TABLE}.lance").is_dir():
         return json.loads(_open_table(index).schema.metadata[MADE_BY])
     if required:
@@ -234,7 +234,7 @@ def _written(index: Path, made_by: dict[str, Any], embedder: Embedder | None = N
 
 
 def _remove_duplicates(table):
-    """Leaves one row of each image, as two processes of an earlier version could write two."""
+    """Leaves one row of each image, because two processes of an earlier version could write two."""
     hashes = table.search().select(["hash"]).to_arrow()["hash"].to_pylist()
     for digest in [digest for digest, count in Counter(hashes).items() if count > 1]:
         row = table.search().where(f"hash = '{digest}'").limit(1).to_arrow()

@@ -161,7 +161,7 @@ def _say(request: Request, error: StarletteHTTPException) -> JSONResponse:
 
 
 def _say_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    # Without the input, which may hold what JSON cannot say, such as NaN.
+    # The input is left out, because it may hold what JSON cannot say, such as NaN.
     reasons = [f"{'.'.join(map(str, part['loc'][1:])) or 'body'}: {part['msg']}" for part in error.errors()]
     return _say(request, _refuse(f"The request is invalid. {'; '.join(reasons)}"))
 
@@ -267,7 +267,7 @@ class Spec(LitSpec):
         if request.max_tokens > self.limits.tokens:
             raise _refuse(f"`max_tokens` is {request.max_tokens}, but an answer may have {self.limits.tokens}.")
         pieces = aiter(self._ask(request))
-        begun = json.loads(await anext(pieces))  # before the stream, as a refusal has a status of its own
+        begun = json.loads(await anext(pieces))  # before the stream, because a refusal has a status of its own
         if request.stream:
             return StreamingResponse(self._stream(request, pieces), media_type="text/event-stream")
         text, ended = "", begun

@@ -308,8 +308,8 @@ class Lessons(Dataset):
 
     def row(self, conversation, images, keep, rng, template="default"):
         """
-        A conversation as ids, positions, and the tokens of its images in place of placeholders. Of an image as many of
-        its tokens are kept, at their true places, as make a lesson cheap; of crops three times as many.
+        A conversation as ids, positions, and the tokens of its images in place of placeholders. A lesson
+        stays cheap because few of an image's tokens are kept, at their true places; of its crops three times as many.
         """
         placeholder = self.processor.replace_image_token({"num_image_tokens": [1]}, 0)
         template = self.processor.chat_template[template]

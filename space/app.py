@@ -318,7 +318,7 @@ def image_list(items, value=None, follow=False, **kwargs):
     Images to choose from, in one Tab stop. Arrow keys go through them; they choose too where `follow` is set, else
     Enter does. The value is the key of the chosen one; `items` are options of entries.
     """
-    # In JavaScript, not in Handlebars: what that puts in is taken for JavaScript afterwards, names of files too.
+    # JavaScript in place of Handlebars, whose output, names of files too, is taken for JavaScript afterwards.
     option = (
         '<div role="option" id="${id}-${place}" aria-selected="${item.key === value}" class="${place === active}">'
         '<img src="${item.image}" alt=""><span>${item.name}</span><b>${item.note}</b></div>'

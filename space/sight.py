@@ -52,7 +52,7 @@ class Sight:
         if self.speaks and "embedding" in (self.processor.chat_template or ""):
             from sentence_transformers import SentenceTransformer  # which takes seconds to import
 
-            # Without weights of its own: it takes those of this model.
+            # It has no weights of its own, but takes those of this model.
             codes = {"model_kwargs": {"device_map": "meta", **code}, "config_kwargs": code, "processor_kwargs": code}
             self.embedder = SentenceTransformer(name, trust_remote_code=True, revision=revision, **codes)
             self.embedder[0].model = self.model
@@ -172,7 +172,7 @@ class Sight:
 
 
 def parts_within(box, crops, vectors):
-    """Of the vectors `(rows, columns, C)` of a grid those whose middle lies in the box, as units; and their pixels."""
+    """The vectors of a grid `(rows, columns, C)` whose middle lies in the box, as units; and their pixels."""
     parts, pixels = [], []
     for start, end, length, count in zip(box[1::-1], box[:1:-1], crops.shape, vectors.shape):
         step = length / count

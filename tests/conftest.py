@@ -29,7 +29,7 @@ parse_once = functools.cache(lambda path, _: parse_imports(path))
 dynamic_module_utils.get_imports = lambda path: parse_once(path, os.stat(path).st_mtime_ns)
 
 
-# Begun first, as they take longest: so no worker waits at the end for another.
+# Begun first, because they take longest: so no worker waits at the end for another.
 LONGEST = (
     "test_finetune_command.py",
     "test_typing.py",

@@ -151,7 +151,7 @@ class HubServer:
         self.folder.cleanup()
 
     def environment(self, home, token=None):
-        """Of a fresh process: `home` is its cache, `token` may be `""` for none."""
+        """The environment of a fresh process: `home` is its cache, `token` may be `""` for none."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),

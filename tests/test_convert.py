@@ -178,7 +178,7 @@ def test_what_a_source_does_not_say_is_told_and_stands_in_the_card(source, tmp_p
     convert(str(tmp_path / "source"), tmp_path / "output")
     said, card = capsys.readouterr().out, (tmp_path / "output" / "README.md").read_text()
     assert "at most 16 are assumed, as Phi-3-vision has them. Phi-3.5-vision has 4." in said
-    assert "| crops | at most 16; assumed, as the source does not say |" in card
+    assert "| crops | at most 16; assumed, because the source does not say |" in card
     assert "not stated by the source" in card
 
 

@@ -178,7 +178,7 @@ def test_prompts_and_their_ids_equal_the_original(processor, number):
     np.testing.assert_array_equal(out.get("pixel_values", []), np.concatenate(pixels) if pixels else [])
 
 
-# Full size: layer after layer, as the whole takes 16 GB
+# Full size: layer after layer, because the whole takes 16 GB
 
 
 @pytest.mark.full_size

@@ -20,7 +20,7 @@ from test_loading import EMBED, MODULES
 PAGE = (ROOT / "docs" / "hub.md").read_text()
 WEIGHTS = "model.safetensors"
 
-# Of a machine that has run EMBED.
+# What a machine does that has run EMBED.
 PUSH = """
 processor = AutoProcessor.from_pretrained(name, **options)
 model.push_to_hub(sys.argv[1], private=True)

@@ -143,7 +143,7 @@ def test_the_evaluation_tells_a_users_mistake_in_a_line(arguments, said):
 
 
 def test_a_benchmark_that_is_not_there_is_told_in_a_line(tmp_path):
-    with pytest.raises(SystemExit, match=r"mteb has no benchmark 'MIEB'\. Of images are MIEB\(Img\), "):
+    with pytest.raises(SystemExit, match=r"mteb has no benchmark 'MIEB'\. Those of images are MIEB\(Img\), "):
         main(["evaluate", str(ROOT), "--benchmark", "MIEB", "--output", str(tmp_path)])
 
 

@@ -81,7 +81,7 @@ def test_feature_extraction_gives_word_embeddings(repository):
     assert torch.equal(extract("what is this", return_tensors=True)[0], wanted)
 
 
-# Of the whole model
+# The whole model
 
 
 CHATS = [

@@ -14,7 +14,7 @@ from phi3_tools.digits import IS_IT_EVEN, LARGER, NAME_IT, true_answer
 from phi3_tools.images import digits_split
 
 WHERE = {"pretrained_model_name_or_path": ROOT, "trust_remote_code": True}
-# Of a machine that knows the repository's name alone: images by their mean, by words, and asked about.
+# What a machine does that knows the repository's name alone: images by their mean, by words, and asked about.
 USE = """
 import sys
 from sentence_transformers import SentenceTransformer

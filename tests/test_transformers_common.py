@@ -65,7 +65,7 @@ def trusted(monkeypatch):
 
 
 class Phi3EmbedModelTester:
-    """Of the tower: 4 x 4 patches and a class token, two of its three layers, and so three hidden states."""
+    """The tower's shapes: 4 x 4 patches and a class token, two of its three layers, and so three hidden states."""
 
     batch_size, seq_length, is_training = 7, 20, False
     encoder_seq_length = key_length = 17
@@ -73,7 +73,7 @@ class Phi3EmbedModelTester:
     num_hidden_layers, expected_num_hidden_layers = 2, 3
 
     def prepare_config_and_inputs_for_common(self):
-        """One image of one crop, so of 13 tokens, in each text; one row an image, as the tests cut batches by rows."""
+        """One image of one crop, so of 13 tokens, in each text; one row an image: the tests cut batches by rows."""
         config, images = small_config(), small_pixels(*[(1, 1)] * self.batch_size, pad_views=True)
         input_ids = torch.randint(6, config.vocab_size, (self.batch_size, self.seq_length))
         input_ids[:, :13] = config.image_token_id
@@ -121,7 +121,7 @@ class TestImageClassification(CommonTests, unittest.TestCase):
 
 
 class Phi3VisionModelTester(Phi3EmbedModelTester):
-    """Of the language model: two layers, and so three hidden states."""
+    """The language model's shapes: two layers, and so three hidden states."""
 
     is_training = True
     encoder_seq_length = key_length = 20
@@ -166,7 +166,7 @@ class TestWholeModel(CommonTests, unittest.TestCase):
 class Phi3EmbedImageProcessingTester(ImageProcessingTester):
     def __init__(self, parent):
         size = SMALL_TOWER["image_size"]
-        # One row an image, as the common tests count rows.
+        # One row an image, because the common tests count rows.
         geometry = {"size": {"height": size, "width": size}, "num_img_tokens": 4, "num_crops": 1}
         super().__init__(parent, **geometry, pad_views=True)
 

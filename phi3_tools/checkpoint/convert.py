@@ -261,7 +261,7 @@ def _write_weights(source, selected: dict[str, Entry], dtype, adapter, work, out
     Shards are whole or not there in `work`, where they stay until all are written: what was killed goes on.
     """
     dtypes = {name: dtype or DTYPES[entry.dtype] for name, entry in selected.items()}
-    # As safetensors orders them, so that each is aligned.
+    # safetensors' own order, in which each tensor is aligned.
     order = sorted(selected, key=lambda name: (-dtypes[name].itemsize, name))
     shapes = {name: torch.empty(selected[name].shape, dtype=dtypes[name], device="meta") for name in order}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=MAX_SHARD_SIZE)
@@ -363,7 +363,7 @@ def _write_processor(source, config, recipe, output):
         f"{source.name} does not say `num_crops` in a {PREPROCESSOR}: {crops} are assumed, as Phi-3-vision has them. "
         "Phi-3.5-vision has 4."
     )
-    return f"{crops}; assumed, as the source does not say"
+    return f"{crops}; assumed, because the source does not say"
 
 
 def _read_tokenizer(source):

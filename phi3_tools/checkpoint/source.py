@@ -1,8 +1,8 @@
 """
 Where a checkpoint lies, a folder or a repository on the Hub at a commit, and reading what is data of it.
 
-Of a repository only the bytes that are wanted are fetched, by HTTP ranges, into a folder that can be gone on with.
-Nothing that a source says is believed which its sizes contradict.
+Only the wanted bytes of a repository are fetched, by HTTP ranges, and an interrupted download goes on. What a source
+says is not believed where its sizes contradict it.
 """
 
 import json

@@ -325,7 +325,7 @@ def compare_spaces(units: dict[str, np.ndarray], resamples: int, seed: int) -> l
             for rows in (everything, *draws)
         )
         spaces.append({"models": [left, right], "overlap": with_bounds(observed[0], resampled[0])})
-        # The basic bootstrap, as images drawn twice make spaces alike.
+        # The basic bootstrap, because images drawn twice make spaces alike.
         spaces[-1]["cka"] = with_bounds(cka, 2 * cka - np.array(others))
     return spaces
 

@@ -397,7 +397,7 @@ def disagreements(units, labels):
     common = np.zeros(len(own))
     for left, right in combinations(found.values(), 2):
         common += (left[:, :, None] == right[:, None]).sum((1, 2))
-    # Among equals those where one model finds the class and another does not.
+    # Where neighbours differ as much, queries come first of which one model finds the class and another does not.
     hits = np.array([(labels[rows] == labels[:, None]).mean(1) for rows in found.values()])
     order = np.lexsort((-np.ptp(hits, axis=0), common))[:CASES]
     return [{QUERY: own[[query]]} | {label: rows[query] for label, rows in found.items()} for query in order]

@@ -182,7 +182,7 @@ class Alignment(nn.Module):
 
 
 def mean_and_spread(rows: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each channel of the features of [`with_features`], `(C,)` each, in float32."""
+    """Mean and spread of each channel of the features of [`with_features`], both `(C,)`, in float32."""
     total = 0
     for number in range(0, len(rows), max(1, len(rows) // MEASURED_IMAGES)):
         values = torch.from_numpy(np.asarray(rows[number][FEATURES])).double().flatten(0, 1)
@@ -228,7 +228,7 @@ class AlignTrainer(ValidatesAll, Trainer):
     """A Trainer whose checkpoints hold the projection alone."""
 
     def evaluate(self, *args, **kwargs):
-        """Of all image tokens."""
+        """As the parent's, with all image tokens."""
         dropout, self.data_collator.token_dropout = self.data_collator.token_dropout, 0.0
         try:
             return super().evaluate(*args, **kwargs)

@@ -105,7 +105,7 @@ def check_texts(names: Iterable[str], texts: Iterable[str | None], source: str) 
 
 
 def _check_labels(splits, names, source, least):
-    # Where whole numbers are made classes -1 is one too; it hides labels unless images to train with have it.
+    # Whole numbers become classes, and so does -1. It hides labels, unless images to train with have it.
     hidden = {None, -1}
     if "-1" in names and (minus := names.index("-1")) not in splits["train"].unique(LABEL):
         hidden.add(minus)
@@ -195,7 +195,7 @@ def endless(split: IterableDataset, seed: int) -> IterableDataset:
 
 
 def sample(split: Dataset | IterableDataset, seed: int) -> Dataset | IterableDataset:
-    """As many rows of a split as a linear probe is fitted on at most."""
+    """The rows of a split that a linear probe is fitted on, drawn at random where there are many."""
     if isinstance(split, IterableDataset):
         return split.take(PROBE)
     return split.select(np.random.default_rng(seed).permutation(len(split))[:PROBE]) if len(split) > PROBE else split
@@ -223,7 +223,7 @@ def change(image: Image.Image, rng: np.random.Generator, changes: Changes, crop_
         zoom = (1 + changes.zoom) ** rng.uniform(-1, 1) * factor
         right, down = rng.uniform(-changes.shift, changes.shift, 2)
         cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
-        # Where the point (x, y) of the result lies in the image; both turn about their centres.
+        # The place in the image of the result's point (x, y); both turn about their centres.
         x, y = width * factor / 2, height * factor / 2
         rows = (
             (cos, sin, width * (0.5 - right) - cos * x - sin * y),

@@ -59,7 +59,7 @@ REFUSED_OF_EMBEDDING = {
     "auto_find_batch_size": "images are compared within a batch, so a smaller one trains otherwise",
     "train_sampling_strategy": "batches hold two images of a label side by side",
 }
-# TrainingArguments that may change while a training is interrupted, as they do not change what it computes.
+# TrainingArguments that may change while a training is interrupted, because they do not change what it computes.
 FREE = {
     *("output_dir", "run_name", "project", "report_to", "log_level", "log_level_replica", "log_on_each_node"),
     *("disable_tqdm", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "debug", "local_rank"),
@@ -98,7 +98,7 @@ class DataOptions:
         None,
         "Share of the training images that choose the best checkpoint, where the data has no validation split; 0: the "
         f"last checkpoint is taken. Default: {VALIDATION_SHARE}, or 0 where that is fewer than {MIN_VALIDATION} "
-        "images, as these would choose by chance.",
+        "images, because these would choose by chance.",
     )
     num_crops: int | None = _option(None, "The most crops of an image. Default: the image processor's.")
     skip_broken: bool = _option(False, "Leave out images that cannot be read.")
@@ -147,7 +147,7 @@ class TaskOptions:
     task: Literal["classification", "embedding", "align", "instruct"] = _option(
         "classification",
         "embedding: images of one label are drawn together and others apart, for search; of a whole model that embeds "
-        "by a recipe, images and their texts (captions or classes). Of whole models: align: the projection learns to "
+        "by a recipe, images and their texts (captions or classes). For whole models: align: the projection learns to "
         "speak to the frozen language model; instruct: the model learns to answer. Both take conversations, captions "
         "or classes.",
     )
@@ -157,8 +157,8 @@ class TaskOptions:
         "lora: adapters on tower and projection, and the classifier; of a whole model on the language model, which is "
         "what instruct does where nothing else is said. align is head.",
     )
-    lora_rank: int = _option(8, "Of the adapters.")
-    temperature: float = _option(0.1, "Of the embedding's loss.")
+    lora_rank: int = _option(8, "The rank of the adapters.")
+    temperature: float = _option(0.1, "The temperature of the embedding's loss.")
     matryoshka: list[int] = field(
         default_factory=list,
         metadata={"help": "In the embedding task, dimensions that are to serve alone when vectors are cut to them."},
@@ -305,13 +305,13 @@ def _defaults(named: argparse.Namespace) -> dict:
         "report_to": "none",
         "remove_unused_columns": False,
         "ddp_find_unused_parameters": False,
-        # Without this a CPU takes no --bf16, and warns in each epoch of memory that it cannot pin.
+        # A CPU without this takes no --bf16, and warns in each epoch of memory that it cannot pin.
         "use_cpu": not torch.accelerator.is_available(),
     }
 
 
 def _unknown(name: str, options: list[str]) -> str:
-    # What ends so, or begins its words so, is meant more often than what is spelt alike: --epochs, --lr.
+    # Options that end so (--epochs) or have these initials (--lr) are meant more often than those spelt alike.
     word = name.lstrip("-").replace("_", "-")
     options = {option: option.lstrip("-").split("-") for option in options if "_" not in option}
     near = [option for option in options if option.endswith(f"-{word}")]
@@ -350,7 +350,7 @@ def _check(data: DataOptions, changes: Changes, task: TaskOptions, arguments: Tr
             "because its pixels have none. Leave it out, or give false."
         )
     if data.streaming and (arguments.max_steps <= 0 or arguments.dataloader_num_workers):
-        raise ValueError("--streaming needs --max-steps, as nobody knows the length, and --dataloader-num-workers 0.")
+        raise ValueError("--streaming needs --max-steps (nobody knows the length), and --dataloader-num-workers 0.")
     if data.streaming and "epoch" in (arguments.eval_strategy, arguments.save_strategy):
         raise ValueError("--streaming: a stream has no epochs. Give --eval-strategy and --save-strategy steps.")
     if data.streaming and arguments.eval_steps == arguments.logging_steps:

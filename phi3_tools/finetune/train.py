@@ -80,7 +80,7 @@ def choose_trained(model: PreTrainedModel, options: TaskOptions) -> PreTrainedMo
     model.config.untrained = False
     is_whole = hasattr(model, "language_model")
     for name, weight in model.named_parameters():
-        # Without a language model these do not reach the vector of an image.
+        # They do not reach the vector of an image unless there is a language model.
         trained = is_whole or not name.endswith(("wte.weight", "_GN"))
         weight.requires_grad_(trained and not (options.train == "head" and ".img_processor." in name))
     model.get_input_embeddings().weight.requires_grad_(options.words or is_whole)
@@ -135,7 +135,7 @@ def word_vectors(table: nn.Embedding, ids: torch.LongTensor) -> torch.FloatTenso
 class LabelLoss(CachedLossMixin, nn.Module):
     """
     Supervised contrastive loss (Khosla et al., 2020): each image should be nearer to those of its label than to all
-    others in the batches of all processes. With words also the cross-entropy of its label's word among all words.
+    others in the batches of all processes. With words, the cross-entropy of its label's word among all words is added.
 
     sentence-transformers has losses of pairs, to which another image of the same label is a negative, and of triplets,
     which take no gradient from most of a batch.
@@ -203,7 +203,7 @@ class SharedEpoch(TrainerCallback):
 
 
 class LogAtCheckpoints(TrainerCallback):
-    """Ends the mean loss that is logged at each checkpoint, as a training that goes on from there begins it anew."""
+    """Ends the logged mean loss at each checkpoint, because a training that goes on from there begins it anew."""
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_log |= control.should_save or control.should_evaluate
@@ -217,7 +217,7 @@ class ClassifierTrainer(ValidatesAll, Trainer):
 
 class EmbeddingTrainer(SentenceTransformerTrainer):
     def get_train_dataloader(self):
-        """As the parent's, but with as many batches in each process: one that has more would wait for the others."""
+        """The parent's, with as many batches in each process: one that has more would wait for the others."""
         if isinstance(self.train_dataset, IterableDataset):
             return super().get_train_dataloader()
         args = self.args
@@ -382,7 +382,7 @@ def _classifier_trainer(settings, start, splits, names, collate):
     model = load_model(start_arguments(start), options.task, names)
     splits = _frozen_features(model.base_model, splits, collate, options, arguments)
     if not has_head(start.pinned, names) and not last_checkpoint(arguments.output_dir):
-        # From here it learns at any rate, and no random head distorts what the model knows (Kumar et al., 2022).
+        # A head that is fitted first does not distort what the model knows, as a random one does (Kumar et al., 2022).
         few, unchanged = (
             sample(splits["train"], arguments.seed),
             ImageCollator(collate.image_processor, collate.num_crops),
