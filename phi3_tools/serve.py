@@ -22,7 +22,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import litserve
 import numpy as np
@@ -133,6 +133,9 @@ class Message(BaseModel, extra="forbid"):
     name: str | None = None
 
 
+Stop = Annotated[str, Field(min_length=1)]
+
+
 class ChatRequest(BaseModel, allow_inf_nan=False, extra="forbid"):
     messages: list[Message]
     model: str
@@ -142,7 +145,7 @@ class ChatRequest(BaseModel, allow_inf_nan=False, extra="forbid"):
     top_p: float = Field(1.0, gt=0, le=1)
     n: Literal[1] = 1
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | list[Stop] | None = None
     stream: bool = False
     stream_options: dict[Literal["include_usage"], bool] | None = None
     user: str | None = None
@@ -357,11 +360,18 @@ class Api(litserve.LitAPI):
         settings = {"max_new_tokens": request.max_tokens, "do_sample": request.temperature > 0}
         if settings["do_sample"]:
             settings |= {"temperature": request.temperature, "top_p": request.top_p}
-        if request.stop:
-            settings |= {"stop_strings": request.stop, "tokenizer": self.processor.tokenizer}
+        tokenizer = self.processor.tokenizer
+        stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+
+        def has_stopped(ids, scores, **kwargs):
+            said = tokenizer.decode(ids[0, length:], skip_special_tokens=True)
+            return torch.tensor([any(stop in said for stop in stops)], device=ids.device)
+
+        if stops:  # not by `stop_strings`, which fail where a tokenizer has no token for some letter
+            settings["stopping_criteria"] = [has_stopped]
         if request.seed is not None:
             torch.manual_seed(request.seed)
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         outcome = {}
 
         def generate():
@@ -373,7 +383,7 @@ class Api(litserve.LitAPI):
 
         thread = threading.Thread(target=generate)
         thread.start()
-        for text in _until(streamer, [request.stop] if isinstance(request.stop, str) else request.stop or []):
+        for text in _until(streamer, stops):
             yield {"text": text, "finish_reason": None, "usage": None}
         thread.join()
         if "error" in outcome:

@@ -14,6 +14,7 @@ import numpy as np
 import openai
 import psutil
 import pytest
+from conftest import ROOT
 from fastapi import HTTPException
 from PIL import Image
 from sentence_transformers import SentenceTransformer
@@ -185,6 +186,7 @@ def test_a_stop_string_may_lie_across_pieces():
         (chat("word " * 9000), {}, "but together the model takes 8192"),
         (chat("a"), {"n": 2}, "The request is invalid. n"),
         (chat("a"), {"stream_options": {"obfuscate": True}}, "The request is invalid. stream_options"),
+        (chat("a"), {"stop": [""]}, "The request is invalid. stop"),
         (chat("a"), {"tools": []}, "The request is invalid. tools"),
         (chat("a"), {"temperature": -1}, "The request is invalid. temperature"),
     ],
@@ -260,6 +262,15 @@ def test_a_model_of_images_alone_refuses_texts_and_chats_in_words(embedding_chec
     for request in (serve.EmbeddingRequest(model="phi3-embed", input=["/etc/hostname"]), ask):
         with pytest.raises(HTTPException, match="has no text side|has no language model"):
             list(api.predict(request))
+
+
+def test_a_stop_string_ends_an_answer_of_a_tokenizer_that_cannot_spell():
+    api = serve.Api(find_model(str(ROOT)), 0, "float32", serve.Limits())
+    api.setup("cpu")
+    asked = {"messages": [{"role": "user", "content": "the number seven"}], "max_tokens": 4, "stop": "even"}
+    _, *pieces = api.predict(serve.ChatRequest(model="phi3-embed", **asked))
+    assert "".join(piece["text"] for piece in pieces) == "s" and pieces[-1]["finish_reason"] == "stop"
+    assert pieces[-1]["usage"]["completion_tokens"] == 1
 
 
 def test_vectors_are_cut_to_the_dimensions_that_the_model_is_trained_for(embedding_checkpoint):
