@@ -279,10 +279,12 @@ class Spec(LitSpec):
             text += ended["text"]
         message = ChatMessage(role="assistant", content=text)
         choice = ChatCompletionResponseChoice(index=0, message=message, finish_reason=ended["finish_reason"])
-        return ChatCompletionResponse(model=request.model, choices=[choice], usage=UsageInfo(**ended["usage"]))
+        answer = ChatCompletionResponse(model=request.model, choices=[choice], usage=UsageInfo(**ended["usage"]))
+        return answer.model_dump(exclude_none=True)  # clients send the message back with the next turn
 
     async def _stream(self, request, pieces):
         chunk = ChatCompletionChunk(model=request.model, choices=[], usage=None)
+        role = "assistant"  # in the first chunk alone, as clients join the chunks
 
         def say(**said):
             return f"data: {chunk.model_copy(update=said).model_dump_json()}\n\n"
@@ -290,7 +292,8 @@ class Spec(LitSpec):
         try:
             async for piece in pieces:
                 piece = json.loads(piece)
-                delta, reason = ChoiceDelta(role="assistant", content=piece["text"]), piece["finish_reason"]
+                delta, role = ChoiceDelta(role=role, content=piece["text"]), None
+                reason = piece["finish_reason"]
                 yield say(choices=[ChatCompletionStreamingChoice(index=0, delta=delta, finish_reason=reason)])
             if (request.stream_options or {}).get("include_usage"):  # in a chunk of its own, as OpenAI's
                 yield say(usage=UsageInfo(**piece["usage"]))

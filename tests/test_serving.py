@@ -139,12 +139,15 @@ def test_a_chat_with_images_is_answered_as_the_model_does_whole_and_streamed(cli
         (choice,) = completion.choices
         assert choice.message.content == wanted and choice.finish_reason == "length"
         assert completion.usage.completion_tokens == 8
+        turns = [*messages, choice.message, *chat("and now?")]  # as OpenAI's guide goes on with a conversation
+        assert client.chat.completions.create(model="phi3-embed", messages=turns).choices
         streamed = {"model": "phi3-embed", "messages": messages, "stream": True}
         *chunks, last = client.chat.completions.create(**streamed, stream_options={"include_usage": True})
         assert last.choices == [] and last.usage == completion.usage and not any(chunk.usage for chunk in chunks)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted
         assert len(chunks) > 2 and chunks[-1].choices[0].finish_reason == "length"
         assert len(list(client.chat.completions.create(**streamed))) == len(chunks)
+        assert [chunk.choices[0].delta.role for chunk in chunks] == ["assistant", *[None] * (len(chunks) - 1)]
 
 
 def test_sampling_stop_and_length_are_honoured(client, answered):
@@ -214,7 +217,10 @@ WRONG = {
     "many": ([IMAGE] * 6, "`input` has 6 items, but a request may have 5"),
     "many pixels": ([data_uri(Image.new("L", (800, 800)))] * 2, "may have 1000000 pixels together"),
     "a bomb": (data_uri(Image.new("1", (20000, 20000))), "may have 1000000 pixels together"),
-    "numbers of an unknown range": (data_uri(Image.new("F", (8, 8), 300.0), "tiff"), "must be in 0..255"),
+    "numbers of an unknown range": (
+        data_uri(Image.new("F", (8, 8), 300.0), "tiff"),
+        "0..255: scale it first. Give data",
+    ),
     "a decoder's KeyError": (data_uri(Image.new("L", (8, 8)), "tiff", tiffinfo={0xA005: 8}), "An input"),
     "a decoder's NotImplementedError": (data_uri(b"DDS " + bytes([124, 0, 0, 0]) + bytes(120), "dds"), "An input"),
     "a decoder's IndexError": (data_uri(b"qoif" + bytes([0, 0, 0, 9, 0, 0, 0, 9, 3, 0]), "qoi"), "An input"),
