@@ -113,7 +113,7 @@ def _check_free(host, port):
 # Requests
 
 
-class EmbeddingRequest(BaseModel, allow_inf_nan=False):
+class EmbeddingRequest(BaseModel, allow_inf_nan=False, extra="forbid"):
     input: Any
     model: str
     dimensions: int | None = None
@@ -144,7 +144,7 @@ class ChatRequest(BaseModel, allow_inf_nan=False, extra="forbid"):
     temperature: float = Field(0.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     n: Literal[1] = 1
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | list[Stop] | None = None
     stream: bool = False
     stream_options: dict[Literal["include_usage"], bool] | None = None
@@ -199,7 +199,8 @@ def open_data_uris(uris: list[str], limits: Limits, open_image) -> list[Image.Im
                 )
             images.append(open_image(content))
         except (ValueError, binascii.Error) as error:
-            raise _refuse(f"An input is no image ({number} of {len(uris)}): {error}. Give data URIs.") from error
+            reason = str(error).rstrip(".")
+            raise _refuse(f"An input is no image ({number} of {len(uris)}): {reason}. Give data URIs.") from error
     return images
 
 

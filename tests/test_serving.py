@@ -190,6 +190,7 @@ def test_a_stop_string_may_lie_across_pieces():
         (chat("a"), {"n": 2}, "The request is invalid. n"),
         (chat("a"), {"stream_options": {"obfuscate": True}}, "The request is invalid. stream_options"),
         (chat("a"), {"stop": [""]}, "The request is invalid. stop"),
+        (chat("a"), {"seed": 2**70}, "The request is invalid. seed"),
         (chat("a"), {"tools": []}, "The request is invalid. tools"),
         (chat("a"), {"temperature": -1}, "The request is invalid. temperature"),
     ],
@@ -239,6 +240,7 @@ def test_what_is_no_input_is_the_clients_error(address, case):
     [
         ({"dimensions": 64}, 400, "`dimensions` is 64, but this model's vectors are trained for 96 alone"),
         ({"model": "gpt-4"}, 404, "There is no model 'gpt-4' here, but 'model' or 'phi3-embed'."),
+        ({"prompt_name": "query"}, 400, "The request is invalid. prompt_name: "),
         ({"encoding_format": "int8"}, 400, "The request is invalid. encoding_format: "),
     ],
 )
