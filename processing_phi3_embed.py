@@ -32,6 +32,7 @@ from .configuration_phi3_embed import hd_num_tokens
 # An image of 257 views is 350 MB of float32 and 37,000 tokens, more than a quarter of Phi-3's longest context.
 MAX_NUM_CROPS = 256
 WHITE = (255, 255, 255)
+SURROGATE = re.compile("[\ud800-\udfff]")
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 ACCEPTED_IMAGES = "PIL images, numpy or torch arrays, paths, bytes, binary files, or lists of these"
 MAX_DEPTH = 8
@@ -635,6 +636,11 @@ class Phi3EmbedProcessor(ProcessorMixin):
 
     def _tags(self, number, sample) -> list[int]:
         """The number of the image at each place of a text."""
+        if half := SURROGATE.search(sample):  # which tokenizers refuse as a wrong type
+            raise ValueError(
+                f"Text {number} has {half[0]!r} at place {half.start()}, which is half of a character (a lone "
+                "surrogate). Leave it out: `text.encode(errors='ignore').decode()`."
+            )
         tags = [int(tag) for tag in IMAGE_TAG.findall(sample)]
         num_plain = sample.count(self.image_token)
         if tags and num_plain:

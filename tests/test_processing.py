@@ -534,6 +534,7 @@ def test_token_counts_without_pixels(processor):
         ([WIDE], [], r"`text` is \[\], but must be a string or a list of strings, and not empty"),
         (None, 5, "`text` is 5, but must be"),
         ("a text", WIDE, "Images are the first argument"),
+        (None, ["a", "cut \ud83d"], r"Text 1 has '\\ud83d' at place 4, which is half of a character"),
     ],
 )
 def test_tags_that_do_not_match_the_images_are_an_error(processor, images, text, message):
