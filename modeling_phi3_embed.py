@@ -48,6 +48,7 @@ from .checks_phi3_embed import (
     check_placeholder_order,
     check_placeholders,
     check_pooling_mode,
+    check_tensor,
     check_weight_files,
     is_features,
     is_padded,
@@ -1008,6 +1009,8 @@ class Phi3VisionForConditionalGeneration(Phi3EmbedPreTrainedModel, GenerationMix
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None and kwargs.get("inputs_embeds") is None:
             raise ValueError("There is no text: give `input_ids` or `inputs_embeds` too.")
+        if input_ids is not None:
+            check_tensor("input_ids", input_ids)
         check_padding(kwargs.get("attention_mask"))
         image_token_id = self.config.image_token_id
         if image_token_id is not None and input_ids is not None:
