@@ -46,6 +46,13 @@ def test_the_answer_alone_is_learnt_and_must_fit_into_the_context(tmp_path):
         encode(row, processor, 0, 20)
 
 
+def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
+    processor = AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+    (row, *_) = load(tmp_path, [{"images": ["digit.png"], "messages": [ASKED | {"role": "assistant"}]}] * 2)["train"]
+    with pytest.raises(ValueError, match="row . of 'train' in .*data.json: An image is in a turn of 'assistant'"):
+        encode(row, processor, 0, 400)
+
+
 def test_what_is_left_out_of_classes_is_named_once(tmp_path, capfd):
     make_images(tmp_path, ("cat", "dog"), 5)
     (tmp_path / "notes.txt").write_text("of no use")
@@ -71,6 +78,8 @@ def test_a_dataset_on_the_hub_opens_no_file_of_the_machine(tmp_path, monkeypatch
         ({"image": "digit.png", "conversations": LLAVA[:1]}, "nothing in it is said by the assistant"),
         ({"images": [], "messages": [SAID | {"role": "tool"}]}, "the role 'tool'"),
         ({"images": ["../digit.png"], "messages": [ASKED, SAID]}, "outside of the data's own folder"),
+        ({"image": "digit.png", "conversations": [{"from": "human"}]}, "it is {'image'.*, but must have `messages`"),
+        ("words", "it is 'words', but must have `messages`"),
         ({"images": ["none.png"], "messages": [ASKED, SAID]}, "there is no image .*none.png"),
     ],
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 import datasets
 import pyarrow.parquet as pq
 from datasets import Dataset
+from jinja2 import TemplateError
 
 from phi3_tools.finetune.data import check_texts, load_splits, split_at_random
 from phi3_tools.finetune.settings import QUESTIONS, DataOptions
@@ -129,6 +130,11 @@ def _conversations(rows: list[dict], split: str, source: str) -> Dataset:
             _check(images, messages)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        except (AttributeError, KeyError, TypeError) as error:  # JSON of any other shape
+            raise ValueError(
+                f"{name}: it is {row!r:.80}, but must have `messages` of `role` and `content`, and `images`; or, as "
+                "LLaVA's, `conversations` of `from` and `value`, and `image`"
+            ) from error
         for column, value in zip(done, (name, images, messages)):
             done[column].append(value)
     return Dataset.from_dict(done, FEATURES)
@@ -137,15 +143,20 @@ def _conversations(rows: list[dict], split: str, source: str) -> Dataset:
 def _llava(row):
     """LLaVA's `conversations`, each image in its place as `<image>`."""
     images = row.get("image") or []
-    messages = []
-    for turn in row["conversations"]:
-        pieces = turn["value"].split("<image>")
-        content = [{"type": "text", "text": pieces[0].rstrip("\n")}]
-        for piece in pieces[1:]:
-            content += [{"type": "image", "text": None}, {"type": "text", "text": piece.removeprefix("\n")}]
-        content = [part for part in content if part["text"] != ""]
-        messages.append({"role": ROLES.get(turn["from"], turn["from"]), "content": content})
+    messages = [
+        {"role": ROLES.get(turn["from"], turn["from"]), "content": _parts(turn["value"])}
+        for turn in row["conversations"]
+    ]
     return [images] if isinstance(images, str) else images, messages
+
+
+def _parts(text):
+    """A text with each image in its place as `<image>` -> its parts."""
+    pieces = text.split("<image>")
+    content = [{"type": "text", "text": pieces[0].rstrip("\n")}]
+    for piece in pieces[1:]:
+        content += [{"type": "image", "text": None}, {"type": "text", "text": piece.removeprefix("\n")}]
+    return [part for part in content if part["text"] != ""]
 
 
 def _hub(row):
@@ -209,7 +220,11 @@ def encode(row: dict, processor, num_crops: int | None, longest: int) -> dict:
     Raises:
         ValueError: it is longer than `longest` tokens, an image cannot be read, or the template marks no answers.
     """
-    inputs = encode_conversation(conversation(row, processor), processor, num_crops if row[IMAGES] else None)
+    messages = conversation(row, processor)
+    try:
+        inputs = encode_conversation(messages, processor, num_crops if row[IMAGES] else None)
+    except (ValueError, TemplateError) as error:
+        raise ValueError(f"{row[NAME]}: {one_line(error)}") from error
     length = len(inputs["input_ids"])
     if length > longest:
         raise ValueError(
