@@ -30,9 +30,10 @@ def load(folder, rows):
 
 def test_the_hubs_convention_and_llavas_give_the_same(tmp_path):
     rows = [{"images": ["digit.png"], "messages": [ASKED, SAID]}, {"image": "digit.png", "conversations": LLAVA}]
+    rows.append({"images": ["digit.png"], "messages": [{"role": "user", "content": LLAVA[0]["value"]}, SAID]})
     splits = load(tmp_path, rows * 2)
     found = [row for split in splits.values() for row in split]
-    assert len(found) == 4 and all(row["messages"] == found[0]["messages"] for row in found)
+    assert len(found) == 6 and all(row["messages"] == found[0]["messages"] for row in found)
     assert said(found[0]) == "seven"
 
 

@@ -165,7 +165,7 @@ def _hub(row):
     messages = []
     for message in row["messages"]:
         content = message["content"]
-        content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        content = _parts(content) if isinstance(content, str) else content
         content = [{"type": part["type"], "text": part.get("text")} for part in content]
         messages.append({"role": message["role"], "content": content})
     if not any(part["type"] == "image" for message in messages for part in message["content"]):
