@@ -132,8 +132,8 @@ class Preprocess:
     def _open(self, row):
         """A row -> its image and its text in the template, of which one may be None."""
         text = self.template and row.get("text")
-        if self.template and not (text or "").strip():
-            raise ValueError("the row holds no text")
+        if self.template and not (isinstance(text, str) and text.strip()):
+            raise ValueError(f"the row holds no text, but {text!r:.80}" if text else "the row holds no text")
         has_image = not text or row["image"] is not None
         image = read_image(row["image"], self.image_processor.open_image) if has_image else None
         return image, text and self.template.replace("{text}", text)

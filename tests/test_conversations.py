@@ -61,6 +61,15 @@ def test_what_is_left_out_of_classes_is_named_once(tmp_path, capfd):
     assert "".join(capfd.readouterr()).count("Left out 1 of 11 files") == 1
 
 
+@pytest.mark.parametrize("caption", [7, ["one", "other"]])
+def test_captions_that_are_no_texts_are_an_error_of_ours(tmp_path, caption):
+    make_images(tmp_path, ("cat",), 2)
+    rows = "".join(json.dumps({"file_name": f"cat/{n}.png", "caption": caption}) + "\n" for n in range(2))
+    (tmp_path / "metadata.jsonl").write_text(rows)
+    with pytest.raises(ValueError, match="captions of .* are such as .*, but must be a text an image. Name"):
+        load_conversations(str(tmp_path), DataOptions(validation=0), 0)
+
+
 def test_a_dataset_on_the_hub_opens_no_file_of_the_machine(tmp_path, monkeypatch):
     save(tmp_path, [])
     monkeypatch.chdir(tmp_path)

@@ -181,6 +181,11 @@ def test_a_table_of_texts_alone_is_read_by_a_template(whole_checkpoint, tmp_path
     (shard,) = make_shards(tmp_path / "texts.parquet", 2, text_column="words")
     row = embed_ray.Preprocess(find_model(whole_checkpoint), 1, "It is {text}.")(shard)
     assert row["items"] == [(None, "It is a dress.")] and row["errors"] == ["", "the row holds no text"]
+    Dataset.from_dict({"words": [7]}).to_parquet(tmp_path / "numbers.parquet")
+    (shard,) = make_shards(tmp_path / "numbers.parquet", 2, text_column="words")
+    assert embed_ray.Preprocess(find_model(whole_checkpoint), 1, "{text}")(shard)["errors"] == [
+        "the row holds no text, but 7"
+    ]
 
 
 @pytest.mark.parametrize(

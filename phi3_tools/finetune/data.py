@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -98,8 +98,13 @@ def _hold_out(splits, options, divide):
     return splits
 
 
-def check_texts(names: Iterable[str], texts: Iterable[str | None], source: str) -> None:
-    """Raises ValueError if images have no text, and names them."""
+def check_texts(names: Iterable[str], texts: Sequence[str | None], source: str) -> None:
+    """Raises ValueError if images have no text, and names them, or something else in its place."""
+    if others := [text for text in texts if not isinstance(text, str | None)]:
+        raise ValueError(
+            f"The captions of {source} are such as {others[0]!r:.80}, but must be a text an image. Name a column "
+            "of such by --text-column."
+        )
     if nothing := [name for name, text in zip(names, texts) if not (text or "").strip()]:
         raise ValueError(f"{len(nothing)} images of {source} have no text:\n{name_some(nothing)}")
 
