@@ -8,6 +8,7 @@ is one transaction: killed at any time, the same command goes on where it stoppe
 import hashlib
 import io
 import json
+import os
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
@@ -124,7 +125,7 @@ def query_index(
 
 def _part(query, text):
     """The words after a command -> an undecoded image or None, and a text or None."""
-    if text is None and not Path(query).is_file() and not is_image_name(query):
+    if text is None and not os.path.isfile(query) and not is_image_name(query):  # Path fails on long words
         return None, query
     return {"path": query, "bytes": None}, text
 

@@ -226,6 +226,11 @@ def test_images_are_found_by_words_and_by_both(kind, words_index, tmp_path, caps
     assert (tmp_path / "out.png").exists()
 
 
+def test_words_may_be_longer_than_the_name_of_a_file():
+    words = "a red dress, " * 30
+    assert search._part(words, None) == (None, words)
+
+
 def test_words_are_refused_where_there_are_none(folder, embedding_checkpoint, tmp_path, capsys):
     index = tmp_path / "index"
     run(capsys, "index", folder / "b" / "copy.png", index, *FEW_CROPS, "--model", embedding_checkpoint)
