@@ -326,8 +326,8 @@ def _check_not_empty(arguments):
     """A shell variable that is not set would name the folder that the command runs in."""
     for before, word in zip(["", *arguments], arguments):
         if not word.strip() or re.fullmatch(r"--[\w-]+=\s*", word):
-            name = word if word.strip() else before
-            name = name.partition("=")[0] if name.startswith("--") else "An argument"
+            name = f"The argument after {before}" if before.startswith("--") else "An argument"
+            name = word.partition("=")[0] if word.strip() else name
             raise ValueError(f"{name} is empty. Give what it is for, or leave it out.")
 
 

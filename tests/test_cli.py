@@ -49,13 +49,14 @@ def test_options_are_spelt_in_one_way(capsys):
     "command, what",
     [
         (["convert", "", "out"], "An argument"),
+        (["convert", "--whole", "", "out"], "The argument after --whole"),
         (["search", "query", " ", "index"], "An argument"),
-        (["compare", "digits", "--model", "pixels", "--question", " "], "--question"),
+        (["compare", "digits", "--model", "pixels", "--question", " "], "The argument after --question"),
         (["finetune", "digits", "--task", "align", "--question="], "--question"),
     ],
 )
 def test_an_empty_argument_is_refused_by_its_name(command, what):
-    with pytest.raises(SystemExit, match=f"{what} is empty. Give what it is for"):
+    with pytest.raises(SystemExit, match=f": {what} is empty. Give what it is for"):
         main(command)
 
 
