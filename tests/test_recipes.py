@@ -182,6 +182,7 @@ def test_the_recipe_in_the_docs_is_one(tmp_path):
         ({"pooling": "cls"}, "`pooling` is 'cls', but must be one of lasttoken, mean"),
         ({"pooling": "mean"}, "`mean` goes without any"),
         ({"num_crops": -1}, "`num_crops` is -1"),
+        ({"num_crops": 257}, "`num_crops` is 257, but must be a number of crops up to 256"),
         ({"prompts": {"query": 7}}, "`prompts` is .*, but must be texts by name"),
         (
             {"text": "{text}", "image": "{images}", "text_with_image": None, "without_prompt": {}},
