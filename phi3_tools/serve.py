@@ -394,8 +394,9 @@ class Api(litserve.LitAPI):
             raise outcome["error"]
         usage["completion_tokens"] = len(outcome["ids"]) - usage["prompt_tokens"]
         usage["total_tokens"] = len(outcome["ids"])
-        is_cut = usage["completion_tokens"] == request.max_tokens
-        yield {"text": "", "finish_reason": "length" if is_cut else "stop", "usage": usage}
+        ends = np.atleast_1d(self.chat_model.generation_config.eos_token_id)
+        has_ended = outcome["ids"][-1].item() in ends or has_stopped(outcome["ids"][None], None).item()
+        yield {"text": "", "finish_reason": "stop" if has_ended else "length", "usage": usage}
 
     def _prompt(self, messages):
         """What the language model takes of a conversation. Raises HTTP status 400 if it cannot be made."""

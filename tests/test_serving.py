@@ -279,6 +279,9 @@ def test_a_stop_string_ends_an_answer_of_a_tokenizer_that_cannot_spell():
     _, *pieces = api.predict(serve.ChatRequest(model="phi3-embed", **asked))
     assert "".join(piece["text"] for piece in pieces) == "s" and pieces[-1]["finish_reason"] == "stop"
     assert pieces[-1]["usage"]["completion_tokens"] == 1
+    for most, reason in ((1, "length"), (2, "stop")):  # the word, and the end of the text
+        *_, last = api.predict(serve.ChatRequest(model="phi3-embed", **asked | {"stop": None, "max_tokens": most}))
+        assert (last["usage"]["completion_tokens"], last["finish_reason"]) == (most, reason)
 
 
 def test_vectors_are_cut_to_the_dimensions_that_the_model_is_trained_for(embedding_checkpoint):
