@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers.utils import TransformersKwargs, torch_compilable_check
+from transformers.utils import ModelOutput, TransformersKwargs, torch_compilable_check
 
 from .configuration_phi3_embed import POOLING_MODES, Phi3EmbedConfig
 
@@ -275,6 +275,19 @@ def _check_order(number, ends):
             f"The image placeholders are {numbers.tolist()}, but must be -1, -2, -3, ... in the order of their places "
             "in a text. Reorder the images to match the text."
         )
+
+
+def check_encoded_images(mm_encoder_outputs: dict | None):
+    """-> what was computed of images ahead, or `None`."""
+    given = {} if mm_encoder_outputs is None else mm_encoder_outputs
+    is_plain = isinstance(given, dict) and not isinstance(given, ModelOutput)
+    images = given.get("image") if is_plain else given
+    if not is_plain or not (images is None or hasattr(images, "pooler_output")):
+        raise ValueError(
+            f"`mm_encoder_outputs` hold images as {type(images).__name__}, but must be `{{'image': outputs}}`, where "
+            "`outputs` is what `get_image_features` gave."
+        )
+    return images
 
 
 def check_image_features(image_tokens: tuple[torch.Tensor, ...], width: int) -> None:

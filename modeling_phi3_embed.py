@@ -35,6 +35,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .checks_phi3_embed import (
     check_arguments,
+    check_encoded_images,
     check_image_features,
     check_image_sizes,
     check_image_tokens,
@@ -869,7 +870,7 @@ class Phi3VisionModel(Phi3EmbedModel):
                 [`~Phi3EmbedModel.forward`].
         """
         check_arguments(self.forward, kwargs, self.language_model.forward)
-        images = (mm_encoder_outputs or {}).get("image")
+        images = check_encoded_images(mm_encoder_outputs)
         if pixel_values is not None and images is not None:
             raise ValueError("Both `pixel_values` and `mm_encoder_outputs` were given. Give one of the two.")
         if input_ids is None and inputs_embeds is None and images is None:
@@ -1011,6 +1012,8 @@ class Phi3VisionForConditionalGeneration(Phi3EmbedPreTrainedModel, GenerationMix
             raise ValueError("There is no text: give `input_ids` or `inputs_embeds` too.")
         if input_ids is not None:
             check_tensor("input_ids", input_ids)
+            input_ids = input_ids.view(-1, input_ids.shape[-1])
+        check_encoded_images(kwargs.get("mm_encoder_outputs"))
         check_padding(kwargs.get("attention_mask"))
         image_token_id = self.config.image_token_id
         if image_token_id is not None and input_ids is not None:

@@ -545,7 +545,7 @@ def _check_geometry(num_crops, size, num_img_tokens):
         )
     is_count = isinstance(num_img_tokens, (int, np.integer)) and num_img_tokens > 0
     if not is_count or math.isqrt(num_img_tokens) ** 2 != num_img_tokens:
-        raise ValueError(f"`num_img_tokens` is {num_img_tokens!r}, but must be a square: the tokens of one crop.")
+        raise ValueError(f"`num_img_tokens` is {num_img_tokens!r}, but must be a square: the tokens of one view.")
 
 
 class Phi3EmbedProcessor(ProcessorMixin):

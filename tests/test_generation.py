@@ -310,6 +310,8 @@ RIGHT = {"input_ids": torch.tensor([[1, 2, 3], [1, 2, 0]]), "attention_mask": to
         ({"input_ids": torch.ones(1, 300).long()}, "The text has 300 tokens, .* takes 256 .*lower `num_crops`"),
         (ONE_IMAGE | {"mm_encoder_outputs": WIDE}, r"of shape \(7, 47\), .* \(num_tokens, 48\)"),
         (ONE_IMAGE | {"mm_encoder_outputs": SHORT}, "7 image placeholders, .* take 6 tokens"),
+        (ONE_IMAGE | {"mm_encoder_outputs": {"image": torch.zeros(1, 7, 48)}}, "hold images as Tensor, but must be"),
+        (ONE_IMAGE | {"mm_encoder_outputs": WIDE["image"]}, "hold images as BaseModelOutputWithPooling, but must be"),
         ({"input_ids": [[1, 2]]}, "`input_ids` are of type list, .*return_tensors='pt'"),
         (RIGHT, "padded on the right, .* pad on the left"),
         ({"input_ids": torch.tensor([[100]] * 2).T}, "hold 100, but the vocabulary ends at 99"),
