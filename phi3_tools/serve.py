@@ -53,6 +53,7 @@ from phi3_tools.measures import unit
 from phi3_tools.models import PHI3_EMBED, Model, embed, find_model, load_embedder, prompt_inputs
 
 ALIAS = "phi3-embed"  # any client may name the served model so
+LOWEST_TEMPERATURE = 0.01
 
 
 @dataclass
@@ -141,12 +142,12 @@ class ChatRequest(BaseModel, allow_inf_nan=False, extra="forbid"):
     model: str
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(0.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    n: Literal[1] = 1
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    n: Literal[1] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | list[Stop] | None = None
-    stream: bool = False
+    stream: bool | None = None
     stream_options: dict[Literal["include_usage"], bool] | None = None
     user: str | None = None
 
@@ -361,9 +362,13 @@ class Api(litserve.LitAPI):
             )
         usage = {"prompt_tokens": length, "completion_tokens": 0}
         yield {"usage": usage, "finish_reason": None}
-        settings = {"max_new_tokens": request.max_tokens, "do_sample": request.temperature > 0}
+        # A lower temperature draws the likeliest token anyway, and logits divided by it can overflow.
+        settings = {
+            "max_new_tokens": request.max_tokens,
+            "do_sample": (request.temperature or 0) >= LOWEST_TEMPERATURE,
+        }
         if settings["do_sample"]:
-            settings |= {"temperature": request.temperature, "top_p": request.top_p}
+            settings |= {"temperature": request.temperature, "top_p": request.top_p or 1.0}
         tokenizer = self.processor.tokenizer
         stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
 
