@@ -96,3 +96,8 @@ def test_a_dataset_on_the_hub_opens_no_file_of_the_machine(tmp_path, monkeypatch
 def test_a_conversation_that_does_not_serve_is_named(tmp_path, row, message):
     with pytest.raises(ValueError, match=f"row 0 of 'train' in .*data.json: .*{message}"):
         load(tmp_path, [row])
+
+
+def test_a_file_that_holds_no_list_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="data.json holds {'image': .*, but must hold a list of conversations"):
+        load(tmp_path, {"image": "digit.png", "conversations": LLAVA})

@@ -88,9 +88,12 @@ def _load_messages(source: str) -> dict[str, list[dict]] | None:
     if path.suffix in (".json", ".jsonl") and path.is_file():
         try:
             text = path.read_text("utf-8")
-            return {"train": json.loads(text) if path.suffix == ".json" else [*map(json.loads, text.splitlines())]}
+            rows = json.loads(text) if path.suffix == ".json" else [*map(json.loads, text.splitlines())]
         except ValueError as error:
             raise ValueError(f"{source} cannot be read as JSON: {one_line(error)}.") from error
+        if not isinstance(rows, list):
+            raise ValueError(f"{source} holds {rows!r:.80}, but must hold a list of conversations.")
+        return {"train": rows}
     if path.exists():
         tables = [path] if path.suffix == ".parquet" else sorted(path.rglob("*.parquet")) if path.is_dir() else []
         if not tables or MESSAGES not in pq.read_schema(tables[0]).names:
