@@ -608,6 +608,7 @@ class Phi3EmbedModel(Phi3EmbedPreTrainedModel):
         pixel_values: torch.Tensor,
         image_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
         pooling_mode: str | None = None,
+        num_image_tokens: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Phi3EmbedImageOutput:
         r"""
@@ -627,6 +628,8 @@ class Phi3EmbedModel(Phi3EmbedPreTrainedModel):
                 the HD transform only.
             pooling_mode (`str`, *optional*):
                 `"mean"`, `"global"` or `"tower"`, in place of `config.pooling_mode`.
+            num_image_tokens (*optional*):
+                Taken because the image processor gives them; without effect.
             output_hidden_states, output_attentions (`bool`, *optional*):
                 Also return the tower's.
 

@@ -26,8 +26,6 @@ def load_phi3_model(fine_tuned=False):
 
 
 def process_for_phi3_model(images, num_crops=None):
-    """Images -> `pixel_values` and `image_sizes` in Phi-3-vision's geometry, which fine-tunes share."""
+    """Images -> the inputs of `get_image_features` in Phi-3-vision's geometry, which fine-tunes share."""
     image_processor = AutoImageProcessor.from_pretrained(str(ROOT), trust_remote_code=True)
-    inputs = image_processor(images, num_crops=num_crops, return_tensors="pt")
-    del inputs["num_image_tokens"]
-    return inputs
+    return image_processor(images, num_crops=num_crops, return_tensors="pt")

@@ -66,7 +66,7 @@ def test_a_batch_of_images_equals_its_images_one_by_one(model):
 
 
 def test_get_image_features_is_what_forward_gives(model):
-    inputs = small_pixels((2, 1), (1, 2))
+    inputs = small_pixels((2, 1), (1, 2)) | {"num_image_tokens": torch.tensor([19, 19])}  # as of the image processor
     features, outputs = model.get_image_features(**inputs), model(**inputs)
     assert all(torch.equal(*pair) for pair in zip(features.pooler_output, outputs.image_outputs.pooler_output))
     assert torch.equal(features.image_embeds, outputs.pooler_output)
