@@ -22,7 +22,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 DISK_IS_FULL = re.compile("No space left|os error 28|File too large|[Qq]uota|unexpected pos|file write failed")
 # A clone without Git LFS has files that begin so in place of large ones.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-console = Console(soft_wrap=True)
+# Names of files are no markup.
+console = Console(soft_wrap=True, markup=False, emoji=False)
 
 
 # Files
@@ -116,7 +117,7 @@ def draw_rows(figure, rows: list[list[tuple]]) -> None:
     for row, row_axes in zip(rows, axes):
         for axis, (image, title, colour) in zip(row_axes, row):
             axis.imshow(image, cmap="gray_r" if getattr(image, "mode", "L") == "L" else None)
-            axis.set_title(title, fontsize=8, color=colour)
+            axis.set_title(title, fontsize=8, color=colour, parse_math=False)
 
 
 def new_figure(**kwargs):
@@ -145,7 +146,6 @@ def say_left_out(lines: list[str], total: int, what: str = "images") -> None:
         console.print(
             f"Left out {len(lines)} of {total} {what}:\n{name_some(lines)}",
             style="yellow",
-            markup=False,
             highlight=False,
         )
 

@@ -118,7 +118,7 @@ def query_index(
         printed.add_column(column, justify=justify, overflow="fold")
     for number, row in enumerate(rows, start=1):
         printed.add_row(str(number), f"{row['cosine']:.3f}", row["path"])
-    Console().print(printed)
+    Console(markup=False, emoji=False).print(printed)
     _draw(opened or _draw_words(text), rows, output)
     console.print(f"Drawn: {output}")
 
