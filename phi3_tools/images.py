@@ -337,17 +337,19 @@ def _walk(source, left_out) -> Iterator[Path]:
     if not source.is_dir():
         yield source
         return
-    visited = set()
+    visited = {}  # {real folder: its name here}
 
     def unreadable(error):
         left_out.append(f"{error.filename}: {error.strerror}")
 
     for folder, subfolders, names in os.walk(source, onerror=unreadable, followlinks=True):
         if (real := os.path.realpath(folder)) in visited:
-            left_out.append(f"{folder}: its images are taken already, because it links to {real}")
+            left_out.append(
+                f"{folder}: its images are taken already, because it is the same folder as {visited[real]}"
+            )
             subfolders.clear()
             continue
-        visited.add(real)
+        visited[real] = folder
         subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX")))
         yield from (Path(folder) / name for name in sorted(names) if not name.startswith("."))
 
