@@ -442,13 +442,20 @@ def _read_metadata(files, columns):
     for path in files.metadata:
         try:
             rows = _read_rows(path)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8. Save it so: {one_line(error)}") from error
+        except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
         if rows and "file_name" not in rows[0]:
             raise ValueError(f"{path} has no column 'file_name', but {', '.join(map(repr, rows[0]))}.")
         names = _named_columns(list(rows[0]) if rows else [], columns, path) if rows else {}
         for row in rows:
             image = Path(os.path.normpath(path.parent / str(row["file_name"])))
+            if image in described:
+                raise ValueError(
+                    f"{path} lists {row['file_name']} more than once. Leave one row of it, or give each row a copy of "
+                    "the image, under a name of its own."
+                )
             if image in images:
                 described[image] = {ours: row[theirs] for ours, theirs in names.items()}
             else:
@@ -472,6 +479,7 @@ def _read_metadata(files, columns):
 
 def _read_rows(path) -> list[dict]:
     if path.suffix == ".csv":
+        path.read_text("utf-8")  # raises, where pyarrow would make bytes of other encodings
         options = pyarrow.csv.ConvertOptions(
             column_types={"file_name": pa.string()}, strings_can_be_null=True, null_values=[""]
         )

@@ -157,6 +157,19 @@ def test_metadata_with_words_numbers_or_truth_values_as_labels_and_captions(fold
     assert "dog/0.png: " in said and "does not list it" in said and "gone.png: " in said and "Left out 3 of" in said
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("file_name,label\ncat/0.png,ä\n".encode("latin-1"), "metadata.csv is not UTF-8"),
+        (b"file_name,text\ncat/0.png,a\ncat/0.png,b\n", "lists cat/0.png more than once"),
+    ],
+)
+def test_metadata_that_would_be_misread_is_refused(folder, text, told):
+    (folder / "metadata.csv").write_bytes(text)
+    with pytest.raises(ValueError, match=told):
+        load_images(folder)
+
+
 def test_metadata_of_one_subfolder_hides_no_other(folder):
     (folder / "cat" / "metadata.jsonl").write_text(
         '{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png", "text": "b"}\n'
