@@ -517,10 +517,10 @@ def _load_tables(source, files, columns, streaming):
     for split, paths in by_split.items():
         # No larger than a row group, which is read at once.
         shards = [shard for path in paths for shard in _shards_of_table(path, source, columns, 2**20)]
+        if not shards or (shards[0]["kind"] == "parquet" and IMAGE not in shards[0]["columns"]):
+            raise ValueError(f"{paths[0]} holds no images.")
         features = _features(shards)
         build = IterableDataset.from_generator if streaming else Dataset.from_generator
-        if shards[0]["kind"] == "parquet" and IMAGE not in shards[0]["columns"]:
-            raise ValueError(f"{shards[0]['path']} holds no images.")
         splits[split] = build(_rows_of_shards, features=features, gen_kwargs={"shards": shards})
     return splits
 
@@ -607,7 +607,10 @@ def _shards_of_table(path, source, columns, shard_size):
     """Shards of a parquet file, none beyond its row group, or of a tar file."""
     about = {"path": str(path), "root": str(source if source.is_dir() else source.parent), "version": _version(path)}
     if path.suffix == ".parquet":
-        file, first = pq.ParquetFile(path), 0
+        try:
+            file, first = pq.ParquetFile(path), 0
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} cannot be read as parquet: {one_line(error)}. Mend or remove it.") from error
         names = _table_columns(file.schema_arrow, columns, path)
         for row_group in range(file.num_row_groups):
             num_rows = file.metadata.row_group(row_group).num_rows

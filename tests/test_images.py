@@ -199,6 +199,15 @@ def test_a_parquet_file_with_columns_of_other_names(tmp_path):
         load_images(path, image_column="score")
 
 
+def test_parquet_files_without_rows_and_broken_ones_are_named(tmp_path):
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="x.parquet holds no images"):
+        load_images(tmp_path)
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="x.parquet cannot be read as parquet"):
+        load_images(tmp_path)
+
+
 def test_parquet_of_plain_bytes_and_of_many_files_with_splits(tmp_path, capfd):
     table = pa.table({"photo": pa.array([png(0), png(1), None], pa.binary()), "label": ["x", "y", "x"]})
     for name in ("train-00000", "train-00001", "test-00000"):
