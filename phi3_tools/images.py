@@ -225,7 +225,7 @@ def _why_no_labels(source):
     if Path(source).is_dir() and _find_files(Path(source)).images:
         return (
             "Its images lie in no subfolders, or not all at one depth. Put those of each class into a folder of its "
-            "own, or write a metadata.csv with the columns file_name and label."
+            "own, or write a metadata.csv with the columns file_name and label (or another, by --label-column)."
         )
     return f"Name its column of labels by --label-column, or give {ACCEPTED}."
 
