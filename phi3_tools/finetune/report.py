@@ -74,7 +74,7 @@ def verdict(rows: dict[str, dict[str, float]], labels: list[int], task: str) -> 
 def against_chance(name, value, before, chance, guess, noise=0.0) -> list[str]:
     """A sentence on a figure that is not above chance, or above what it was `before` unless that is `None`."""
     if value <= chance + noise:
-        return [f"**No better than chance**: {name} is {value:.1%}, and {guess} gives {chance:.1%}. {MORE}"]
+        return [f"{_no_better(value, chance)}: {name} is {value:.1%}, and {guess} gives {chance:.1%}. {MORE}"]
     if before is not None and value <= before < 1:
         return [f"**Not better than before**: {name} is {value:.1%}, and was {before:.1%}. {MORE}"]
     return []
@@ -86,12 +86,16 @@ def verdict_of_answers(figures: dict[str, dict[str, float]], truths: list[str]) 
     chance = max(Counter(truths).values()) / len(truths)
     if 2 * len(set(truths)) <= len(truths) and value <= chance + _noise(chance, truths):
         return [
-            f"**No better than chance**: {value:.1%} of the answers are exact, and saying the most common one alone "
+            f"{_no_better(value, chance)}: {value:.1%} of the answers are exact, and saying the most common one alone "
             f"gives {chance:.1%}. {MORE}"
         ]
     if "before" in figures and loss >= figures["before"]["loss"]:
         return [f"**Not better than before**: the loss is {loss:.3f}, and was {figures['before']['loss']:.3f}. {MORE}"]
     return []
+
+
+def _no_better(value, chance):
+    return f"**No better than chance**{' (within noise, of so few images)' if value > chance else ''}"
 
 
 def _noise(share, labels):
