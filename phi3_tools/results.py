@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,19 +118,23 @@ def draw_rows(figure, rows: list[list[tuple]]) -> None:
     for row, row_axes in zip(rows, axes):
         for axis, (image, title, colour) in zip(row_axes, row):
             axis.imshow(image, cmap="gray_r" if getattr(image, "mode", "L") == "L" else None)
-            axis.set_title(title, fontsize=8, color=colour, parse_math=False)
+            axis.set_title(title, fontsize=8, color=colour)
 
 
 def new_figure(**kwargs):
     """A matplotlib figure that needs no display and belongs to no session, so that nothing has to close it."""
+    import matplotlib
     from matplotlib.figure import Figure
 
+    matplotlib.rcParams["text.parse_math"] = False  # names of files and classes are no formulas
     return Figure(layout="constrained", **kwargs)
 
 
 def save_figure(figure, path: Path) -> None:
     """A matplotlib figure as a file of the suffix's format, by [`write_beside`]."""
-    write_beside(path, lambda beside: figure.savefig(beside, dpi=110))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # one for each character that the font lacks
+        write_beside(path, lambda beside: figure.savefig(beside, dpi=110))
 
 
 # Words

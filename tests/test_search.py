@@ -86,9 +86,9 @@ def test_images_come_and_go_one_by_one(folder, tmp_path, capsys):
         run(capsys, "remove", new, index)
 
 
-def test_neighbours_are_printed_and_drawn(folder, tmp_path, capsys, monkeypatch):
+def test_neighbours_are_printed_and_drawn(folder, tmp_path, capsys, monkeypatch, recwarn):
     index, output = tmp_path / "index", tmp_path / "found.png"
-    query = (folder / "a" / "it's 6.png").rename(folder / "a" / "[b] :cat: $x^$.png")  # no markup, no formula
+    query = (folder / "a" / "it's 6.png").rename(folder / "a" / "[b] :cat: $x^$ 日.png")  # no markup, no formula
     run(capsys, "index", folder, index, *FEW_CROPS)
     shutil.rmtree(folder / "b")  # the index shows them all the same
     monkeypatch.setenv("COLUMNS", "200")
@@ -103,6 +103,7 @@ def test_neighbours_are_printed_and_drawn(folder, tmp_path, capsys, monkeypatch)
     assert "1.000" in said and query.name in said.split("1.000")[1]
     with Image.open(output) as image:
         assert image.width > image.height > 200
+    assert not any("Glyph" in str(warning.message) for warning in recwarn)
 
 
 def test_an_index_of_another_model_or_of_other_crops_is_refused(folder, tmp_path, capsys):
