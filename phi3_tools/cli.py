@@ -34,7 +34,8 @@ search = typer.Typer(
 )
 app.add_typer(search, name="search")
 
-SOURCE = "a folder of images, one image, parquet, a tar file, a Hub dataset NAME[@REVISION], digits or small-text"
+FILES = "a folder of images, one image, parquet, a tar file"
+SOURCE = f"{FILES}, a Hub dataset NAME[@REVISION], digits or small-text"
 MODEL = "a folder or Hub id: NAME[@REVISION][:mean|global|tower]"
 SMALL = "Without it the repository's small checkpoint, which knows digits alone."
 
@@ -224,7 +225,7 @@ def query(
 
 @app.command()
 def embed(
-    source: SourceArgument,
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help=FILES)],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="the folder to write, or to go on with")],
     model: ModelOption = None,
     num_crops: NumCrops = None,

@@ -36,6 +36,7 @@ print(sorted({"torch", "transformers", "datasets", "lancedb", "ray"} & set(sys.m
     said = run_python(code, run=run_alone)
     assert all(re.search(rf"^  {command} ", said, re.MULTILINE) for command in COMMANDS)
     assert "NAME[@REVISION]" in said and said.endswith("[]\n")
+    assert "Hub dataset" not in " ".join(said.rpartition("Usage:")[2].split())  # of embed, which takes files alone
 
 
 def test_options_are_spelt_in_one_way(capsys):
