@@ -908,8 +908,8 @@ class Phi3VisionModel(Phi3EmbedModel):
     def _is_continued(input_ids, inputs_embeds, cache=None):
         if torch.compiler.is_compiling():
             return True
-        length = (inputs_embeds if input_ids is None else input_ids).shape[1]
-        return cache is not None and (length == 1 or int(cache.get_seq_length()) > 0)
+        text = inputs_embeds if input_ids is None else input_ids
+        return cache is not None and (text.shape[1] == 1 or int(cache.get_seq_length()) > 0)
 
 
 class Phi3VisionForConditionalGeneration(Phi3EmbedPreTrainedModel, GenerationMixin):

@@ -328,6 +328,8 @@ def test_misspelt_arguments_are_an_error(model):
         model(torch.tensor([[1]]), pixel_value=torch.zeros(1))
     with pytest.raises(ValueError, match="There is no text"):
         model(**small_pixels((1, 1)))
+    with pytest.raises(ValueError, match="`input_ids` are of type str, .*call the processor"):
+        model.model("seven")
 
 
 def test_a_config_without_a_language_model_is_an_error():
