@@ -36,6 +36,9 @@ LONGEST = (
     "test_golden_language_model.py",
     "test_golden.py",
     "test_ray.py",
+    "test_app.py",
+    "test_talk.py",
+    "test_transformers_common.py",
 )
 
 
