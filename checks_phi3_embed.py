@@ -277,8 +277,8 @@ def _check_order(number, ends):
         )
 
 
-def check_encoded_images(mm_encoder_outputs: dict | None):
-    """-> what was computed of images ahead, or `None`."""
+def check_encoded_images(mm_encoder_outputs: dict | None) -> ModelOutput | None:
+    """The images of `mm_encoder_outputs`, which were encoded ahead; `None` where there are none."""
     given = {} if mm_encoder_outputs is None else mm_encoder_outputs
     is_plain = isinstance(given, dict) and not isinstance(given, ModelOutput)
     images = given.get("image") if is_plain else given

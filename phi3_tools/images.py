@@ -453,8 +453,8 @@ def _read_metadata(files, columns):
             image = Path(os.path.normpath(path.parent / str(row["file_name"])))
             if image in described:
                 raise ValueError(
-                    f"{path} lists {row['file_name']} more than once. Leave one row of it, or give each row a copy of "
-                    "the image, under a name of its own."
+                    f"{row['file_name']} of {path} is listed more than once. Leave one row of it, or give each row a "
+                    "copy of the image, under a name of its own."
                 )
             if image in images:
                 described[image] = {ours: row[theirs] for ours, theirs in names.items()}

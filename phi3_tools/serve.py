@@ -286,7 +286,7 @@ class Spec(LitSpec):
 
     async def _stream(self, request, pieces):
         chunk = ChatCompletionChunk(model=request.model, choices=[], usage=None)
-        role = "assistant"  # in the first chunk alone, as clients join the chunks
+        role = "assistant"  # in the first chunk alone, because clients join the chunks
 
         def say(**said):
             return f"data: {chunk.model_copy(update=said).model_dump_json()}\n\n"

@@ -66,7 +66,7 @@ def test_captions_that_are_no_texts_are_an_error_of_ours(tmp_path, caption):
     make_images(tmp_path, ("cat",), 2)
     rows = "".join(json.dumps({"file_name": f"cat/{n}.png", "caption": caption}) + "\n" for n in range(2))
     (tmp_path / "metadata.jsonl").write_text(rows)
-    with pytest.raises(ValueError, match="captions of .* are such as .*, but must be a text an image. Name"):
+    with pytest.raises(ValueError, match="captions of .* hold .*, but each must be a text. Name a column"):
         load_conversations(str(tmp_path), DataOptions(validation=0), 0)
 
 

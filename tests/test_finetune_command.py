@@ -121,7 +121,7 @@ def test_what_is_no_result_is_said():
         before = {"accuracy": 0.3, "recall@1": 0.6, "linear probe": 0.8}
         return report.verdict({"untrained": before, "fine-tuned": trained}, labels, task)
 
-    assert "No better than chance** (within noise, of so few" in verdict("classification", accuracy=0.35)[0]
+    assert "No better than chance** (within the noise of so few" in verdict("classification", accuracy=0.35)[0]
     assert "No better than chance**: accuracy is 33.0%" in verdict("classification", accuracy=0.33)[0]
     assert "Below a linear probe**: accuracy is 70.0%" in verdict("classification", accuracy=0.7)[0]
     assert "Below a linear probe** (within noise)" in verdict("classification", accuracy=0.78)[0]
@@ -137,7 +137,7 @@ def test_answers_that_are_no_result_are_said():
 
     words = ["cat", "dog"] * 50
     assert (
-        "No better than chance** (within noise, of so few images): 55.0% of the answers are exact"
+        "No better than chance** (within the noise of so few images): 55.0% of the answers are exact"
         in verdict(0.55, 0.5, words)[0]
     )
     assert "Not better than before**: the loss is 1.100, and was 1.000" in verdict(0.9, 1.1, words)[0]

@@ -114,8 +114,9 @@ def _problems(recipe):
         yield f"`checkpoints` is {recipe.checkpoints!r}, but must be a list of Hub ids"
     if recipe.pooling not in POOLINGS:
         yield f"`pooling` is {recipe.pooling!r}, but must be one of {', '.join(POOLINGS)}"
-    if recipe.num_crops is not None and not (type(recipe.num_crops) is int and 0 <= recipe.num_crops <= 256):
-        yield f"`num_crops` is {recipe.num_crops!r}, but must be a number of crops up to 256, or null"
+    most = from_module("processing_phi3_embed.MAX_NUM_CROPS")
+    if recipe.num_crops is not None and not (type(recipe.num_crops) is int and 0 <= recipe.num_crops <= most):
+        yield f"`num_crops` is {recipe.num_crops!r}, but must be a number of crops up to {most}, or null"
     forms = {name: form for name in FORMS if (form := getattr(recipe, name)) is not None}
     if (recipe.pooling == "mean") == bool(forms):
         yield f"`pooling` is {recipe.pooling!r} with {len(forms)} forms, but `mean` goes without any, `lasttoken` with"

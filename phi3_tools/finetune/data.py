@@ -102,8 +102,8 @@ def check_texts(names: Iterable[str], texts: Sequence[str | None], source: str) 
     """Raises ValueError if images have no text, and names them, or something else in its place."""
     if others := [text for text in texts if not isinstance(text, str | None)]:
         raise ValueError(
-            f"The captions of {source} are such as {others[0]!r:.80}, but must be a text an image. Name a column "
-            "of such by --text-column."
+            f"The captions of {source} hold {others[0]!r:.80}, but each must be a text. Name a column of texts by "
+            "--text-column."
         )
     if nothing := [name for name, text in zip(names, texts) if not (text or "").strip()]:
         raise ValueError(f"{len(nothing)} images of {source} have no text:\n{name_some(nothing)}")

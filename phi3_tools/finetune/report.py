@@ -95,7 +95,7 @@ def verdict_of_answers(figures: dict[str, dict[str, float]], truths: list[str]) 
 
 
 def _no_better(value, chance):
-    return f"**No better than chance**{' (within noise, of so few images)' if value > chance else ''}"
+    return f"**No better than chance**{' (within the noise of so few images)' if value > chance else ''}"
 
 
 def _noise(share, labels):

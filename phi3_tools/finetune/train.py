@@ -193,7 +193,7 @@ class EmbeddingCollator:
 
 
 class SharedEpoch(TrainerCallback):
-    """Tells the collator which epoch it is, as changes at random differ from one to the next."""
+    """Tells the collator which epoch it is, because changes at random differ from one to the next."""
 
     def __init__(self, collate: ImageCollator):
         self.collate = collate
@@ -383,10 +383,8 @@ def _classifier_trainer(settings, start, splits, names, collate):
     splits = _frozen_features(model.base_model, splits, collate, options, arguments)
     if not has_head(start.pinned, names) and not last_checkpoint(arguments.output_dir):
         # A head that is fitted first does not distort what the model knows, as a random one does (Kumar et al., 2022).
-        few, unchanged = (
-            sample(splits["train"], arguments.seed),
-            ImageCollator(collate.image_processor, collate.num_crops),
-        )
+        few = sample(splits["train"], arguments.seed)
+        unchanged = ImageCollator(collate.image_processor, collate.num_crops)
         base = model.base_model.to(arguments.device).eval()
         set_head(model, fit_probe(*embed(base, few, unchanged, arguments.eval_batch_size, "Linear probe"), len(names)))
     trainer = ClassifierTrainer(
