@@ -147,6 +147,11 @@ def test_microsofts_negative_ids_generate_the_same(model, answers):
     assert generate(model, inputs | {"input_ids": negative}, num_beams=2) == generate(model, inputs, num_beams=2)
 
 
+def test_one_text_without_a_batch_generates_the_same(model, answers):
+    ids = prompt(1)["input_ids"]
+    assert model.generate(ids[0], **GREEDY)[:, ids.shape[1] :].tolist() == [answers[1]]
+
+
 def test_inputs_embeds_generate_the_same(model, answers):
     inputs = prompt(0, 2)
     embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
